@@ -1,0 +1,57 @@
+# `make help` lists what there is. Everything runs in .venv, built from requirements.txt and constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORPUS ?=
+CEMB_GRID ?= default
+export CORPUS CEMB_GRID
+# Sphinx and Jupyter say so many deprecations of each other that the real warnings drown.
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export JUPYTER_PLATFORM_DIRS := 1
+
+STAMP := $(VENV)/.installed
+
+.PHONY: help env book study check site test lint lab open clean
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  CORPUS=path/to.txt make book runs the study on a text of your own"
+
+$(STAMP): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or later is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12 ..." if v < (3, 11) else 0)'
+	@echo "setting up $(VENV): about two minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+env: $(STAMP) ## set up the environment
+
+book: study site ## run what is not up to date of the study, and build the site
+
+study: $(STAMP) ## run the notebooks that are not up to date
+	$(BIN)/python -m cemb study --grid $(CEMB_GRID) $(if $(CORPUS),--corpus "$(CORPUS)")
+
+check: $(STAMP) ## say which runs are stale, and why
+	$(BIN)/python -m cemb study --check --grid $(CEMB_GRID) $(if $(CORPUS),--corpus "$(CORPUS)")
+
+site: $(STAMP) ## build the site from the runs there are
+	$(BIN)/python book/build.py
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+open: ## open the built site in a browser
+	@$(PYTHON) -m webbrowser "file://$(CURDIR)/build/_build/html/index.html"
+
+clean: ## remove the site and the caches; keeps the environment and results/
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""Build the site from the study's records: stage the sources with the run pages, then call Jupyter Book.
+
+Fails, naming them, if runs that the pages show are missing or stale. Does nothing if nothing changed since
+the last build.
+"""
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from cemb import records, report, study
+
+ROOT = records.ROOT
+BOOK = ROOT / "book"
+
+
+def source_files() -> list[Path]:
+    """All files of the repository that the site is made of."""
+    found = [ROOT / "_config.yml", *BOOK.rglob("*"), *(ROOT / "cemb").rglob("*"), ROOT / "CHANGELOG.md"]
+    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+
+
+def site_key(runs: list[study.Run]) -> str:
+    """A hash of all that the site depends on."""
+    digest = hashlib.sha256()
+    for path in source_files():
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for run in runs:
+        digest.update(study.run_dir(run).name.encode())
+    for package in ("jupyter-book", "myst-nb", "sphinx-book-theme", "matplotlib", "pandas"):
+        digest.update(f"{package} {version(package)}".encode())
+    return digest.hexdigest()
+
+
+def stage(runs: list[study.Run], found: list[dict], source: Path) -> None:
+    """Lay the book's sources, the executed notebooks and the records' CSV files into `source`."""
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("build.py", "__pycache__", "_ext"))
+    shutil.copy(ROOT / "CHANGELOG.md", source / "changelog.md")
+    for run in runs:
+        shutil.copy(study.run_dir(run) / "run.ipynb", source / "runs" / f"{run.name}.ipynb")
+    (source / "data").mkdir()
+    for kind in ("pmi", "speed", "quality"):
+        (source / "data" / f"{kind}.csv").write_text(report.csv_text(found, kind), encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build-dir", type=Path, default=ROOT / "build")
+    build = parser.parse_args().build_dir.resolve()
+    runs = report.book_runs()
+    try:
+        found = report.load()
+    except (OSError, ValueError) as error:
+        print(f"the site cannot be built: {error}\n`make study` runs what is missing", file=sys.stderr)
+        return 1
+    key, stamp, index = site_key(runs), build / ".site-key", build / "_build" / "html" / "index.html"
+    if index.exists() and stamp.exists() and stamp.read_text() == key:
+        print(f"the site is up to date: {index}")
+        return 0
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(build / "_build", ignore_errors=True)
+    stage(runs, found, build / "src")
+    command = [Path(sys.executable).parent / "jupyter-book", "build", build / "src"]
+    command += ["--config", ROOT / "_config.yml", "--path-output", build]
+    done = subprocess.run([*map(str, command), *"--all -W -n --keep-going -q".split()], check=False)
+    if done.returncode:
+        return done.returncode
+    records.write_atomic(stamp, key)
+    print(f"the site is built: {index}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

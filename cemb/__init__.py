@@ -1,0 +1,26 @@
+"""Hash-compressed embedding tables for PyTorch, and the study of them on PMI factorization."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cemb.hashing import HashSpec
+    from cemb.model import PairModel
+    from cemb.tables import FullEmbedding, HashedEmbedding
+
+__version__ = "0.1.0"
+__all__ = ["FullEmbedding", "HashSpec", "HashedEmbedding", "PairModel"]
+
+_HOME = {
+    "FullEmbedding": "cemb.tables",
+    "HashSpec": "cemb.hashing",
+    "HashedEmbedding": "cemb.tables",
+    "PairModel": "cemb.model",
+}
+
+
+def __getattr__(name: str):
+    # Loaded on first use: the book's pages and `study --check` need no torch and should not wait for it.
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'cemb' has no attribute {name!r}")

@@ -1,0 +1,184 @@
+"""Command line: ``python -m cemb speed|pmi|train|study``; see ``--help`` of each."""
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+
+def _print_record(record: dict) -> None:
+    print(json.dumps(record, ensure_ascii=False))
+
+
+def _speed(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from cemb import speed
+    from cemb.records import write_atomic
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    options = {"repeats": arguments.repeats, "warmup": arguments.warmup}
+    if arguments.grid:
+        # One case at a time, as the original did: its largest tables do not fit beside each other.
+        found = []
+        for case in speed.grid_cases(arguments.grid, device=arguments.device):
+            found += speed.measure_cases([case], **options, rounds=1)
+            print(f"{case.optimizer}, {case.label}: {found[-1]['total_ms']:.2f} ms", file=sys.stderr)
+        text = speed.original_csv(found)
+        if arguments.out:
+            write_atomic(Path(arguments.out), text)
+        else:
+            print(text, end="")
+        return
+    case = speed.SpeedCase(
+        arguments.model,
+        arguments.optimizer,
+        None if arguments.model == "full" else arguments.pool_size,
+        block_size=arguments.block_size,
+        sparse_gradients=arguments.sparse_gradients,
+        num_embeddings=arguments.num_embeddings,
+        embedding_dim=arguments.embedding_dim,
+        batch_size=arguments.batch_size,
+        dropout=arguments.dropout,
+        device=arguments.device,
+    )
+    for record in speed.measure_cases([case], **options, rounds=1):
+        _print_record(record)
+
+
+def _pmi_config(arguments: argparse.Namespace):
+    from cemb.dataset import PmiConfig
+
+    return PmiConfig(**{f.name: getattr(arguments, f.name) for f in fields(PmiConfig)})
+
+
+def _pmi(arguments: argparse.Namespace) -> None:
+    from cemb.dataset import load_pmi
+    from cemb.pmi import value_histogram
+    from cemb.records import write_atomic
+
+    data = load_pmi(_pmi_config(arguments))
+    if arguments.histogram_out:
+        text = json.dumps(value_histogram(data.matrix), indent=1)
+        write_atomic(Path(arguments.histogram_out), text + "\n")
+    _print_record(data.summary)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from cemb import quality
+    from cemb.dataset import load_pmi
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    names = {f.name for f in fields(quality.QualityCase)}
+    case = quality.QualityCase(**{k: v for k, v in vars(arguments).items() if k in names})
+    record, model = quality.measure_quality(case, load_pmi(_pmi_config(arguments)))
+    if arguments.save:
+        torch.save(model.state_dict(), arguments.save)
+    _print_record(record)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from cemb import study
+
+    runs = study.select(
+        study.study_runs(arguments.grid, arguments.corpus), arguments.optimizer, arguments.pool_size
+    )
+    if not arguments.check:
+        study.run_study(runs, workers=arguments.workers)
+        return 0
+    stale = {run.name: why for run in runs if (why := study.staleness(run))}
+    for name, why in stale.items():
+        print(f"{name}: {why}")
+    print(f"{len(runs) - len(stale)} of {len(runs)} runs are up to date")
+    return 1 if stale else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from cemb.corpus import DEFAULT_CORPUS
+
+    parser = argparse.ArgumentParser(prog="python -m cemb", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    def command(name, function, text):
+        added = commands.add_parser(name, help=text, description=text, formatter_class=defaults)
+        added.set_defaults(function=function)
+        return added
+
+    def corpus_options(added):
+        added.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
+        added.add_argument("--min-count", type=int, default=5, help="occurrences a word needs")
+        added.add_argument("--max-vocab", type=int, default=None, help="keep so many frequent words")
+        added.add_argument("--window-size", type=int, default=5, help="tokens to each side")
+        added.add_argument("--distance-weighting", default="flat", help="flat or harmonic")
+        added.add_argument("--context-smoothing", type=float, default=0.75)
+        added.add_argument("--num-negative", type=int, default=1, help="PMI is shifted by its logarithm")
+        added.add_argument("--rank", "--embedding-dim", type=int, default=100, help="dimension of vectors")
+
+    speed = command("speed", _speed, "time a training step and print its record as JSON")
+    speed.add_argument("--model", default="hashed", help="full, hashed or hashed-reference")
+    speed.add_argument("--optimizer", default="sgd", help="sgd, adagrad or adam")
+    speed.add_argument("--pool-size", type=int, default=262_144, help="values in the pool")
+    speed.add_argument("--block-size", type=int, default=1)
+    speed.add_argument("--sparse-gradients", action="store_true", help="of a full table")
+    speed.add_argument("--num-embeddings", type=int, default=1_000_000)
+    speed.add_argument("--embedding-dim", type=int, default=100)
+    speed.add_argument("--batch-size", type=int, default=32_768, help="pairs a step")
+    speed.add_argument("--dropout", type=float, default=0.1)
+    speed.add_argument("--device", default="cpu")
+    speed.add_argument("--threads", type=int, default=None, help="of torch and the kernels")
+    speed.add_argument("--repeats", type=int, default=15)
+    speed.add_argument("--warmup", type=int, default=2)
+    speed.add_argument("--grid", help="original or original-full: measure it and write the original's CSV")
+    speed.add_argument("--out", help="file for the grid's CSV, instead of standard output")
+
+    pmi = command("pmi", _pmi, "build a corpus's PMI matrix and print its record as JSON")
+    corpus_options(pmi)
+    pmi.add_argument("--histogram-out", help="also write the histogram of the matrix's values here")
+
+    train = command("train", _train, "train a table on a PMI matrix and print its record as JSON")
+    corpus_options(train)
+    train.add_argument("--table", default="hashed", help="full, hashed or hashed-reference")
+    train.add_argument("--optimizer", default="adam", help="sgd, adagrad or adam")
+    train.add_argument("--training", default="full-batch", help="full-batch or mini-batch")
+    train.add_argument("--pool-size", type=int, default=None)
+    train.add_argument("--compression-ratio", type=float, default=None, help="sets the pool's size")
+    train.add_argument("--block-size", type=int, default=1)
+    train.add_argument("--signed", action="store_true")
+    train.add_argument("--learning-rate", type=float, default=None, help="None: by training and optimizer")
+    train.add_argument("--num-steps", type=int, default=80, help="of full batches")
+    train.add_argument("--num-epochs", type=int, default=1, help="of mini-batches")
+    train.add_argument("--batch-size", type=int, default=32_768)
+    train.add_argument("--negative-share", type=float, default=0.5)
+    train.add_argument("--loss", default="mse", help="mse, weighted-mse or glove")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--threads", type=int, default=None)
+    train.add_argument("--save", help="write the model's state_dict here")
+
+    study = command("study", _study, "run the notebooks that are not up to date")
+    study.add_argument("--grid", default="default", help="default or smoke")
+    study.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
+    study.add_argument("--optimizer", nargs="+", help="only these")
+    study.add_argument("--pool-size", type=int, nargs="+", help="only these")
+    study.add_argument("--workers", type=int, help="untimed runs side by side")
+    study.add_argument("--check", action="store_true", help="only say what is stale and why; status 1 if any")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; errors of the user's input are one line on standard error and status 2."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.function(parsed) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"cemb: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Mini-batches of pairs from a sparse matrix."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+
+class PairBatches:
+    """Batches of (word, context) pairs with their matrix values; one iteration is one epoch.
+
+    Every stored cell comes once an epoch, in random order. A share of each batch are negative samples:
+    cells drawn uniformly from the whole matrix, almost all of them zero, with the value they hold.
+
+    Args:
+        matrix: CSR ``[words, contexts]`` with sorted columns.
+        batch_size: pairs a batch; the last batch of an epoch may be smaller.
+        negative_share: share of a batch that is negative samples, in [0, 1).
+        seed: of the order and the negative samples; each epoch continues the sequence.
+        device: where batches go.
+
+    Yields ``(pairs, values)``: int64 ``[batch, 2]`` and float32 ``[batch]``.
+    """
+
+    def __init__(
+        self,
+        matrix: sp.csr_array,
+        batch_size: int,
+        *,
+        negative_share: float = 0.5,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ):
+        if not 0 <= negative_share < 1:
+            raise ValueError(f"negative_share must lie in [0, 1), got {negative_share}")
+        self.num_positive = batch_size - round(batch_size * negative_share)
+        if self.num_positive < 1:
+            raise ValueError(
+                f"batch_size={batch_size} with negative_share={negative_share} leaves no stored cell"
+            )
+        if matrix.nnz == 0:
+            raise ValueError("the matrix stores no cell")
+        self.matrix = matrix
+        self.negative_share = negative_share
+        self.device = device
+        self._rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
+        self._rng = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return math.ceil(self.matrix.nnz / self.num_positive)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._rng.permutation(self.matrix.nnz)
+        for first in range(0, len(order), self.num_positive):
+            yield self._batch(order[first : first + self.num_positive])
+
+    def _batch(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
+        num_negative = round(len(cells) * self.negative_share / (1 - self.negative_share))
+        rows = self._rng.integers(self.matrix.shape[0], size=num_negative)
+        columns = self._rng.integers(self.matrix.shape[1], size=num_negative)
+        pairs = np.empty((len(cells) + num_negative, 2), np.int64)
+        pairs[:, 0] = np.concatenate([self._rows[cells], rows])
+        pairs[:, 1] = np.concatenate([self.matrix.indices[cells], columns])
+        values = np.concatenate([self.matrix.data[cells], self.matrix[rows, columns]])
+        return torch.from_numpy(pairs).to(self.device), torch.from_numpy(values).float().to(self.device)

@@ -1,0 +1,127 @@
+"""The study's data: a corpus's PMI matrix with its vocabulary and its optimum, built once and kept.
+
+The optimum is kept too since the truncated SVD takes longer than all the rest.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+from cemb import corpus as corpora
+from cemb import records
+from cemb.cooccurrence import count_cooccurrences
+from cemb.evaluate import Optimum, optimum
+from cemb.pmi import pmi_matrix
+
+
+@dataclass(frozen=True)
+class PmiConfig:
+    """How text becomes a PMI matrix; see `encode`, `count_cooccurrences` and `pmi_matrix`."""
+
+    corpus: str = corpora.DEFAULT_CORPUS
+    min_count: int = 5
+    max_vocab: int | None = None
+    window_size: int = 5
+    distance_weighting: str = "flat"
+    context_smoothing: float = 0.75
+    num_negative: int = 1
+    rank: int = 100
+
+
+@dataclass(frozen=True)
+class PmiDataset:
+    """A PMI matrix ``[words, words]``, its words by falling count, and its best factorization."""
+
+    matrix: sp.csr_array
+    words: list[str]
+    word_counts: np.ndarray
+    optimum: Optimum
+    summary: dict[str, object]  # the record of how it was built
+
+
+def load_pmi(config: PmiConfig | None = None) -> PmiDataset:
+    """The data set of a configuration, from results/local/data or built anew and put there.
+
+    What is kept is found by the configuration, the corpus's content and this package's code, so a changed
+    file or version is built again. Raises what its stages raise for a corpus that cannot be used, and
+    leaves nothing behind then.
+    """
+    config = config or PmiConfig()
+    identity = {
+        **asdict(config),
+        "corpus_fingerprint": corpora.fingerprint(config.corpus),
+        "code_hash": records.code_hash(Path(__file__).read_text(encoding="utf-8")),
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = records.results_dir() / "local" / "data" / f"pmi-{key}"
+    if not path.exists():
+        with records.atomic_directory(path) as work:
+            _build(config, identity, work)
+    return _read(path)
+
+
+def _build(config: PmiConfig, identity: dict[str, object], work: Path) -> None:
+    lap = time.perf_counter()
+    seconds = {}
+
+    def done(stage: str) -> None:
+        nonlocal lap
+        now = time.perf_counter()
+        seconds[f"{stage}_s"] = round(now - lap, 3)
+        lap = now
+
+    encoded = corpora.encode(
+        corpora.read_texts(config.corpus), min_count=config.min_count, max_vocab=config.max_vocab
+    )
+    done("encode")
+    counts = count_cooccurrences(
+        encoded.token_ids,
+        vocab_size=len(encoded.words),
+        window_size=config.window_size,
+        distance_weighting=config.distance_weighting,
+    )
+    done("count")
+    matrix = pmi_matrix(counts, context_smoothing=config.context_smoothing, num_negative=config.num_negative)
+    done("pmi")
+    best = optimum(matrix, config.rank)
+    done("optimum")
+    summary = {
+        "kind": "pmi",
+        **identity,
+        "num_tokens": encoded.num_tokens,
+        "num_tokens_in_vocabulary": len(encoded.token_ids),
+        "num_words": len(encoded.words),
+        "num_counted_cells": int(counts.nnz),
+        "total_count": float(counts.sum()),
+        "num_stored_cells": int(matrix.nnz),
+        "density": matrix.nnz / (matrix.shape[0] * matrix.shape[1]),
+        "mean_stored_value": float(matrix.data.mean(dtype=np.float64)),
+        "squared_norm": best.squared_norm,
+        "optimum_loss": best.loss,
+        "optimum_explained_share": 1 - best.loss / best.squared_norm,
+        **seconds,
+        **records.provenance(),
+    }
+    sp.save_npz(work / "matrix.npz", matrix, compressed=False)
+    np.savez(work / "optimum.npz", left=best.left, singular_values=best.singular_values, right=best.right)
+    np.save(work / "word_counts.npy", encoded.word_counts)
+    (work / "words.txt").write_text("\n".join(encoded.words), encoding="utf-8")
+    records.write([summary], work / "records.jsonl")
+
+
+def _read(path: Path) -> PmiDataset:
+    summary = records.read(path / "records.jsonl")[0]
+    with np.load(path / "optimum.npz") as stored:
+        best = Optimum(**stored, squared_norm=summary["squared_norm"])
+    return PmiDataset(
+        sp.csr_array(sp.load_npz(path / "matrix.npz")),
+        (path / "words.txt").read_text(encoding="utf-8").split("\n"),
+        np.load(path / "word_counts.npy"),
+        best,
+        summary,
+    )

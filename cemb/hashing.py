@@ -1,0 +1,106 @@
+"""The hash specification, version 1: which pool value stands for entry (row, column) of a table.
+
+All arithmetic is on unsigned 64-bit integers and wraps. `mix` is the finalizer of splitmix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). With
+``blocks = ceil(embedding_dim / block_size)`` and ``block = column // block_size``::
+
+    h     = mix((row + table_offset) * blocks + block + mix(hash_seed + 0x9E3779B97F4A7C15))
+    start = ((h >> 32) * (pool_size - block_size + 1)) >> 32
+    sign  = 1 - 2 * (h & 1)            # 1 throughout unless signed
+    value = sign * pool[start + column % block_size]
+
+``block_size=1`` is HashedNets (Chen et al., ICML 2015), larger blocks are ROBE-Z (Desai, Chou and
+Shrivastava, MLSys 2022). The multiply-shift replaces a 64-bit remainder (Lemire, "Fast random integer
+generation in an interval", 2019). This file states the specification in plain Python integers; every
+other implementation is tested against it, bit for bit.
+"""
+
+from dataclasses import dataclass
+
+GOLDEN = 0x9E3779B97F4A7C15
+MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+MULTIPLIER_2 = 0x94D049BB133111EB
+MASK = 2**64 - 1
+
+
+def mix(x: int) -> int:
+    """The splitmix64 finalizer: a bijection of the integers below 2^64."""
+    x &= MASK
+    x = ((x ^ (x >> 30)) * MULTIPLIER_1) & MASK
+    x = ((x ^ (x >> 27)) * MULTIPLIER_2) & MASK
+    return x ^ (x >> 31)
+
+
+@dataclass(frozen=True)
+class HashSpec:
+    """How a ``[num_embeddings, embedding_dim]`` table hashes into a pool of `pool_size` scalars.
+
+    `table_offset` shifts the row numbers, so that tables sharing a pool do not share their pattern of
+    collisions. Raises ValueError, naming the value and its bound, where no such table can exist.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    pool_size: int
+    block_size: int = 1
+    hash_seed: int = 0
+    signed: bool = False
+    table_offset: int = 0
+
+    def __post_init__(self):
+        for name in ("num_embeddings", "embedding_dim", "pool_size", "block_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.block_size > self.embedding_dim:
+            raise ValueError(
+                f"block_size must be at most embedding_dim={self.embedding_dim}, got {self.block_size}: "
+                "a block is a run of one row's columns"
+            )
+        if self.pool_size < self.block_size:
+            raise ValueError(
+                f"pool_size must be at least block_size={self.block_size}, got {self.pool_size}: "
+                "a block is read from consecutive pool values"
+            )
+        if self.pool_size >= 2**32:
+            raise ValueError(
+                f"pool_size must be below 2^32, got {self.pool_size}: "
+                "hash version 1 scales 32 bits of the hash to the pool"
+            )
+        if not 0 <= self.hash_seed < 2**63:
+            raise ValueError(f"hash_seed must lie in [0, 2^63), got {self.hash_seed}")
+        if self.table_offset < 0:
+            raise ValueError(f"table_offset must not be negative, got {self.table_offset}")
+        if (self.num_embeddings + self.table_offset) * self.num_blocks >= 2**63:
+            raise ValueError(
+                f"(num_embeddings + table_offset) * blocks must be below 2^63, got "
+                f"({self.num_embeddings} + {self.table_offset}) * {self.num_blocks}"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks per row; the last is read short where block_size does not divide embedding_dim."""
+        return -(-self.embedding_dim // self.block_size)
+
+    @property
+    def num_starts(self) -> int:
+        """Pool positions at which a block may start."""
+        return self.pool_size - self.block_size + 1
+
+    @property
+    def salt(self) -> int:
+        """The seed's contribution to every key, in [0, 2^64)."""
+        return mix(self.hash_seed + GOLDEN)
+
+    def locate(self, row: int, column: int) -> tuple[int, int]:
+        """``(pool index, sign)`` of the table's entry (row, column)."""
+        if not (0 <= row < self.num_embeddings and 0 <= column < self.embedding_dim):
+            raise IndexError(
+                f"entry ({row}, {column}) lies outside the table of "
+                f"{self.num_embeddings} rows and {self.embedding_dim} columns"
+            )
+        block, within = divmod(column, self.block_size)
+        h = mix((row + self.table_offset) * self.num_blocks + block + self.salt)
+        start = ((h >> 32) * self.num_starts) >> 32
+        sign = 1 - 2 * (h & 1) if self.signed else 1
+        return start + within, sign

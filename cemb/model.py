@@ -1,0 +1,159 @@
+"""The pair model: the score of (word, context) is a dot product of two looked-up vectors, plus biases."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cemb.tables import FullEmbedding, HashedEmbedding, ReferenceHashedEmbedding
+
+TABLES = {
+    "full": FullEmbedding,
+    "hashed": HashedEmbedding,
+    "hashed-reference": ReferenceHashedEmbedding,
+}
+BIASES = ("none", "shared", "separate")
+
+
+class PairModel(nn.Module):
+    """Scores pairs by ``⟨dropout(word vector), dropout(context vector)⟩ + biases``.
+
+    Args:
+        word_table: table of the words, as in `cemb.tables`.
+        context_table: table of the contexts; None shares the words' table, as the 2021 project did.
+        bias: ``"none"``, ``"shared"`` (one value per id, used on both sides) or ``"separate"``.
+        dropout: share of vector components zeroed in training.
+    """
+
+    def __init__(
+        self,
+        word_table: nn.Module,
+        context_table: nn.Module | None = None,
+        *,
+        bias: str = "none",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {bias!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        self.word_table = word_table
+        self.context_table = word_table if context_table is None else context_table
+        if self.word_table.embedding_dim != self.context_table.embedding_dim:
+            raise ValueError(
+                "word and context vectors must have one length, got "
+                f"{self.word_table.embedding_dim} and {self.context_table.embedding_dim}"
+            )
+        self.dropout = dropout
+        self.word_bias = self.context_bias = None
+        if bias != "none":
+            self.word_bias = nn.Parameter(torch.zeros(self.word_table.num_embeddings))
+            self.context_bias = self.word_bias
+        if bias == "separate":
+            self.context_bias = nn.Parameter(torch.zeros(self.context_table.num_embeddings))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable scalars, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Scores ``[batch]`` of the (word, context) id pairs ``[batch, 2]``."""
+        word_ids, context_ids = pairs.unbind(-1)
+        if self.context_table is self.word_table:
+            vectors = F.dropout(self.word_table(pairs), self.dropout, self.training)
+            words, contexts = vectors.unbind(-2)
+        else:
+            words = F.dropout(self.word_table(word_ids), self.dropout, self.training)
+            contexts = F.dropout(self.context_table(context_ids), self.dropout, self.training)
+        scores = torch.linalg.vecdot(words, contexts)
+        if self.word_bias is not None:
+            scores = scores + self.word_bias[word_ids] + self.context_bias[context_ids]
+        return scores
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """All word vectors ``[num_words, dim]`` and context vectors ``[num_contexts, dim]``."""
+        device = next(self.parameters()).device
+        words = self.word_table(torch.arange(self.word_table.num_embeddings, device=device))
+        if self.context_table is self.word_table:
+            return words, words
+        return words, self.context_table(torch.arange(self.context_table.num_embeddings, device=device))
+
+
+def build_model(
+    table: str,
+    num_embeddings: int,
+    embedding_dim: int,
+    *,
+    pool_size: int | None = None,
+    block_size: int = 1,
+    signed: bool = False,
+    hash_seed: int = 0,
+    sparse_gradients: bool = False,
+    shared_table: bool = True,
+    bias: str = "none",
+    dropout: float = 0.0,
+    device: torch.device | str | None = None,
+) -> PairModel:
+    """A `PairModel` over the named kind of table: ``full``, ``hashed`` or ``hashed-reference``.
+
+    A hashed model has one pool of `pool_size` values whether or not words and contexts share their table:
+    separate tables read the same pool under different hashes. `sparse_gradients` is for full tables.
+    """
+    if table not in TABLES:
+        raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
+    if table == "full":
+        if pool_size is not None:
+            raise ValueError(f"a full table has no pool; got pool_size={pool_size}")
+
+        def make(offset, weight):
+            return FullEmbedding(num_embeddings, embedding_dim, sparse=sparse_gradients, device=device)
+    else:
+        if pool_size is None:
+            raise ValueError(f"table {table!r} needs a pool_size")
+        if sparse_gradients:
+            raise ValueError(f"table {table!r} has no sparse gradients")
+
+        def make(offset, weight):
+            return TABLES[table](
+                num_embeddings,
+                embedding_dim,
+                pool_size if weight is None else None,
+                block_size=block_size,
+                signed=signed,
+                hash_seed=hash_seed,
+                table_offset=offset,
+                weight=weight,
+                device=device if weight is None else None,
+            )
+
+    word_table = make(0, None)
+    context_table = None if shared_table else make(num_embeddings, word_table.weight)
+    return PairModel(word_table, context_table, bias=bias, dropout=dropout).to(device)
+
+
+def mse_loss(scores: Tensor, values: Tensor) -> Tensor:
+    """Mean squared error between scores and matrix values, both ``[batch]``."""
+    return F.mse_loss(scores, values)
+
+
+def glove_weight(values: Tensor, value_max: float = 100.0, exponent: float = 0.75) -> Tensor:
+    """GloVe's weight ``min(1, (value / value_max)^exponent)``; 0 for values ≤ 0.
+
+    Pennington, Socher and Manning, "GloVe: Global vectors for word representation", EMNLP 2014, eq. 9.
+    """
+    return (values.clamp(min=0) / value_max).pow(exponent).clamp(max=1)
+
+
+def weighted_mse_loss(scores: Tensor, values: Tensor, value_max: float = 100.0) -> Tensor:
+    """Squared error of the value itself, weighted as GloVe does: mean of ``w(x) (score − x)²``."""
+    return (glove_weight(values, value_max) * (scores - values).square()).mean()
+
+
+def glove_loss(scores: Tensor, values: Tensor, value_max: float = 100.0) -> Tensor:
+    """GloVe's loss: mean of ``w(x) (score − log x)²``; cells with x ≤ 0 weigh nothing."""
+    logs = torch.where(values > 0, values, torch.ones_like(values)).log()
+    return (glove_weight(values, value_max) * (scores - logs).square()).mean()
+
+
+LOSSES = {"mse": mse_loss, "weighted-mse": weighted_mse_loss, "glove": glove_loss}

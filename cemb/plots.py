@@ -1,0 +1,208 @@
+"""The study's figures: matplotlib, colours safe for colour-blind readers, legible at column width."""
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+OPTIMIZER_STYLES = {
+    "sgd": (BLUE, "o", "SGD"),
+    "adagrad": (ORANGE, "s", "Adagrad"),
+    "adam": (GREEN, "^", "Adam"),
+}
+PHASE_COLOURS = {"forward": SKY, "gradient": ORANGE, "step": PURPLE}
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 10,
+    "legend.frameon": False,
+    "svg.hashsalt": "cemb",  # the same drawing gives the same bytes
+}
+
+
+def _figure(*shape, size=(7, 3), **options):
+    with mpl.rc_context(STYLE):
+        return plt.subplots(*shape, figsize=size, **options)
+
+
+def data_overview(word_counts: np.ndarray, values: np.ndarray) -> Figure:
+    """Count against rank of words (log-log), and the histogram of a matrix's stored values."""
+    figure, (left, right) = _figure(1, 2)
+    ranks = np.unique(np.geomspace(1, len(word_counts), 400).astype(int))
+    left.loglog(ranks, word_counts[ranks - 1], color=BLUE)
+    left.set(xlabel="rank of the word", ylabel="occurrences")
+    right.hist(values, bins=64, color=BLUE)
+    right.set(xlabel="positive PMI (nats)", ylabel="stored cells")
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    return figure
+
+
+def speed_phases(speed: pd.DataFrame) -> Figure:
+    """Stacked phases of a step for each row of a frame of speed records, first row on top."""
+    figure, axes = _figure(size=(7, 0.9 + 0.42 * len(speed)))
+    left = np.zeros(len(speed))
+    for phase, colour in PHASE_COLOURS.items():
+        width = speed[f"{phase}_ms"].to_numpy()
+        axes.barh(speed.label, width, left=left, color=colour, label=phase, height=0.65)
+        left += width
+    for y, total in enumerate(left):
+        axes.annotate(f" {total:,.0f}", (total, y), va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="milliseconds a step (median)")
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+SPEED_SERIES = (
+    # table, sparse gradients, block size, name, colour, marker
+    ("full", False, 1, "full, dense gradients", GREY, "s"),
+    ("full", True, 1, "full, sparse gradients", "#000000", "D"),
+    ("hashed-reference", False, 1, "hashed, eager PyTorch", RED, "x"),
+    ("hashed", False, 1, "hashed, cemb, block 1", BLUE, "o"),
+    ("hashed", False, 25, "hashed, cemb, block 25", GREEN, "^"),
+)
+
+
+def speed_overview(speed: pd.DataFrame) -> Figure:
+    """Total time of a step (log axis, quartiles as bars) for each optimizer and pool size."""
+    pools = sorted(speed.pool_size.dropna().unique())
+    figure, panels = _figure(1, len(pools), size=(7.4, 3.6), sharey=True)
+    for panel, pool in zip(np.atleast_1d(panels), pools, strict=True):
+        for x, optimizer in enumerate(OPTIMIZER_STYLES):
+            run = speed[speed.run == f"speed-{optimizer}-{int(pool)}"]
+            for k, (table, sparse, block, label, colour, marker) in enumerate(SPEED_SERIES):
+                row = run[(run.table == table) & (run.sparse_gradients == sparse) & (run.block_size == block)]
+                low, middle, high = np.percentile(row.total_ms_repeats.item(), [25, 50, 75])
+                panel.errorbar(
+                    x + (k - 2) * 0.13,
+                    middle,
+                    yerr=[[middle - low], [high - middle]],
+                    color=colour,
+                    marker=marker,
+                    markersize=7,
+                    linestyle="none",
+                    label=label if x == 0 else None,
+                )
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.set_xticks(range(3), [style[2] for style in OPTIMIZER_STYLES.values()])
+        panel.set_title(f"pool of {int(pool):,} values", fontsize=10)
+        panel.grid(axis="x", visible=False)
+    np.atleast_1d(panels)[0].set_ylabel("milliseconds a step (log)")
+    handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def quality_overview(quality: pd.DataFrame) -> Figure:
+    """Gap and WordSim-353 against compression (log axis) for each optimizer, full-batch training."""
+    trained = quality[quality.training == "full-batch"]
+    svd = quality[quality.table == "svd"].iloc[0]
+    figure, (left, right) = _figure(1, 2, size=(7.4, 3.3))
+    for optimizer, (colour, marker, name) in OPTIMIZER_STYLES.items():
+        rows = trained[trained.optimizer == optimizer]
+        hashed = rows[rows.table == "hashed"].sort_values("compression_ratio")
+        full = rows[rows.table == "full"]
+        left.plot(hashed.compression_ratio, hashed.gap, color=colour, marker=marker, label=f"hashed, {name}")
+        left.plot(1, full.gap, color=colour, marker=marker, markerfacecolor="white", linestyle="none")
+        score = hashed.wordsim353_score
+        error = [score - hashed.wordsim353_low, hashed.wordsim353_high - score]
+        right.errorbar(hashed.compression_ratio, score, yerr=error, color=colour, marker=marker, capsize=2)
+        right.plot(
+            1, full.wordsim353_score, color=colour, marker=marker, markerfacecolor="white", linestyle="none"
+        )
+    left.axhline(0, color=GREY, linestyle="--", label="SVD, the optimum")
+    left.axhline(1, color=GREY, linestyle=":", label="predicting zero")
+    left.plot([], [], color="k", marker="o", markerfacecolor="white", linestyle="none", label="full tables")
+    right.axhline(svd.wordsim353_score, color=GREY, linestyle="--")
+    right.axhspan(svd.wordsim353_low, svd.wordsim353_high, color=GREY, alpha=0.12)
+    left.set(ylabel="gap to the optimum")
+    right.set(ylabel="WordSim-353 (Spearman × 100)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("table values per pool value (log)")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def learning_curve(record: dict) -> Figure:
+    """A quality record's history: gap, or batch loss, against steps."""
+    history = pd.DataFrame(record["history"])
+    figure, axes = _figure(size=(6, 2.6))
+    measured, label = ("gap", "gap to the optimum") if "gap" in history else ("loss", "mean batch loss")
+    axes.plot(history.step, history[measured], color=BLUE, marker="o", markersize=4)
+    axes.set(xlabel="optimizer steps", ylabel=label)
+    if measured == "gap":
+        axes.set_yscale("log")
+    return figure
+
+
+def learning_curves(quality: pd.DataFrame, training: str) -> Figure:
+    """Learning curves side by side, a panel for each optimizer, a line for each table."""
+    rows = quality[quality.training == training]
+    figure, panels = _figure(1, 3, size=(7.4, 3.2), sharey=True)
+    tables = sorted(rows[rows.table == "hashed"].compression_ratio.round(2).unique())
+    colours = dict(zip(tables, (SKY, BLUE, PURPLE, RED) if len(tables) > 1 else (RED,), strict=False))
+    for panel, (optimizer, (_, _, name)) in zip(panels, OPTIMIZER_STYLES.items(), strict=True):
+        for row in rows[rows.optimizer == optimizer].to_dict("records"):
+            history = pd.DataFrame(row["history"])
+            is_full = row["table"] == "full"
+            panel.plot(
+                history.step,
+                history["gap" if training == "full-batch" else "loss"],
+                color="#000000" if is_full else colours[round(row["compression_ratio"], 2)],
+                linestyle="--" if is_full else "-",
+                marker="" if training == "full-batch" else "o",
+                label="full table" if is_full else f"hashed, {row['compression_ratio']:.3g}×",
+            )
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("steps")
+        if training == "full-batch":
+            panel.set_yscale("log")
+    panels[0].set_ylabel("gap to the optimum (log)" if training == "full-batch" else "mean batch loss")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def answer(ratios: pd.DataFrame) -> Figure:
+    """Hashed over full step time, then and now (log axis).
+
+    `ratios` has the columns name, then, now, and the interval low, high.
+    """
+    figure, axes = _figure(size=(7, 3))
+    y = np.arange(len(ratios))
+    axes.axvline(1, color=GREY)
+    axes.hlines(y, ratios.now, ratios.then, color=GREY, alpha=0.5)
+    axes.plot(ratios.then, y, "s", color=RED, markersize=8, label="2021, TensorFlow")
+    error = [ratios.now - ratios.low, ratios.high - ratios.now]
+    axes.errorbar(ratios.now, y, xerr=error, fmt="o", color=BLUE, markersize=8, label="cemb, measured here")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_yticks(y, ratios.name)
+    axes.invert_yaxis()
+    axes.set_xlabel("step time, hashed ÷ full table (log): left of 1× hashing is faster")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2)
+    return figure

@@ -1,0 +1,185 @@
+"""Records: one flat JSON object per measurement, with where it comes from."""
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent
+KEY_PACKAGES = ("torch", "numpy", "scipy", "numba")
+
+
+def results_dir() -> Path:
+    """Where results go: $CEMB_RESULTS, else results/ of the repository, else of the working directory."""
+    if "CEMB_RESULTS" in os.environ:
+        return Path(os.environ["CEMB_RESULTS"])
+    return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"
+
+
+def imported_modules(source: str) -> set[str]:
+    """Names of the modules of cemb that Python source imports directly, as ``cemb.x``.
+
+    ``from cemb import x`` counts as importing ``cemb.x`` alone where that is a module.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if is_ours(submodule) else node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if is_ours(name)}
+
+
+def is_ours(name: str) -> bool:
+    """Whether `name` is a module of cemb."""
+    return name.split(".")[0] == "cemb" and module_path(name) is not None
+
+
+def module_path(name: str) -> Path | None:
+    """The file of a module of cemb, or None if there is none."""
+    base = PACKAGE.joinpath(*name.split(".")[1:])
+    for path in (base / "__init__.py", base.with_suffix(".py")):
+        if path.exists():
+            return path
+    return None
+
+
+def code_hash(source: str) -> str:
+    """SHA-256 of Python source and of every file of cemb it reaches by imports; 16 hex digits.
+
+    Whole files count, comments too: simple, and never wrong in the direction that matters.
+    """
+    reached: set[str] = set()
+    todo = imported_modules(source)
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        todo |= imported_modules(module_path(name).read_text(encoding="utf-8")) - reached
+    digest = hashlib.sha256(source.encode())
+    for name in sorted(reached):
+        digest.update(name.encode() + module_path(name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _transparent_huge_pages() -> str | None:
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return None
+    return setting.partition("[")[2].partition("]")[0]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def environment() -> dict[str, object]:
+    """What may change a result besides code and parameters: machine and versions."""
+    found = {"python_version": platform.python_version(), "machine": platform.machine()}
+    for package in KEY_PACKAGES:
+        try:
+            found[f"{package}_version"] = version(package)
+        except PackageNotFoundError:
+            found[f"{package}_version"] = None
+    return {**found, "cpu_model": cpu_model(), "cpu_count": os.cpu_count()}
+
+
+def provenance(device: str = "cpu") -> dict[str, object]:
+    """Fields that say where and from what a record comes."""
+    import torch
+
+    is_cuda = str(device).startswith("cuda")
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        **environment(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if is_cuda else cpu_model(),
+        "threads": torch.get_num_threads(),
+        "transparent_huge_pages": _transparent_huge_pages(),
+        "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "utc_time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@contextmanager
+def atomic_directory(path: Path):
+    """A new directory to fill, which takes the name `path` only if the block succeeds.
+
+    A `path` that exists by then, put there by a concurrent run of the same content, is left as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        try:
+            work.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write(records: Iterable[dict], path: Path) -> None:
+    """Write records as JSON lines, atomically."""
+    lines = [json.dumps(record, ensure_ascii=False, allow_nan=True) for record in records]
+    write_atomic(Path(path), "".join(line + "\n" for line in lines))
+
+
+def read(path: Path) -> list[dict]:
+    """Read records written by `write`. ValueError names the line that is not a JSON object."""
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not a record: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: a record is a JSON object, got {line[:40]}")
+        found.append(record)
+    return found

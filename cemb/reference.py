@@ -1,0 +1,62 @@
+"""Naive PyTorch versions of the ops: obviously right, differentiated by autograd's own indexing.
+
+Tests and benchmarks compare with these. They materialize one int64 index per looked-up value, which is
+what makes hashed embeddings slow in eager PyTorch. They run on any device and dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from cemb.hashing import MULTIPLIER_1, MULTIPLIER_2, HashSpec
+
+
+def _as_int64(x: int) -> int:
+    """The signed integer with the same 64 bits; torch wraps int64 products as unsigned ones."""
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's `>>` on int64 copies the sign bit."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """`cemb.hashing.mix` of each element of an int64 tensor, read as unsigned."""
+    x = (x ^ _shift_right(x, 30)) * _as_int64(MULTIPLIER_1)
+    x = (x ^ _shift_right(x, 27)) * _as_int64(MULTIPLIER_2)
+    return x ^ _shift_right(x, 31)
+
+
+def locate(ids: Tensor, spec: HashSpec) -> tuple[Tensor, Tensor | None]:
+    """Pool indices of the rows `ids` ``[...]`` as int64 ``[..., embedding_dim]``, and signs if signed."""
+    columns = torch.arange(spec.embedding_dim, device=ids.device)
+    block, within = columns // spec.block_size, columns % spec.block_size
+    keys = (ids.long().unsqueeze(-1) + spec.table_offset) * spec.num_blocks + block + _as_int64(spec.salt)
+    h = mix(keys)
+    indices = _shift_right(_shift_right(h, 32) * spec.num_starts, 32) + within
+    return indices, (1 - 2 * (h & 1)) if spec.signed else None
+
+
+def check_ids(ids: Tensor, num_embeddings: int) -> None:
+    """Raise IndexError (on the CPU) or trip a device assert (elsewhere) if an id is out of range."""
+    if ids.numel() == 0:
+        return
+    if ids.device.type != "cpu":
+        torch._assert_async(((ids >= 0) & (ids < num_embeddings)).all())
+        return
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= num_embeddings:
+        raise IndexError(
+            f"ids must lie in [0, {num_embeddings}), the rows of the table, got ids from {low} to {high}"
+        )
+
+
+def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
+    """Rows `ids` ``[...]`` of the table that `spec` hashes into `weight` ``[pool_size]``.
+
+    Returns ``[..., embedding_dim]`` of weight's dtype; the gradient is autograd's scatter-add.
+    """
+    check_ids(ids, spec.num_embeddings)
+    indices, signs = locate(ids, spec)
+    values = weight[indices]
+    return values if signs is None else values * signs

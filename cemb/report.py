@@ -1,0 +1,242 @@
+"""From records to the book's tables and numbers. What is not in a record is not on a page.
+
+Speed comparisons are ratios of medians within one run, with a bootstrap 95% interval over the repeats; where
+the interval holds 1, the two are called a tie.
+"""
+
+import os
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import pandas as pd
+
+from cemb import corpus, records, study
+
+OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
+PHASES = ("forward", "gradient", "step")
+
+
+def book_runs() -> list[study.Run]:
+    """The runs the book shows: of the grid $CEMB_GRID on the corpus $CORPUS, by default the full study."""
+    return study.study_runs(
+        os.environ.get("CEMB_GRID") or "default", os.environ.get("CORPUS") or corpus.DEFAULT_CORPUS
+    )
+
+
+def load() -> list[dict]:
+    """The records the book shows; FileNotFoundError if one is missing or stale."""
+    return study.current_records(book_runs())
+
+
+def pick(found: list[dict], **wanted: object) -> dict:
+    """The one record with these fields. LookupError, naming them, if there is none or more than one."""
+    matching = [r for r in found if all(r.get(name) == value for name, value in wanted.items())]
+    if len(matching) != 1:
+        raise LookupError(f"{len(matching)} records have {wanted}, wanted exactly one")
+    return matching[0]
+
+
+def frame(found: list[dict], kind: str) -> pd.DataFrame:
+    """The records of a kind as a data frame. LookupError if there is none."""
+    rows = [record for record in found if record["kind"] == kind]
+    if not rows:
+        raise LookupError(f"no record of kind {kind!r}")
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of median times with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_tie(self) -> bool:
+        return self.low <= 1 <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})" + (", tie" if self.is_tie else "")
+
+    @property
+    def verdict(self) -> str:
+        """The ratio in words, of the numerator's speed."""
+        if self.is_tie:
+            return "as fast, within the noise"
+        if self.value < 1:
+            return f"{1 / self.value:.1f} times faster"
+        return f"{self.value:.1f} times slower"
+
+
+def time_ratio(numerator: dict, denominator: dict, num_bootstrap: int = 2000) -> Ratio:
+    """Median total time of one speed record over another's, which should come from the same run."""
+    rng = np.random.default_rng(0)
+    medians = []
+    for record in (numerator, denominator):
+        repeats = np.array(record["total_ms_repeats"])
+        samples = rng.integers(len(repeats), size=(num_bootstrap, len(repeats)))
+        medians.append(np.median(repeats[samples], axis=1))
+    low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
+    return Ratio(numerator["total_ms"] / denominator["total_ms"], float(low), float(high))
+
+
+def speed_record(
+    found: list[dict],
+    table: str,
+    optimizer: str,
+    pool_size: int,
+    block_size: int = 1,
+    sparse_gradients: bool = False,
+) -> dict:
+    """A speed record from the run of this optimizer and pool size, of a hashed or a full table."""
+    is_full = table == "full"
+    return pick(
+        found,
+        kind="speed",
+        run=f"speed-{optimizer}-{pool_size}",
+        table=table,
+        pool_size=None if is_full else pool_size,
+        block_size=1 if is_full else block_size,
+        sparse_gradients=sparse_gradients,
+    )
+
+
+def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
+    """The faster of the full tables, dense and sparse gradients, in the run of this pool size."""
+    both = [
+        speed_record(found, "full", optimizer, pool_size, sparse_gradients=sparse) for sparse in (False, True)
+    ]
+    return min(both, key=lambda record: record["total_ms"])
+
+
+def original_2021() -> pd.DataFrame:
+    """The nine published rows of the TensorFlow project `compressed-embeddings` (2021), in milliseconds."""
+    with resources.files("cemb").joinpath("data/original_2021.csv").open() as file:
+        return pd.read_csv(file, dtype={"pool_size": "Int64"})
+
+
+def original_ratio(optimizer: str, pool_size: int) -> float:
+    """The 2021 project's hashed total over its full total."""
+    rows = original_2021().query("optimizer == @optimizer")
+    full = rows[rows.table == "full"].total_ms.item()
+    return rows[rows.pool_size == pool_size].total_ms.item() / full
+
+
+def beside_original(found: list[dict]) -> pd.DataFrame:
+    """The 2021 project's nine rows beside ours: milliseconds, and ratios of hashed to full."""
+    rows = []
+    for old in original_2021().itertuples():
+        is_full = old.table == "full"
+        pool_size = study.POOL_SIZES[0] if is_full else int(old.pool_size)
+        full = best_full(found, old.optimizer, pool_size)
+        ours = full if is_full else speed_record(found, "hashed", old.optimizer, pool_size)
+        rows.append(
+            {
+                "optimizer": OPTIMIZER_NAMES[old.optimizer],
+                "table": "full" if is_full else f"pool {pool_size:,}",
+                "2021 total (ms)": f"{old.total_ms:,.0f}",
+                "2021 ÷ full": "" if is_full else f"{original_ratio(old.optimizer, pool_size):.2f}",
+                **{f"{phase} (ms)": f"{ours[f'{phase}_ms']:,.1f}" for phase in PHASES},
+                "total (ms)": f"{ours['total_ms']:,.1f}",
+                "÷ full": "" if is_full else str(time_ratio(ours, full)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def speed_table(found: list[dict]) -> pd.DataFrame:
+    """Every speed record: medians by phase, the quartiles of the total, and peak memory."""
+    rows = frame(found, "speed")
+    quartiles = [np.percentile(values, [25, 75]) for values in rows.total_ms_repeats]
+    return pd.DataFrame(
+        {
+            "optimizer": rows.optimizer.map(OPTIMIZER_NAMES),
+            "table": rows.label,
+            **{f"{phase} (ms)": rows[f"{phase}_ms"].map("{:,.1f}".format) for phase in PHASES},
+            "total (ms)": rows.total_ms.map("{:,.1f}".format),
+            "quartiles": [f"{low:,.1f}–{high:,.1f}" for low, high in quartiles],
+            "peak (MiB)": rows.peak_mib.map(lambda x: "" if pd.isna(x) else f"{x:,.0f}"),
+            "run": rows.run,
+        }
+    )
+
+
+def compression_name(record: dict) -> str:
+    """How a quality record's table is named in the book."""
+    if record["table"] == "svd":
+        return "SVD (the optimum)"
+    if record["table"] == "full":
+        return "full table"
+    return f"hashed, {record['compression_ratio']:.3g}× smaller"
+
+
+def quality_table(found: list[dict], training: str) -> pd.DataFrame:
+    """Quality records of one training, with the optimum first."""
+    rows = [r for r in found if r["kind"] == "quality" and r.get("training") in (None, training)]
+    return pd.DataFrame(
+        {
+            "table": [compression_name(r) for r in rows],
+            "optimizer": [OPTIMIZER_NAMES.get(r.get("optimizer"), "") for r in rows],
+            "parameters": [f"{r['num_parameters']:,}" for r in rows],
+            "gap": [f"{r['gap']:.3f}" for r in rows],
+            "WordSim-353": [score_text(r, "wordsim353") for r in rows],
+            "SimLex-999": [score_text(r, "simlex999") for r in rows],
+            "analogies (%)": [f"{r['analogies_score']:.1f}" for r in rows],
+        }
+    )
+
+
+def score_text(record: dict, name: str) -> str:
+    """A similarity score with its bootstrap interval."""
+    if np.isnan(record[f"{name}_score"]):
+        return "no pairs"
+    return f"{record[f'{name}_score']:.0f} ({record[f'{name}_low']:.0f}–{record[f'{name}_high']:.0f})"
+
+
+def quality_record(found: list[dict], optimizer: str, training: str = "full-batch", **size: object) -> dict:
+    """A quality record: of the full table, or of the ``compression_ratio`` or ``pool_size`` given."""
+    if not size:
+        name = f"quality-{optimizer}-full-{training}"
+    elif "compression_ratio" in size:
+        name = f"quality-{optimizer}-hashed-{size['compression_ratio']}-times-{training}"
+    else:
+        name = f"quality-{optimizer}-hashed-{size['pool_size']}-{training}"
+    return pick(found, kind="quality", run=name)
+
+
+def best_quality(found: list[dict], **size: object) -> dict:
+    """The full-batch quality record with the smallest gap over the optimizers."""
+    return min((quality_record(found, o, **size) for o in study.OPTIMIZERS), key=lambda r: r["gap"])
+
+
+def machine(found: list[dict]) -> str:
+    """Where the speed records were measured, in words."""
+    record = next(r for r in found if r["kind"] == "speed")
+    return (
+        f"{record['device_name']}, {record['threads']} threads, Python {record['python_version']}, "
+        f"torch {record['torch_version']}, numba {record['numba_version']}"
+    )
+
+
+def csv_text(found: list[dict], kind: str) -> str:
+    """Records of a kind as CSV, one row each, every field a column; lists as JSON."""
+    rows = frame(found, kind)
+    return rows.to_csv(index=False, lineterminator="\n")
+
+
+def show(table: pd.DataFrame):
+    """A table as the book shows it: no index, text cells left, figures right, the same markup each time."""
+    numeric = [c for c in table.columns if c not in ("optimizer", "table", "run", "word", "what")]
+    return (
+        table.style.hide(axis="index")
+        .set_uuid("t")
+        .set_properties(subset=numeric, **{"text-align": "right"})
+        .set_table_attributes('class="dataframe"')
+    )
+
+
+def reference_machines() -> list[str]:
+    """Names of the committed reference machines."""
+    return sorted(p.parent.name for p in (records.ROOT / "results" / "reference").glob("*/records.jsonl"))

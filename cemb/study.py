@@ -1,0 +1,283 @@
+"""The study: which notebooks run with which parameters, and whether what is there is still true.
+
+A run is found by its content: parameters, the notebook's code, every file of cemb that code reaches, the
+corpus, and the environment. So a changed file or version makes a run stale, a moved clone does not, and
+an interrupted study goes on where it stopped. Runs are published whole, by one rename, and never altered.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cemb import corpus as corpora
+from cemb import records
+
+NOTEBOOKS = records.ROOT / "notebooks"
+OPTIMIZERS = ("sgd", "adagrad", "adam")
+POOL_SIZES = (262_144, 100_000_000)
+COMPRESSION_RATIOS = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One notebook with its parameters. `name` is unique in a study, `title` heads the run's page.
+
+    Timed runs have the machine to themselves; others share it.
+    """
+
+    name: str
+    title: str
+    notebook: str
+    parameters: dict[str, object] = field(hash=False)
+    is_timed: bool = False
+
+
+def _speed_runs(pool_sizes: Iterable[int], **sizes) -> list[Run]:
+    return [
+        Run(
+            f"speed-{optimizer}-{pool_size}",
+            f"Speed: {optimizer}, pool {pool_size:,}",
+            "speed.ipynb",
+            {"optimizer": optimizer, "pool_size": pool_size, **sizes},
+            is_timed=True,
+        )
+        for optimizer in OPTIMIZERS
+        for pool_size in pool_sizes
+    ]
+
+
+def _quality_runs(**settings) -> list[Run]:
+    full_batch = {"training": "full-batch"}
+    pools = [{"table": "full"}]
+    pools += [{"table": "hashed", "compression_ratio": ratio} for ratio in COMPRESSION_RATIOS]
+    pools += [{"table": "hashed", "pool_size": POOL_SIZES[0]}]
+    # The original's two tables are trained on mini-batches too, as it did.
+    cases = [{**pool, **full_batch} for pool in pools]
+    cases += [{**pool, "training": "mini-batch"} for pool in (pools[0], pools[-1])]
+    runs = []
+    for optimizer in OPTIMIZERS:
+        for case in cases:
+            size = {
+                "compression_ratio": lambda ratio: f"{ratio}-times",
+                "pool_size": lambda size: f"{size}",
+            }
+            parts = [case["table"], *(size[key](case[key]) for key in size if key in case), case["training"]]
+            runs.append(
+                Run(
+                    "-".join(["quality", optimizer, *parts]),
+                    f"Quality: {optimizer}, {' '.join(parts)}",
+                    "quality.ipynb",
+                    {"optimizer": optimizer, **case, **settings},
+                )
+            )
+    return runs
+
+
+def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> list[Run]:
+    """The runs of a grid: ``"default"``, the published study, or ``"smoke"``, the same made small."""
+    if grid == "default":
+        data = {"corpus": corpus}
+        speed = {}
+        quality = data
+    elif grid == "smoke":
+        data = {"corpus": corpus, "min_count": 2, "rank": 8}
+        speed = {"num_embeddings": 3000, "embedding_dim": 20, "batch_size": 256, "repeats": 2}
+        quality = {**data, "num_steps": 30, "batch_size": 2048}
+    else:
+        raise ValueError(f"grid must be default or smoke, got {grid!r}")
+    return [
+        Run("pmi", "Data: the PMI matrix", "pmi.ipynb", data),
+        *_speed_runs(POOL_SIZES, **speed),
+        *_quality_runs(**quality),
+    ]
+
+
+def select(runs: list[Run], optimizers: Iterable[str] | None, pool_sizes: Iterable[int] | None) -> list[Run]:
+    """The runs of the named optimizers and pool sizes; ValueError names one that no run has."""
+    for name, wanted in (("optimizer", optimizers), ("pool_size", pool_sizes)):
+        known = sorted({run.parameters[name] for run in runs if name in run.parameters})
+        for value in wanted or ():
+            if value not in known:
+                raise ValueError(
+                    f"no run of this grid has {name}={value}; it has {', '.join(map(str, known))}"
+                )
+    return [
+        run
+        for run in runs
+        if (optimizers is None or run.parameters.get("optimizer") in optimizers)
+        and (pool_sizes is None or run.parameters.get("pool_size") in pool_sizes)
+    ]
+
+
+def code_cells(notebook: Path) -> str:
+    """A notebook's code as one Python source; its prose and outputs do not count."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def identity(run: Run) -> dict[str, object]:
+    """All that a run's result depends on, flat, for comparison key by key."""
+    found = {f"parameter {name}": value for name, value in run.parameters.items()}
+    if "corpus" in run.parameters:
+        found["corpus fingerprint"] = corpora.fingerprint(run.parameters["corpus"])
+    notebook = NOTEBOOKS / run.notebook
+    return {**found, "code": records.code_hash(code_cells(notebook)), **records.environment()}
+
+
+def _runs_dir() -> Path:
+    return records.results_dir() / "local" / "runs"
+
+
+def run_dir(run: Run) -> Path:
+    """Where a run's result is, or will be: ``run.ipynb``, ``records.jsonl`` and ``identity.json``."""
+    content = json.dumps(identity(run), sort_keys=True, default=str)
+    return _runs_dir() / f"{run.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def staleness(run: Run) -> str | None:
+    """None if the run's result is there and current, else why not."""
+    if run_dir(run).is_dir():
+        return None
+    # Names may be prefixes of one another; the key is always 12 hexadecimal digits.
+    earlier = [
+        p
+        for p in _runs_dir().glob(f"{run.name}-*")
+        if re.fullmatch(r"[0-9a-f]{12}", p.name[len(run.name) + 1 :])
+    ]
+    if not earlier:
+        return "never run"
+    newest = max(earlier, key=lambda path: path.stat().st_mtime)
+    before = json.loads((newest / "identity.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(identity(run), default=str))
+    changed = [
+        f"{name}: {before.get(name)} → {now.get(name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    return "; ".join(changed)
+
+
+def check_parameters(run: Run) -> None:
+    """ValueError if the run sets a parameter its notebook does not have; papermill only warns."""
+    from papermill import inspect_notebook
+
+    known = inspect_notebook(str(NOTEBOOKS / run.notebook))
+    unknown = sorted(set(run.parameters) - set(known))
+    if unknown:
+        raise ValueError(f"{run.notebook} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+
+
+def execute(run: Run) -> Path:
+    """Run one notebook in a kernel of its own and publish it; returns where."""
+    import nbformat
+    import papermill
+
+    target = run_dir(run)
+    with records.atomic_directory(target) as work:
+        notebook = nbformat.read(NOTEBOOKS / run.notebook, as_version=4)
+        heading = notebook.cells[0]
+        heading.source = re.sub(r"^# .*", f"# {run.title}", heading.source, count=1)
+        found = work / "records.jsonl"
+        try:
+            papermill.execute_notebook(
+                notebook,
+                str(work / "run.ipynb"),
+                # The kernel works in notebooks/; a relative path keeps this machine's off the page.
+                {**run.parameters, "records_path": os.path.relpath(found, NOTEBOOKS)},
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(NOTEBOOKS),
+            )
+        except papermill.PapermillExecutionError as error:
+            kept = records.results_dir() / "local" / "failed" / f"{run.name}.ipynb"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            (work / "run.ipynb").replace(kept)
+            raise RuntimeError(
+                f"{run.name} failed with {error.ename}: {error.evalue}\nthe notebook up to there: {kept}"
+            ) from None
+        if not records.read(found):
+            raise RuntimeError(f"{run.name} wrote no record")
+        records.write_atomic(work / "identity.json", json.dumps(identity(run), indent=1, default=str))
+    return target
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str], None] = print) -> None:
+    """Bring runs up to date, doing only those that are not.
+
+    Timed runs go first, one at a time with nothing beside them, after the data they share a cache with;
+    then the others, `workers` at a time (by default one per processor, at most 4, a thread each). Stops at
+    the first failure, keeping what is finished.
+    """
+    for run in runs:
+        check_parameters(run)
+    todo = [run for run in runs if staleness(run)]
+    if not todo:
+        say(f"all {len(runs)} runs are up to date")
+        return
+    say(f"{len(todo)} of {len(runs)} runs to do")
+    os.environ["TQDM_DISABLE"] = "1"  # for the kernels: bars would litter the pages
+    began = time.perf_counter()
+    seconds: dict[str, list[float]] = {}
+    done = 0
+
+    def timed_execute(run: Run) -> tuple[Run, float]:
+        start = time.perf_counter()
+        execute(run)
+        return run, time.perf_counter() - start
+
+    def report(run: Run, took: float, left: list[Run], parallel: int) -> None:
+        nonlocal done
+        done += 1
+        seconds.setdefault(run.notebook, []).append(took)
+        every = [s for values in seconds.values() for s in values]
+        per_run = {name: sum(values) / len(values) for name, values in seconds.items()}
+        mean = sum(every) / len(every)
+        remaining = sum(per_run.get(r.notebook, mean) / (1 if r.is_timed else parallel) for r in left)
+        say(
+            f"[{done}/{len(todo)}] {run.name} took {_minutes(took)}; "
+            f"{_minutes(time.perf_counter() - began)} so far, about {_minutes(remaining)} left"
+        )
+
+    parallel = workers or min(os.cpu_count() or 1, 4)
+    serial = [run for run in todo if run.is_timed or run.notebook == "pmi.ipynb"]
+    others = [run for run in todo if run not in serial]
+    for position, run in enumerate(serial):
+        _, took = timed_execute(run)
+        report(run, took, [*serial[position + 1 :], *others], parallel)
+    with ThreadPoolExecutor(parallel) as pool:
+        pending = {pool.submit(timed_execute, run): run for run in others}
+        try:
+            while pending:
+                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    pending.pop(future)
+                    report(*future.result(), list(pending.values()), parallel)
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            raise
+
+
+def current_records(runs: list[Run]) -> list[dict]:
+    """The records of up-to-date runs, each with the name of its ``run``.
+
+    Raises FileNotFoundError that names the runs which are missing or stale, and why.
+    """
+    problems = {run.name: staleness(run) for run in runs}
+    problems = {name: why for name, why in problems.items() if why}
+    if problems:
+        lines = "\n".join(f"  {name}: {why}" for name, why in problems.items())
+        raise FileNotFoundError(f"{len(problems)} of {len(runs)} runs are missing or stale:\n{lines}")
+    return [
+        {"run": run.name, **record} for run in runs for record in records.read(run_dir(run) / "records.jsonl")
+    ]

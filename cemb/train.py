@@ -1,0 +1,162 @@
+"""Training a pair model: on mini-batches of pairs, or exactly on all cells at once."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cemb.evaluate import AllCellsLoss
+from cemb.model import PairModel
+
+OPTIMIZERS = ("sgd", "adagrad", "adam")
+
+# Chosen on the default corpus's full table by a search over factors of two; SGD's are upper bounds, halved
+# until training is stable. The 2021 project's rates (0.01, 0.05, 0.001) are the speed study's.
+FULL_BATCH_LEARNING_RATES = {"sgd": 20.0, "adagrad": 0.07, "adam": 0.1}
+MINI_BATCH_LEARNING_RATES = {"sgd": 320.0, "adagrad": 0.2, "adam": 0.02}
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[Tensor], learning_rate: float, *, sparse: bool = False
+) -> torch.optim.Optimizer:
+    """torch's SGD, Adagrad or Adam in its fastest form: fused, or over sparse gradients.
+
+    Sparse Adam is lazy: rows a step does not touch keep their moments and do not move. Adam's second moment
+    decays by 0.95 a step rather than 0.999, since runs here last tens to hundreds of steps.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    parameters = list(parameters)
+    fused = {} if sparse else {"fused": True}
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, **fused)
+    if name == "adagrad":
+        return torch.optim.Adagrad(parameters, lr=learning_rate, **fused)
+    if sparse:
+        return torch.optim.SparseAdam(parameters, lr=learning_rate, betas=(0.9, 0.95))
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95), **fused)
+
+
+def _decay(optimizer: torch.optim.Optimizer, learning_rate: float, progress: float) -> None:
+    """Linear decay to zero, as word2vec does."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * (1 - progress)
+
+
+class DivergenceError(RuntimeError):
+    """The loss became infinite, NaN or ten times what it was."""
+
+
+def _check(loss: float, first_loss: float, step: int, learning_rate: float) -> None:
+    if not loss <= 10 * first_loss:
+        raise DivergenceError(
+            f"training diverged at step {step}: loss {loss:.4g} from {first_loss:.4g} "
+            f"with learning_rate={learning_rate:g}"
+        )
+
+
+def train_full_batch(
+    model: PairModel,
+    objective: AllCellsLoss,
+    *,
+    optimizer: str,
+    learning_rate: float,
+    num_steps: int,
+    evaluate_every: int = 10,
+) -> list[dict[str, float]]:
+    """Minimize the all-cells squared error by `num_steps` exact gradient steps.
+
+    The gradient is that of the error per word, so that rates carry over between vocabulary sizes. Dropout
+    and biases play no part.
+
+    Returns:
+        ``{"step", "loss"}`` at every `evaluate_every`-th step and after the last; the loss is the
+        all-cells error, before that step.
+
+    Raises:
+        DivergenceError: the loss grew tenfold or is not finite.
+    """
+    step_of = make_optimizer(optimizer, model.parameters(), learning_rate)
+    num_words = model.word_table.num_embeddings
+    history = []
+    for step in tqdm(range(num_steps), desc=f"full batch, {optimizer}", unit="step"):
+        _decay(step_of, learning_rate, step / num_steps)
+        loss = objective(*model.factors())
+        if step % evaluate_every == 0:
+            history.append({"step": step, "loss": loss.item()})
+        _check(loss.item(), history[0]["loss"], step, learning_rate)
+        (loss / num_words).backward()
+        step_of.step()
+        step_of.zero_grad()
+    with torch.no_grad():
+        history.append({"step": num_steps, "loss": objective(*model.factors()).item()})
+    return history
+
+
+def train_mini_batches(
+    model: PairModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    optimizer: str,
+    learning_rate: float,
+    num_epochs: int,
+    reports_per_epoch: int = 4,
+    sparse: bool = False,
+) -> list[dict[str, float]]:
+    """Train on batches of pairs.
+
+    Args:
+        batches: iterated once an epoch; needs a length.
+        reports_per_epoch: entries of the history an epoch.
+        sparse: the model's full tables have sparse gradients.
+
+    Returns:
+        ``{"step", "epoch", "loss"}`` for each report: steps and epochs done, the latter in fractions, and
+        the mean loss of the batches since the last report, each taken before its own step.
+
+    Raises:
+        DivergenceError: a batch's loss is ten times the first batch's or not finite.
+    """
+    step_of = make_optimizer(optimizer, model.parameters(), learning_rate, sparse=sparse)
+    total = num_epochs * len(batches)
+    report_every = max(1, len(batches) // reports_per_epoch)
+    history, losses, first_loss, step = [], [], None, 0
+    model.train()
+    with tqdm(total=total, desc=f"mini-batches, {optimizer}", unit="step") as progress:
+        for _ in range(num_epochs):
+            for pairs, values in batches:
+                _decay(step_of, learning_rate, step / total)
+                loss = loss_function(model(pairs), values)
+                losses.append(loss.item())
+                first_loss = losses[0] if first_loss is None else first_loss
+                _check(losses[-1], first_loss, step, learning_rate)
+                loss.backward()
+                step_of.step()
+                step_of.zero_grad()
+                step += 1
+                if step % report_every == 0 or step == total:
+                    epoch = step / len(batches)
+                    history.append({"step": step, "epoch": epoch, "loss": sum(losses) / len(losses)})
+                    losses = []
+                progress.update()
+    model.eval()
+    return history
+
+
+def halve_until_stable(
+    train: Callable[[float], list[dict[str, float]]], learning_rate: float, *, max_halvings: int = 12
+) -> tuple[list[dict[str, float]], float]:
+    """Call ``train(learning_rate)``, which must start afresh, at half the rate after each divergence.
+
+    Returns the history and the rate that served. Raises the last DivergenceError after `max_halvings`.
+    """
+    for halving in range(max_halvings + 1):
+        try:
+            return train(learning_rate), learning_rate
+        except DivergenceError:
+            if halving == max_halvings:
+                raise
+            learning_rate /= 2
+    raise AssertionError("unreachable")

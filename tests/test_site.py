@@ -1,0 +1,250 @@
+"""The built site, as a reader's browser sees it from disk and without a network."""
+
+import functools
+import os
+import shutil
+import threading
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ARGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PHONE = {"width": 390, "height": 844}
+THEMES = ("light", "dark")
+
+# What one look at a rendered page finds wrong; every list is empty on a good page.
+LOOK = """async (theme) => {
+  const name = (e) => e.tagName.toLowerCase() + (e.id ? '#' + e.id : '')
+    + [...e.classList].map((c) => '.' + c).join('');
+  const found = {theme: [], images: [], wide: [], math: [], faint: []};
+  const root = document.documentElement;
+  if (root.dataset.theme !== theme) found.theme.push(root.dataset.theme);
+
+  for (const i of document.images)
+    if (!i.complete || !i.naturalWidth) found.images.push(i.getAttribute('src'));
+
+  const sources = document.querySelectorAll('.math').length;
+  if (sources) {
+    if (window.MathJax?.startup) await MathJax.startup.promise;
+    const set = document.querySelectorAll('.math mjx-container').length;
+    if (set < sources) found.math.push(`${set} of ${sources} formulas typeset`);
+    for (const e of document.querySelectorAll('[data-mjx-error]'))
+      found.math.push(e.getAttribute('data-mjx-error'));
+  }
+
+  // Opened, because what is folded away can be too wide as well.
+  for (const d of document.querySelectorAll('main details')) d.open = true;
+  const width = root.clientWidth;
+  if (root.scrollWidth > width) found.wide.push(`page ${root.scrollWidth} > ${width}`);
+  const held = (e) => {
+    for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
+      if (getComputedStyle(p).overflowX !== 'visible'
+          && p.getBoundingClientRect().right <= width + 1 && p.tagName !== 'MAIN') return true;
+    return false;
+  };
+  for (const e of document.querySelectorAll('article *')) {
+    const box = e.getBoundingClientRect();
+    if (box.width > 1 && box.right > width + 1 && !held(e))
+      found.wide.push(`${name(e)} ends at ${Math.round(box.right)}`);
+  }
+
+  const rgba = (css) => {
+    const n = css.match(/[\\d.]+/g).map(Number);
+    return n.length < 4 ? [...n, 1] : n;
+  };
+  const over = (top, low) => low.map((v, i) => (i < 3 ? top[i] * top[3] + v * (1 - top[3]) : 1));
+  const behind = (e) => {
+    const layers = [];
+    for (let p = e; p; p = p.parentElement) layers.push(rgba(getComputedStyle(p).backgroundColor));
+    return layers.reverse().reduce((low, top) => over(top, low), [255, 255, 255, 1]);
+  };
+  const luminance = (c) => {
+    const [r, g, b] = c.slice(0, 3).map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const texts = '.cell_output :is(th, td, caption, pre), article table :is(th, td)';
+  for (const e of document.querySelectorAll(texts)) {
+    const ground = behind(e);
+    const a = luminance(ground);
+    const b = luminance(over(rgba(getComputedStyle(e).color), ground));
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (e.textContent.trim() && contrast < 4.5)
+      found.faint.push(`${name(e)} contrast ${contrast.toFixed(1)}`);
+    if (theme === 'dark' && a > 0.4) found.faint.push(`${name(e)} on a pale box`);
+  }
+  return found;
+}"""
+
+
+class Page(HTMLParser):
+    """The parts of an HTML file that other files can depend on."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.ids, self.links, self.images = path, set(), [], []
+        self.title, self.has_math, self._in_title = "", False, False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids.update(v for k in ("id", "name") if (v := attrs.get(k)))
+        self.links += [v for k in ("href", "src") if (v := attrs.get(k))]
+        self.has_math |= "math" in (attrs.get("class") or "").split()
+        self._in_title |= tag == "title" and not self.title
+        if tag == "img":
+            self.images.append((attrs.get("src") or "", attrs.get("alt") or ""))
+
+    def handle_data(self, data):
+        if self._in_title:
+            self.title += data
+
+    def handle_endtag(self, tag):
+        if tag == "title":
+            self._in_title = False
+
+
+@pytest.fixture(scope="session")
+def pages(site):
+    # Files under _static are the theme's templates, not pages.
+    files = [p for p in sorted(site.rglob("*.html")) if "_static" not in p.relative_to(site).parts]
+    return {p.relative_to(site).as_posix(): Page(p) for p in files}
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    with sync_api.sync_playwright() as p:
+        found = [os.environ.get("CHROMIUM"), *map(shutil.which, names), p.chromium.executable_path]
+        path = next((f for f in found if f and Path(f).is_file()), None)
+        if path is None:
+            pytest.skip("no chromium found; install one or set CHROMIUM to its path")
+        browser = p.chromium.launch(executable_path=path, args=ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def findings(browser, site, pages):
+    """Everything wrong on every page in both themes, by kind; one visit serves all tests below."""
+    found = {}
+    for theme in THEMES:
+        context = browser.new_context(viewport=PHONE, color_scheme=theme)
+        context.add_init_script(
+            f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}');"
+        )
+        tab = context.new_page()
+        where = ""
+
+        def note(kind, what, where=where):
+            found.setdefault(kind, []).append(f"{where}: {what}")
+
+        def on_request(request):
+            if urlsplit(request.url).scheme not in ("file", "data"):
+                note("requests", request.url)
+
+        tab.on("request", on_request)
+        tab.on("requestfailed", lambda r: note("failed", r.url))
+        tab.on("pageerror", lambda e: note("errors", e))
+        tab.on("console", lambda m: note("errors", m.text) if m.type == "error" else None)
+        for name in pages:
+            where = f"{name} ({theme})"
+            tab.goto((site / name).as_uri(), wait_until="load")
+            for kind, items in tab.evaluate(LOOK, theme).items():
+                for item in items:
+                    note(kind, item)
+        context.close()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["requests", "failed", "errors", "theme", "images", "wide", "math", "faint"])
+def test_page_is_clean(findings, kind):
+    problems = findings.get(kind, [])
+    assert not problems, "\n".join([f"{len(problems)} problems", *problems[:20]])
+
+
+def test_some_page_has_math(pages):
+    assert any(page.has_math for page in pages.values())
+
+
+def test_titles_are_distinct(pages):
+    titles = {}
+    for name, page in pages.items():
+        titles.setdefault(page.title.strip(), []).append(name)
+    assert "" not in titles, titles.get("")
+    assert not {title: names for title, names in titles.items() if len(names) > 1}
+
+
+def test_images_have_alt_text(pages):
+    # Sphinx falls back to the file's path, which tells a listener nothing.
+    bad = [
+        f"{name}: {src}"
+        for name, page in pages.items()
+        for src, alt in page.images
+        if not alt.strip() or Path(src).name in alt or "_images/" in alt
+    ]
+    assert not bad, "\n".join(bad)
+
+
+def test_internal_links_resolve(site, pages):
+    broken = []
+    for name, page in pages.items():
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                continue
+            path = unquote(url.path)
+            target = (page.path.parent / path).resolve() if path else page.path
+            if path.startswith("/") or not target.is_file() or not target.is_relative_to(site):
+                broken.append(f"{name}: {link} (no such file)")
+            elif (fragment := unquote(url.fragment)) and target.suffix == ".html":
+                other = pages.get(target.relative_to(site).as_posix())
+                if other is None or fragment not in other.ids:
+                    broken.append(f"{name}: {link} (no such place)")
+    assert not broken, "\n".join(broken)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def served(folder):
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_search_finds_adagrad(browser, site):
+    # Over HTTP, because a page opened from disk may not read the others for its snippets.
+    with served(site) as url:
+        tab = browser.new_page(viewport=PHONE)
+        try:
+            tab.goto(f"{url}/search.html?q=Adagrad")
+            hit = tab.locator("#search-results ul.search li", has_text="Adagrad").first
+            hit.locator(".context").wait_for(timeout=10_000)
+            tab.goto(f"{url}/" + hit.locator("a").first.get_attribute("href"))
+            assert "Adagrad" in tab.locator("article").inner_text()
+        finally:
+            tab.close()
