@@ -38,7 +38,7 @@ class QualityCase:
     block_size: int = 1
     signed: bool = False
     learning_rate: float | None = None
-    num_steps: int = 80
+    num_steps: int = 70
     num_epochs: int = 1
     batch_size: int = 32_768
     negative_share: float = 0.5
@@ -81,7 +81,8 @@ def score(
         for name in evaluate.SIMILARITY_SETS:
             found = evaluate.similarity(rows, data.words, name)
             fields |= {f"{prefix}{name}_{field}": value for field, value in found.items()}
-    fields |= {f"analogies_{k}": v for k, v in evaluate.analogies(vectors, data.words).items()}
+    analogies = evaluate.analogies(vectors, data.words, max_questions=4000)
+    fields |= {f"analogies_{k}": v for k, v in analogies.items()}
     return fields
 
 

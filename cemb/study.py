@@ -87,7 +87,7 @@ def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> l
         quality = data
     elif grid == "smoke":
         data = {"corpus": corpus, "min_count": 2, "rank": 8}
-        speed = {"num_embeddings": 3000, "embedding_dim": 20, "batch_size": 256, "repeats": 2}
+        speed = {"num_embeddings": 3000, "embedding_dim": 32, "batch_size": 256, "repeats": 2}
         quality = {**data, "num_steps": 30, "batch_size": 2048}
     else:
         raise ValueError(f"grid must be default or smoke, got {grid!r}")

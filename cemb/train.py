@@ -28,6 +28,9 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     parameters = list(parameters)
+    if sparse:
+        # torch's default; where it is not asked for, some optimizers warn of it at their first step.
+        torch.sparse.check_sparse_tensor_invariants.disable()
     fused = {} if sparse else {"fused": True}
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, **fused)
