@@ -67,7 +67,7 @@ def main() -> int:
     stage(runs, found, build / "src")
     command = [Path(sys.executable).parent / "jupyter-book", "build", build / "src"]
     command += ["--config", ROOT / "_config.yml", "--path-output", build]
-    done = subprocess.run([*map(str, command), *"--all -W -n --keep-going -q".split()], check=False)
+    done = subprocess.run([*map(str, command), *["--all", "-W", "-n", "--keep-going", "-q"]], check=False)
     if done.returncode:
         return done.returncode
     records.write_atomic(stamp, key)

@@ -59,10 +59,13 @@ class PairBatches:
 
     def _batch(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
         num_negative = round(len(cells) * self.negative_share / (1 - self.negative_share))
-        rows = self._rng.integers(self.matrix.shape[0], size=num_negative)
-        columns = self._rng.integers(self.matrix.shape[1], size=num_negative)
         pairs = np.empty((len(cells) + num_negative, 2), np.int64)
-        pairs[:, 0] = np.concatenate([self._rows[cells], rows])
-        pairs[:, 1] = np.concatenate([self.matrix.indices[cells], columns])
-        values = np.concatenate([self.matrix.data[cells], self.matrix[rows, columns]])
-        return torch.from_numpy(pairs).to(self.device), torch.from_numpy(values).float().to(self.device)
+        pairs[: len(cells), 0] = self._rows[cells]
+        pairs[: len(cells), 1] = self.matrix.indices[cells]
+        pairs[len(cells) :, 0] = self._rng.integers(self.matrix.shape[0], size=num_negative)
+        pairs[len(cells) :, 1] = self._rng.integers(self.matrix.shape[1], size=num_negative)
+        values = np.empty(len(pairs), np.float32)
+        values[: len(cells)] = self.matrix.data[cells]
+        if num_negative:  # scipy gives a scalar for no indices
+            values[len(cells) :] = self.matrix[tuple(pairs[len(cells) :].T)]
+        return torch.from_numpy(pairs).to(self.device), torch.from_numpy(values).to(self.device)

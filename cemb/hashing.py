@@ -104,3 +104,32 @@ class HashSpec:
         start = ((h >> 32) * self.num_starts) >> 32
         sign = 1 - 2 * (h & 1) if self.signed else 1
         return start + within, sign
+
+
+@dataclass(frozen=True)
+class PairDropout:
+    """Dropout on both vectors of a pair, as it acts on their dot product; masks are hashed, not stored.
+
+    Component j of a dot product survives if it does in both vectors, which has probability (1 − p)², and is
+    then scaled by 1/(1 − p)². So one mask a pair stands for two, exactly in distribution. For pair i of
+    dimension d it keeps component j if the upper 32 bits of ``mix(i·d + j + mix(seed + GOLDEN))`` reach
+    `threshold`.
+    """
+
+    p: float
+    seed: int = 0
+
+    @property
+    def threshold(self) -> int:
+        """Share of components dropped from the dot product, in units of 2^-32."""
+        return round((1 - (1 - self.p) ** 2) * 2**32)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the components that are kept."""
+        return 1 / (1 - self.p) ** 2
+
+    @property
+    def salt(self) -> int:
+        """The seed's contribution to every key, in [0, 2^64)."""
+        return mix(self.seed + GOLDEN)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cemb import ops
 from cemb.tables import FullEmbedding, HashedEmbedding, ReferenceHashedEmbedding
 
 TABLES = {
@@ -21,7 +22,7 @@ class PairModel(nn.Module):
         word_table: table of the words, as in `cemb.tables`.
         context_table: table of the contexts; None shares the words' table, as the 2021 project did.
         bias: ``"none"``, ``"shared"`` (one value per id, used on both sides) or ``"separate"``.
-        dropout: share of vector components zeroed in training.
+        dropout: share of vector components zeroed in training, see `cemb.ops.pair_scores`.
     """
 
     def __init__(
@@ -61,12 +62,10 @@ class PairModel(nn.Module):
         """Scores ``[batch]`` of the (word, context) id pairs ``[batch, 2]``."""
         word_ids, context_ids = pairs.unbind(-1)
         if self.context_table is self.word_table:
-            vectors = F.dropout(self.word_table(pairs), self.dropout, self.training)
-            words, contexts = vectors.unbind(-2)
+            vectors = self.word_table(pairs)
         else:
-            words = F.dropout(self.word_table(word_ids), self.dropout, self.training)
-            contexts = F.dropout(self.context_table(context_ids), self.dropout, self.training)
-        scores = torch.linalg.vecdot(words, contexts)
+            vectors = torch.stack((self.word_table(word_ids), self.context_table(context_ids)), dim=-2)
+        scores = ops.pair_scores(vectors, self.dropout if self.training else 0.0)
         if self.word_bias is not None:
             scores = scores + self.word_bias[word_ids] + self.context_bias[context_ids]
         return scores

@@ -1,5 +1,6 @@
 """torch.library ops: schema, validation, device dispatch, fake kernels and autograd.
 
+`hashed_lookup` turns ids into vectors, `pair_scores` pairs of vectors into dot products after dropout.
 `hashed_lookup` and `hashed_scatter` are linear in their first argument and each other's transpose, so each
 one's backward is the other and derivatives of any order exist.
 """
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cemb import reference
-from cemb.hashing import HashSpec
+from cemb.hashing import HashSpec, PairDropout
 from cemb.kernels import cpu
 
 _ID_DTYPES = (torch.int32, torch.int64)
@@ -141,3 +142,73 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
         spec.signed,
         spec.table_offset,
     )
+
+
+@torch.library.custom_op("cemb::pair_scores", mutates_args=())
+def _pair_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    drop = PairDropout(dropout, int(seed))
+    if backend(vectors.device, vectors.dtype) == "torch":
+        return reference.pair_scores(vectors, drop)
+    scores = vectors.new_empty(len(vectors))
+    cpu.pair_scores(vectors.detach().contiguous().numpy(), drop, scores.numpy())
+    return scores
+
+
+@torch.library.custom_op("cemb::pair_scores_backward", mutates_args=())
+def _pair_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    drop = PairDropout(dropout, int(seed))
+    if backend(vectors.device, vectors.dtype) == "torch":
+        weights = grad.unsqueeze(-1) * reference.pair_weights(vectors, drop)
+        return weights.unsqueeze(1) * vectors.flip(1)
+    out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+    cpu.pair_scores_backward(
+        grad.detach().contiguous().numpy(), vectors.detach().contiguous().numpy(), drop, out.numpy()
+    )
+    return out
+
+
+@_pair_scores.register_fake
+def _(vectors, dropout, seed):
+    return vectors.new_empty(vectors.shape[0])
+
+
+@_pair_scores_backward.register_fake
+def _(grad, vectors, dropout, seed):
+    return torch.empty_like(vectors, memory_format=torch.contiguous_format)
+
+
+def _pair_setup(ctx, inputs, output):
+    vectors, ctx.dropout, seed = inputs
+    ctx.save_for_backward(vectors, seed)
+
+
+def _pair_backward(ctx, grad):
+    vectors, seed = ctx.saved_tensors
+    return _pair_scores_backward(grad, vectors, ctx.dropout, seed), None, None
+
+
+_pair_scores.register_autograd(_pair_backward, setup_context=_pair_setup)
+
+
+def pair_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
+    """Dot product of each pair of vectors, with dropout on both.
+
+    Has the distribution of ``(F.dropout(u, p) * F.dropout(v, p)).sum(-1)``, without a stored mask: masks are
+    hashed from a seed drawn from torch's default generator, see `cemb.hashing.PairDropout`. On the CPU,
+    torch's own dropout draws its mask on one thread, which takes longer than the rest of a step.
+
+    Args:
+        vectors: ``[n, 2, dim]``.
+        dropout: share of components zeroed in each vector, in [0, 1).
+
+    Returns:
+        ``[n]``. Deterministic for a state of the generator; differentiable once.
+
+    Raises ValueError for another shape or share.
+    """
+    if vectors.dim() != 3 or vectors.shape[1] != 2:
+        raise ValueError(f"vectors must have shape [n, 2, dim], got {list(vectors.shape)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
+    return _pair_scores(vectors, dropout, seed)

@@ -7,7 +7,7 @@ what makes hashed embeddings slow in eager PyTorch. They run on any device and d
 import torch
 from torch import Tensor
 
-from cemb.hashing import MULTIPLIER_1, MULTIPLIER_2, HashSpec
+from cemb.hashing import MULTIPLIER_1, MULTIPLIER_2, HashSpec, PairDropout
 
 
 def _as_int64(x: int) -> int:
@@ -60,3 +60,16 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
     indices, signs = locate(ids, spec)
     values = weight[indices]
     return values if signs is None else values * signs
+
+
+def pair_weights(vectors: Tensor, dropout: PairDropout) -> Tensor:
+    """Factors ``[n, dim]`` by which dropout scales the terms of the dot products of pairs ``[n, 2, dim]``."""
+    n, _, dim = vectors.shape
+    keys = torch.arange(n * dim, device=vectors.device).reshape(n, dim)
+    kept = _shift_right(mix(keys + _as_int64(dropout.salt)), 32) >= dropout.threshold
+    return kept.to(vectors.dtype) * dropout.scale
+
+
+def pair_scores(vectors: Tensor, dropout: PairDropout) -> Tensor:
+    """Dot products ``[n]`` of the pairs ``[n, 2, dim]`` after dropout on both vectors."""
+    return (vectors[:, 0] * vectors[:, 1] * pair_weights(vectors, dropout)).sum(-1)

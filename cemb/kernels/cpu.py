@@ -164,3 +164,53 @@ def scatter(grad: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec, pool: np.
         else:
             private = np.zeros((threads - 1, spec.pool_size), dtype=grad.dtype)
             _scatter_private(grad, ids, pool, private, *_constants(spec))
+
+
+@njit(inline="always")
+def _keep(key, j, threshold):
+    return (_mix(key + np.uint64(j)) >> _S32) >= threshold
+
+
+# Reassociation lets the sum over a row use vector registers.
+@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+def _pair_scores(vectors, scores, salt, threshold, scale):
+    dim = vectors.shape[2]
+    for i in prange(vectors.shape[0]):
+        key = salt + np.uint64(i) * np.uint64(dim)
+        total = scores.dtype.type(0)
+        for j in range(dim):
+            product = vectors[i, 0, j] * vectors[i, 1, j]
+            total += product if _keep(key, j, threshold) else scores.dtype.type(0)
+        scores[i] = total * scale
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _pair_scores_backward(grad, vectors, out, salt, threshold, scale):
+    dim = vectors.shape[2]
+    for i in prange(vectors.shape[0]):
+        key = salt + np.uint64(i) * np.uint64(dim)
+        factor = grad[i] * scale
+        for j in range(dim):
+            kept = factor if _keep(key, j, threshold) else grad.dtype.type(0)
+            out[i, 0, j] = kept * vectors[i, 1, j]
+            out[i, 1, j] = kept * vectors[i, 0, j]
+
+
+def _dropout_constants(dropout: hashing.PairDropout, dtype: np.dtype):
+    return np.uint64(dropout.salt), np.uint64(dropout.threshold), dtype.type(dropout.scale)
+
+
+def pair_scores(vectors: np.ndarray, dropout: hashing.PairDropout, scores: np.ndarray) -> None:
+    """Write the dot product of each pair of `vectors` ``[n, 2, dim]`` after dropout into `scores` ``[n]``."""
+    with _launch:
+        _set_threads()
+        _pair_scores(vectors, scores, *_dropout_constants(dropout, vectors.dtype))
+
+
+def pair_scores_backward(
+    grad: np.ndarray, vectors: np.ndarray, dropout: hashing.PairDropout, out: np.ndarray
+) -> None:
+    """Write the gradient of `pair_scores` with respect to `vectors` into `out` ``[n, 2, dim]``."""
+    with _launch:
+        _set_threads()
+        _pair_scores_backward(grad, vectors, out, *_dropout_constants(dropout, vectors.dtype))

@@ -1,0 +1,62 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+ROOT = Path(__file__).parent.parent
+SCRATCH = ROOT / "build" / "test"
+
+
+def zipf_text(num_tokens=60_000, num_words=600, seed=0):
+    """A text of made-up words with Zipf frequencies, and a few real ones for the evaluation sets."""
+    rng = np.random.default_rng(seed)
+    words = ["".join(chr(97 + letter) for letter in rng.integers(26, size=5)) for _ in range(num_words)]
+    words += ["king", "queen", "water", "car", "tiger", "cat", "money", "cash", "physics", "proton"]
+    shares = 1 / np.arange(1, len(words) + 1)
+    return " ".join(rng.choice(words, num_tokens, p=shares / shares.sum()))
+
+
+@pytest.fixture
+def random_matrix():
+    """A sparse float32 matrix with sorted columns: 40 words, 30 contexts."""
+    rng = np.random.default_rng(3)
+    dense = np.where(rng.random((40, 30)) < 0.2, rng.gamma(2.0, 1.0, (40, 30)), 0).astype(np.float32)
+    return sp.csr_array(dense)
+
+
+@pytest.fixture(autouse=True)
+def own_results(tmp_path, monkeypatch):
+    """No test touches the results of the repository."""
+    monkeypatch.setenv("CEMB_RESULTS", str(tmp_path / "results"))
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """Environment of the smoke study, which is run if it is not up to date: all notebooks, small."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    corpus = SCRATCH / "corpus.txt"
+    if not corpus.exists():
+        corpus.write_text(zipf_text())
+    environment = {
+        **os.environ,
+        "CEMB_RESULTS": str(SCRATCH / "results"),
+        "CEMB_GRID": "smoke",
+        "CORPUS": os.path.relpath(corpus, ROOT),
+    }
+    command = [sys.executable, "-m", "cemb", "study", "--grid", "smoke", "--corpus", environment["CORPUS"]]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return environment
+
+
+@pytest.fixture(scope="session")
+def site(smoke):
+    """The built site of the smoke study."""
+    command = [sys.executable, "book/build.py", "--build-dir", str(SCRATCH)]
+    done = subprocess.run(command, env=smoke, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SCRATCH / "_build" / "html"

@@ -1,0 +1,249 @@
+"""Timing, records, the speed study and the command line."""
+
+import csv
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+
+from cemb import __main__ as command_line
+from cemb import measure, records, report, speed
+
+
+def test_steps_are_interleaved_and_counted():
+    calls = []
+
+    def step(name):
+        def run(clock):
+            calls.append(name)
+            with clock.phase("forward"):
+                pass
+            with clock.phase("gradient"):
+                pass
+
+        return run
+
+    times = measure.interleave({"a": step("a"), "b": step("b")}, repeats=5, warmup=2, rounds=2)
+    # First turn: 2 warm-up calls and 2 timed; second: 1 and 3.
+    assert "".join(calls) == "aaaabbbbaaaabbbb"
+    for phases in times.values():
+        assert {phase: len(values) for phase, values in phases.items()} == {
+            "forward": 5,
+            "gradient": 5,
+            "total": 5,
+        }
+        sums = np.add(phases["forward"], phases["gradient"])
+        np.testing.assert_allclose(phases["total"], sums)
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        measure.interleave({}, repeats=0)
+
+
+def test_summary_is_the_median_with_the_repeats():
+    fields = measure.summarize({"step": [3.0, 1.0, 2.0]})
+    assert fields == {"step_ms": 2.0, "step_ms_repeats": [3.0, 1.0, 2.0]}
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's clear_refs")
+def test_peak_memory_sees_an_allocation():
+    def step(clock):
+        np.ones(2**26, np.uint8).sum()
+
+    assert 60 < measure.peak_mib(step) < 80
+
+
+def test_speed_records_have_identity_values_and_provenance():
+    sizes = {"num_embeddings": 500, "embedding_dim": 8, "batch_size": 32}
+    cases = speed.comparison_cases("adam", 100, (1, 4), **sizes)
+    found = speed.measure_cases(cases, repeats=3)
+    assert [r["table"] for r in found] == ["full", "full", "hashed", "hashed", "hashed-reference"]
+    assert [r["backend"] for r in found] == ["torch", "torch", "numba", "numba", "torch"]
+    for record in found:
+        assert record["pool_size"] == (None if record["table"] == "full" else 100)
+        for phase in ("forward", "gradient", "step", "total"):
+            assert len(record[f"{phase}_ms_repeats"]) == 3
+            assert record[f"{phase}_ms"] == sorted(record[f"{phase}_ms_repeats"])[1]
+        assert {"git_commit", "torch_version", "threads", "utc_time", "cpu_model"} <= record.keys()
+        assert not any(isinstance(value, dict) for value in record.values())
+    assert found[0]["parameters_mib"] == 500 * 8 * 4 / 2**20
+
+
+def test_cases_of_different_sizes_are_not_compared():
+    cases = [speed.SpeedCase("full", "sgd", num_embeddings=n) for n in (10, 20)]
+    with pytest.raises(ValueError, match="must share sizes and device"):
+        speed.measure_cases(cases)
+
+
+def test_grids():
+    nine = speed.grid_cases("original")
+    rows = report.original_2021()
+    assert [(c.optimizer, c.table, c.pool_size) for c in nine] == [
+        (r.optimizer, r.table, None if r.table == "full" else int(r.pool_size)) for r in rows.itertuples()
+    ]
+    everything = speed.grid_cases("original-full")
+    assert len(everything) == 3 * 4 * (1 + 10)
+    assert {c.pool_size for c in everything} >= {1, 8, 64, 512, 32_768, 134_217_728, 100_000_000}
+    with pytest.raises(ValueError, match="grid must be one of original, original-full, got 'mine'"):
+        speed.grid_cases("mine")
+
+
+def test_published_rows_add_up():
+    rows = report.original_2021()
+    np.testing.assert_allclose(rows.forward_ms + rows.gradient_ms + rows.step_ms, rows.total_ms, atol=0.02)
+
+
+def test_csv_has_the_originals_columns():
+    cases = [speed.SpeedCase("hashed", "adagrad", 64, num_embeddings=50, embedding_dim=4, batch_size=8)]
+    text = speed.original_csv(speed.measure_cases(cases, repeats=1))
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert list(row) == [
+        "Model",
+        "batch_size",
+        "memory_size",
+        "forward_pass_ms",
+        "gradient_computation_ms",
+        "backward_pass_ms",
+        "model size",
+        "optimizer",
+    ]
+    assert (row["Model"], row["memory_size"], row["optimizer"]) == (
+        "CompressedEmbTableModel",
+        "64",
+        "Adagrad",
+    )
+
+
+def _speed_arguments(*extra):
+    sizes = "--num-embeddings 500 --embedding-dim 8 --batch-size 16 --pool-size 64 --repeats 2 --threads 1"
+    return ["speed", *sizes.split(), *extra]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("model", ["full", "hashed", "hashed-reference"])
+def test_command_line_prints_one_record(model, capsys):
+    assert command_line.main(_speed_arguments("--model", model, "--optimizer", "adagrad")) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["table"], record["optimizer"], record["threads"]) == (model, "adagrad", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            _speed_arguments("--optimizer", "rmsprop"),
+            "optimizer must be one of sgd, adagrad, adam, got 'rmsprop'",
+        ),
+        (_speed_arguments("--block-size", "9"), "block_size must be at most embedding_dim=8, got 9"),
+        (_speed_arguments("--grid", "mine"), "grid must be one of"),
+        (["pmi", "--corpus", "/nowhere.txt"], "corpus '/nowhere.txt' is neither"),
+        (["train", "--table", "full", "--corpus", "/"], "is a directory"),
+        (
+            ["study", "--optimizer", "lion"],
+            "no run of this grid has optimizer=lion; it has adagrad, adam, sgd",
+        ),
+        (["study", "--pool-size", "7"], "no run of this grid has pool_size=7; it has 262144, 100000000"),
+        (["study", "--grid", "tiny"], "grid must be default or smoke, got 'tiny'"),
+    ],
+)
+def test_command_line_explains_bad_input(arguments, message, capsys):
+    assert command_line.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err
+    assert output.err.startswith("cemb: ")
+    assert "Traceback" not in output.err
+
+
+def test_command_line_trains_and_saves(tmp_path, capsys):
+    import torch
+    from conftest import zipf_text
+
+    corpus, saved = tmp_path / "text.txt", tmp_path / "model.pt"
+    corpus.write_text(zipf_text(5000, 80))
+    common = ["--corpus", str(corpus), "--min-count", "2", "--rank", "4"]
+    assert command_line.main(["pmi", *common, "--histogram-out", str(tmp_path / "histogram.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "pmi"
+    assert sum(json.loads((tmp_path / "histogram.json").read_text())["shares"]) == pytest.approx(1)
+    train = ["train", *common, "--pool-size", "90", "--num-steps", "5", "--save", str(saved)]
+    assert command_line.main(train) == 0
+    assert json.loads(capsys.readouterr().out)["num_parameters"] == 90
+    assert torch.load(saved)["word_table.weight"].shape == (90,)
+
+
+def test_ratios_know_ties():
+    rng = np.random.default_rng(0)
+
+    def record(center):
+        values = center + rng.normal(0, 1, 15)
+        return {"total_ms": float(np.median(values)), "total_ms_repeats": values.tolist()}
+
+    tie = report.time_ratio(record(20.0), record(20.0))
+    assert tie.is_tie
+    assert tie.verdict == "as fast, within the noise"
+    fast = report.time_ratio(record(10.0), record(30.0))
+    assert not fast.is_tie
+    assert fast.verdict == "3.0 times faster"
+    assert fast.low < fast.value < fast.high
+    assert report.time_ratio(record(30.0), record(10.0)).verdict.endswith("times slower")
+
+
+def test_records_are_written_whole_and_read_back(tmp_path):
+    found = [{"a": 1, "b": "ü"}, {"a": None}]
+    records.write(found, tmp_path / "deep" / "records.jsonl")
+    assert records.read(tmp_path / "deep" / "records.jsonl") == found
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": ')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 2: not a record"):
+        records.read(tmp_path / "bad.jsonl")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1: a record is a JSON object"):
+        records.read(tmp_path / "list.jsonl")
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "records.jsonl"
+    records.write([{"a": 1}], target)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match="No space left"):
+        records.write([{"a": 2}], target)
+    monkeypatch.undo()
+    assert records.read(target) == [{"a": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_an_interrupted_directory_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), records.atomic_directory(tmp_path / "out") as work:
+        (work / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with records.atomic_directory(tmp_path / "out") as work:
+        (work / "whole").write_text("whole")
+    assert (tmp_path / "out" / "whole").read_text() == "whole"
+
+
+def test_code_hash_follows_imports(monkeypatch, tmp_path):
+    source = "from cemb import corpus, records\nfrom cemb.pmi import pmi_matrix\nimport numpy"
+    assert records.imported_modules(source) == {"cemb.corpus", "cemb.records", "cemb.pmi"}
+    assert records.imported_modules("from cemb import HashedEmbedding") == {"cemb"}
+    package = tmp_path / "cemb"
+    package.mkdir()
+    for name, text in {"a": "from cemb.b import x", "b": "x = 1", "c": "y = 1"}.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setattr(records, "PACKAGE", package)
+    before = records.code_hash("from cemb import a")
+    (package / "c.py").write_text("y = 2")
+    assert records.code_hash("from cemb import a") == before
+    (package / "b.py").write_text("x = 2")
+    assert records.code_hash("from cemb import a") != before

@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+
+from cemb import PairModel
+from cemb.model import LOSSES, build_model, glove_loss, glove_weight, mse_loss, weighted_mse_loss
+from cemb.tables import FullEmbedding, HashedEmbedding
+
+
+@pytest.mark.parametrize("shared_table", [True, False])
+@pytest.mark.parametrize("bias", ["none", "shared", "separate"])
+@pytest.mark.parametrize("table", ["full", "hashed", "hashed-reference"])
+def test_scores_are_dot_products_plus_biases(table, bias, shared_table):
+    pool = None if table == "full" else 40
+    model = build_model(table, 12, 5, pool_size=pool, bias=bias, shared_table=shared_table).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    pairs = torch.tensor([[0, 11], [3, 3], [7, 2]])
+    words, contexts = model.factors()
+    expected = (words[pairs[:, 0]] * contexts[pairs[:, 1]]).sum(1)
+    if bias != "none":
+        expected = expected + model.word_bias[pairs[:, 0]] + model.context_bias[pairs[:, 1]]
+    torch.testing.assert_close(model(pairs), expected)
+    assert (model.word_bias is model.context_bias) == (bias != "separate")
+    assert (model.word_table is model.context_table) == shared_table
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"table": "full"}, 60),
+        ({"table": "full", "shared_table": False, "bias": "separate"}, 120 + 24),
+        ({"table": "full", "bias": "shared"}, 60 + 12),
+        ({"table": "hashed", "pool_size": 40, "shared_table": False}, 40),
+    ],
+)
+def test_parameters_are_counted_once(options, expected):
+    assert build_model(num_embeddings=12, embedding_dim=5, **options).num_parameters == expected
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_mean():
+    torch.manual_seed(0)
+    model = build_model("full", 4, 2000, dropout=0.3)
+    with torch.no_grad():
+        model.word_table.weight.fill_(1.0)
+    pairs = torch.tensor([[0, 1]]).expand(50, 2)
+    assert torch.equal(model.eval()(pairs), torch.full((50,), 2000.0))
+    scores = model.train()(pairs)
+    assert scores.std() > 0
+    # Each of 100,000 products is 1/0.49 with probability 0.49: deviation about 1.02.
+    assert abs(scores.mean() / 2000 - 1) < 5 * 1.02 / math.sqrt(100_000)
+
+
+def test_losses_equal_their_formulas():
+    scores, values = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([50.0, 200.0, 0.0])
+    weights = [0.5**0.75, 1.0, 0.0]
+    assert mse_loss(scores, values).item() == pytest.approx((49**2 + 202**2 + 0.25) / 3)
+    assert glove_weight(values).tolist() == pytest.approx(weights)
+    squares = [(1 - 50) ** 2, (-2 - 200) ** 2, 0.25]
+    expected = sum(w * s for w, s in zip(weights, squares, strict=True)) / 3
+    assert weighted_mse_loss(scores, values).item() == pytest.approx(expected)
+    logs = [(1 - math.log(50)) ** 2, (-2 - math.log(200)) ** 2, 0]
+    expected = sum(w * s for w, s in zip(weights, logs, strict=True)) / 3
+    assert glove_loss(scores, values).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values())
+def test_losses_have_exact_gradients_also_at_zero(loss):
+    scores = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    values = torch.tensor([0.0, 0.5, 3.0, 99.0, 100.0, 150.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: loss(s, values), scores)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: build_model("fool", 3, 2),
+            "table must be one of full, hashed, hashed-reference, got 'fool'",
+        ),
+        (lambda: build_model("hashed", 3, 2), "table 'hashed' needs a pool_size"),
+        (lambda: build_model("full", 3, 2, pool_size=4), "a full table has no pool; got pool_size=4"),
+        (lambda: build_model("hashed", 3, 2, pool_size=4, sparse_gradients=True), "has no sparse gradients"),
+        (
+            lambda: build_model("full", 3, 2, bias="both"),
+            "bias must be one of none, shared, separate, got 'both'",
+        ),
+        (lambda: build_model("full", 3, 2, dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),
+        (lambda: PairModel(FullEmbedding(3, 2), HashedEmbedding(3, 4, 9)), "one length, got 2 and 4"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,120 @@
+"""The project's files agree with each other."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from itertools import chain
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from cemb import records
+
+# Each module may import only from the groups before its own.
+LAYERS = (
+    ("hashing", "corpus", "cooccurrence", "pmi", "measure", "records"),
+    ("reference", "kernels", "kernels.cpu"),
+    ("ops",),
+    ("tables.full", "tables.hashed"),
+    ("tables",),
+    ("model", "batches", "evaluate"),
+    ("train", "dataset"),
+    ("speed", "quality"),
+    ("study", "plots"),
+    ("report",),
+    ("__init__", "__main__"),
+)
+
+
+def _name(requirement):
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower().replace("_", "-")
+
+
+def _pins(path):
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[^\s=]+", line) for line in lines), f"{path} must pin exactly"
+    return {_name(line): line for line in lines}
+
+
+def test_pyproject_names_what_requirements_pin():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    pins = _pins("requirements.txt")
+    assert {_name(requirement) for requirement in named} == set(pins)
+    for requirement in named:
+        if at_least := re.search(r">=([\d.]+)", requirement):
+            pinned = pins[_name(requirement)].split("==")[1]
+            assert tuple(map(int, pinned.split(".")[:2])) >= tuple(map(int, at_least[1].split(".")[:2]))
+
+
+def test_constraints_pin_the_rest():
+    assert not set(_pins("constraints.txt")) & set(_pins("requirements.txt"))
+
+
+def test_environment_yml_installs_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert {"-r requirements.txt", "-c constraints.txt", "-e ."} <= set(pip)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (python,) = [entry for entry in environment["dependencies"] if str(entry).startswith("python=")]
+    assert python.split("=")[1] == project["requires-python"].removeprefix(">=")
+
+
+def test_imports_follow_the_flow_of_data():
+    layer = {f"cemb.{name}": level for level, names in enumerate(LAYERS) for name in names}
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "cemb").rglob("*.py")
+        if path != ROOT / "cemb" / "__init__.py"
+    }
+    assert set(modules) == set(layer) - {"cemb.__init__"}
+    for name, path in modules.items():
+        for imported in records.imported_modules(path.read_text()) - {"cemb"}:
+            assert layer[imported] < layer[name], f"{name} imports {imported}"
+
+
+def test_the_package_imports_without_torch():
+    code = "import sys, cemb.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_measurements_need_no_jupyter():
+    heavy = "{'papermill', 'nbformat', 'IPython', 'pandas', 'matplotlib', 'gensim'}"
+    code = f"import sys, cemb.speed, cemb.quality, cemb.__main__; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_are_stored_without_output(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert cells[0]["cell_type"] == "markdown"
+    assert cells[0]["source"][0].startswith("# ")
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+            ast.parse("".join(cell["source"]))
+
+
+def test_no_tracked_file_is_large():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            assert (ROOT / name).stat().st_size < 1_000_000, name
+
+
+def test_every_docstring_example_runs():
+    import doctest
+
+    import cemb.corpus
+    import cemb.tables.hashed
+
+    for module in (cemb.corpus, cemb.tables.hashed):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0

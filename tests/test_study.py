@@ -1,0 +1,164 @@
+"""The study driver: what is stale and why, refusals, a run killed halfway, the smoke study's records."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from conftest import ROOT, SCRATCH
+
+from cemb import report, study
+
+
+def _pretend(run, **changes):
+    """Lay down a result of the run, as if made under another identity."""
+    content = {**study.identity(run), **changes}
+    path = study._run_dir(run, content)
+    path.mkdir(parents=True)
+    (path / "identity.json").write_text(json.dumps(content, default=str))
+    (path / "records.jsonl").write_text('{"kind": "pmi"}\n')
+    return path
+
+
+def test_names_and_titles_are_unique():
+    runs = study.study_runs()
+    assert len({run.name for run in runs}) == len({run.title for run in runs}) == len(runs)
+
+
+def test_the_default_grid_covers_the_question():
+    runs = study.study_runs()
+    speed = {
+        (r.parameters["optimizer"], r.parameters["pool_size"]) for r in runs if r.notebook == "speed.ipynb"
+    }
+    assert speed == {(o, p) for o in ("sgd", "adagrad", "adam") for p in (262_144, 100_000_000)}
+    quality = [r.parameters for r in runs if r.parameters.get("training") == "full-batch"]
+    for optimizer in ("sgd", "adagrad", "adam"):
+        sizes = [
+            (p["table"], p.get("compression_ratio"), p.get("pool_size"))
+            for p in quality
+            if p["optimizer"] == optimizer
+        ]
+        assert sizes == [
+            ("full", None, None),
+            ("hashed", 1, None),
+            ("hashed", 4, None),
+            ("hashed", 16, None),
+            ("hashed", None, 262_144),
+        ]
+
+
+def test_staleness_says_why():
+    run = study.study_runs()[1]
+    assert study.staleness(run) == "never run"
+    _pretend(run, numba_version="0.1", code="abc")
+    why = study.staleness(run)
+    assert "numba_version: 0.1 → " in why
+    assert "code: abc → " in why
+    assert "torch_version" not in why
+    _pretend(run)
+    assert study.staleness(run) is None
+
+
+def test_a_run_whose_name_begins_another_is_not_confused_with_it():
+    first = study.Run("quality", "Quality", "quality.ipynb", {})
+    second = study.Run("quality-sgd", "Quality, SGD", "quality.ipynb", {})
+    _pretend(second)
+    assert study.staleness(second) is None
+    assert study.staleness(first) == "never run"
+
+
+def test_a_corpus_that_changed_is_noticed(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three")
+    run = study.study_runs("smoke", str(text))[0]
+    _pretend(run)
+    assert study.staleness(run) is None
+    text.write_text("one two four")
+    assert "corpus fingerprint: sha256:" in study.staleness(run)
+
+
+def test_missing_records_are_named():
+    with pytest.raises(FileNotFoundError, match=r"28 of 28 runs are missing or stale:\n  pmi: never run"):
+        study.current_records(study.study_runs())
+
+
+def test_a_parameter_that_does_not_exist_is_refused_before_anything_runs(tmp_path):
+    runs = [study.Run("x", "X", "speed.ipynb", {"optimiser": "sgd"})]
+    with pytest.raises(ValueError, match=r"speed.ipynb has no parameter optimiser; it has .*optimizer"):
+        study.run_study(runs)
+    assert not list(tmp_path.rglob("run.ipynb"))
+
+
+def test_an_unknown_value_fails_its_run_and_keeps_the_notebook(tmp_path):
+    run = study.Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "num_embeddings": 10})
+    with pytest.raises(RuntimeError, match=r"bad failed with ValueError: optimizer must be one of .*'lion'"):
+        study.run_study([run], say=lambda line: None)
+    assert study.staleness(run) == "never run"
+    kept = nbformat.read(tmp_path / "results" / "local" / "failed" / "bad.ipynb", as_version=4)
+    assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
+
+
+def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):
+    environment = {**smoke, "CEMB_RESULTS": str(tmp_path / "results")}
+    command = [sys.executable, "-m", "cemb", "study", "--grid", "smoke", "--corpus", smoke["CORPUS"]]
+    command += ["--optimizer", "adam", "--pool-size", "262144", "--workers", "1"]
+    runs = tmp_path / "results" / "local" / "runs"
+    started = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("speed-*")):
+        assert time.monotonic() < deadline, "the first run did not finish"
+        assert started.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.2)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    (finished,) = runs.glob("speed-*")
+    modified = (finished / "records.jsonl").stat().st_mtime_ns
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 of 3 runs to do\n")
+    assert "left" in done.stdout
+    assert (finished / "records.jsonl").stat().st_mtime_ns == modified
+    check = subprocess.run([*command, "--check"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (check.returncode, check.stdout) == (0, "3 of 3 runs are up to date\n")
+
+
+def test_smoke_records(smoke, monkeypatch):
+    for name in ("CEMB_RESULTS", "CEMB_GRID", "CORPUS"):
+        monkeypatch.setenv(name, smoke[name])
+    monkeypatch.chdir(ROOT)
+    found = report.load()
+    kinds = [record["kind"] for record in found]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 22, "speed": 30}
+    table = report.beside_original(found)
+    assert len(table) == 9
+    assert report.quality_table(found, "full-batch").shape[0] == 16
+    for record in found:
+        assert record["git_commit"] is None or len(record["git_commit"]) == 40
+    with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
+        report.pick(found, table="robe")
+    assert report.csv_text(found, "speed").count("\n") == 31
+
+
+def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
+    pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
+    assert len(pages) >= 28
+    for page in pages:
+        notebook = nbformat.read(page, as_version=4)
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                assert output.output_type != "error"
+                assert output.get("name") != "stderr", output
+            assert str(ROOT) not in json.dumps(cell)
+
+
+def test_a_page_without_its_records_fails_the_build(tmp_path):
+    environment = {**os.environ, "CEMB_RESULTS": str(tmp_path / "none"), "CEMB_GRID": "", "CORPUS": ""}
+    command = [sys.executable, "book/build.py", "--build-dir", str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "28 of 28 runs are missing or stale" in done.stderr
+    assert not (tmp_path / "_build").exists()
