@@ -6,6 +6,7 @@ the last build.
 
 import argparse
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from cemb import records, report, study
 
 ROOT = records.ROOT
 BOOK = ROOT / "book"
+# Warnings fail the build, after all of them are shown; nothing is taken from an earlier build.
+OPTIONS = ("--all", "-W", "-n", "--keep-going", "-q")
 
 
 def source_files() -> list[Path]:
@@ -66,8 +69,14 @@ def main() -> int:
     shutil.rmtree(build / "_build", ignore_errors=True)
     stage(runs, found, build / "src")
     command = [Path(sys.executable).parent / "jupyter-book", "build", build / "src"]
-    command += ["--config", ROOT / "_config.yml", "--path-output", build]
-    done = subprocess.run([*map(str, command), *["--all", "-W", "-n", "--keep-going", "-q"]], check=False)
+    command += ["--config", ROOT / "_config.yml", "--path-output", build, *OPTIONS]
+    # Pages run in the staged folder; paths that were relative to this one must not be.
+    paths = {
+        name: str(Path(os.environ[name]).resolve())
+        for name in ("CORPUS", "CEMB_RESULTS")
+        if Path(os.environ.get(name) or "none").exists()
+    }
+    done = subprocess.run(list(map(str, command)), env={**os.environ, **paths}, check=False)
     if done.returncode:
         return done.returncode
     records.write_atomic(stamp, key)

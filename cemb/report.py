@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from cemb import corpus, records, study
+from cemb.study import OPTIMIZER_NAMES
 
-OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
 PHASES = ("forward", "gradient", "step")
 
 
@@ -146,6 +146,25 @@ def beside_original(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def answer_frame(found: list[dict]) -> pd.DataFrame:
+    """Hashed over full step time by optimizer and pool, in 2021 and now: what `plots.answer` draws."""
+    rows = []
+    for pool_size in study.POOL_SIZES:
+        for optimizer in study.OPTIMIZERS:
+            hashed = speed_record(found, "hashed", optimizer, pool_size)
+            ratio = time_ratio(hashed, best_full(found, optimizer, pool_size))
+            rows.append(
+                {
+                    "name": f"{OPTIMIZER_NAMES[optimizer]}, pool {pool_size:,}",
+                    "then": original_ratio(optimizer, pool_size),
+                    "now": ratio.value,
+                    "low": ratio.low,
+                    "high": ratio.high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def speed_table(found: list[dict]) -> pd.DataFrame:
     """Every speed record: medians by phase, the quartiles of the total, and peak memory."""
     rows = frame(found, "speed")
@@ -237,6 +256,29 @@ def show(table: pd.DataFrame):
     )
 
 
-def reference_machines() -> list[str]:
-    """Names of the committed reference machines."""
-    return sorted(p.parent.name for p in (records.ROOT / "results" / "reference").glob("*/records.jsonl"))
+def readme_answer(found: list[dict]) -> str:
+    """The README's answer in three numbers, as Markdown."""
+    pool_size = study.POOL_SIZES[0]
+    verdicts = []
+    for name in study.OPTIMIZERS:
+        hashed = speed_record(found, "hashed", name, pool_size, block_size=25)
+        ratio = time_ratio(hashed, best_full(found, name, pool_size))
+        verdicts.append(f"{ratio.verdict} with {OPTIMIZER_NAMES[name]}")
+    size = {name: hashed[name] for name in ("num_embeddings", "embedding_dim", "block_size")}
+    smaller = size["num_embeddings"] * size["embedding_dim"] / pool_size
+    full = best_quality(found)
+    lines = [
+        f"- **Speed.** A training step over a table of {size['num_embeddings']:,} × {size['embedding_dim']} "
+        f"values, hashed into a pool {smaller:,.0f} times smaller in blocks of {size['block_size']}, is "
+        f"{', '.join(verdicts)}, against the faster of PyTorch's full tables. In 2021, in TensorFlow and "
+        f"one value at a time, it was {original_ratio('sgd', pool_size):.1f} times slower with SGD and "
+        f"{original_ratio('adagrad', pool_size):.1f} with Adagrad.",
+        f"- **Quality.** A full table trains to within {100 * full['gap']:.1f}% of the best possible factorization "
+        f"and scores {score_text(full, 'wordsim353')} on WordSim-353.",
+    ]
+    prices = []
+    for ratio, words in ((1, "as many values as the table"), (16, "16 times fewer")):
+        record = best_quality(found, compression_ratio=ratio)
+        prices.append(f"with {words} {100 * record['gap']:.0f}% and {score_text(record, 'wordsim353')}")
+    lines.append(f"- **The price.** A hashed pool stays far from that: {', '.join(prices)}.")
+    return "\n".join([*lines, "", f"Measured on {machine(found)}."])

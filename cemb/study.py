@@ -12,14 +12,15 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cemb import corpus as corpora
 from cemb import records
 
 NOTEBOOKS = records.ROOT / "notebooks"
-OPTIMIZERS = ("sgd", "adagrad", "adam")
+OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
+OPTIMIZERS = tuple(OPTIMIZER_NAMES)
 POOL_SIZES = (262_144, 100_000_000)
 COMPRESSION_RATIOS = (1, 4, 16)
 
@@ -42,7 +43,7 @@ def _speed_runs(repeats: dict[int, int], **sizes) -> list[Run]:
     return [
         Run(
             f"speed-{optimizer}-{pool_size}",
-            f"Speed: {optimizer}, pool {pool_size:,}",
+            f"Speed: {OPTIMIZER_NAMES[optimizer]}, pool {pool_size:,}",
             "speed.ipynb",
             {"optimizer": optimizer, "pool_size": pool_size, "repeats": count, **sizes},
             is_timed=True,
@@ -71,7 +72,7 @@ def _quality_runs(**settings) -> list[Run]:
             runs.append(
                 Run(
                     "-".join(["quality", optimizer, *parts]),
-                    f"Quality: {optimizer}, {' '.join(parts)}",
+                    f"Quality: {OPTIMIZER_NAMES[optimizer]}, {' '.join(parts)}",
                     "quality.ipynb",
                     {"optimizer": optimizer, **case, **settings},
                 )
@@ -80,7 +81,14 @@ def _quality_runs(**settings) -> list[Run]:
 
 
 def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> list[Run]:
-    """The runs of a grid: ``"default"``, the published study, or ``"smoke"``, the same made small."""
+    """The runs of a grid: ``"default"``, the published study, or ``"smoke"``, the same made small.
+
+    `corpus` is the default corpus or a path from the working directory. Raises ValueError for an unknown
+    grid, and what `cemb.corpus.fingerprint` does.
+    """
+    corpora.fingerprint(corpus)  # refuses one that cannot be read, by the name it was given
+    if corpus != corpora.DEFAULT_CORPUS:
+        corpus = os.path.relpath(corpus, NOTEBOOKS)  # kernels work there
     if grid == "default":
         data = {"corpus": corpus}
         # The large pool's steps take up to a second; six is what the 2021 project averaged.
@@ -93,9 +101,13 @@ def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> l
         quality = {**data, "num_steps": 30, "batch_size": 2048}
     else:
         raise ValueError(f"grid must be default or smoke, got {grid!r}")
+    speed_runs = _speed_runs(repeats, **speed)
+    if grid == "smoke":
+        # Nobody reads these times, so they need not wait for each other.
+        speed_runs = [replace(run, is_timed=False) for run in speed_runs]
     return [
         Run("pmi", "Data: the PMI matrix", "pmi.ipynb", data),
-        *_speed_runs(repeats, **speed),
+        *speed_runs,
         *_quality_runs(**quality),
     ]
 
@@ -126,10 +138,12 @@ def code_cells(notebook: Path) -> str:
 def identity(run: Run) -> dict[str, object]:
     """All that a run's result depends on, flat, for comparison key by key."""
     found = {f"parameter {name}": value for name, value in run.parameters.items()}
-    if "corpus" in run.parameters:
-        found["corpus fingerprint"] = corpora.fingerprint(run.parameters["corpus"])
+    if corpus := run.parameters.get("corpus"):
+        path = corpus if corpus == corpora.DEFAULT_CORPUS else str(NOTEBOOKS / corpus)
+        found["corpus fingerprint"] = corpora.fingerprint(path)
     notebook = NOTEBOOKS / run.notebook
-    return {**found, "code": records.code_hash(code_cells(notebook)), **records.environment()}
+    code = records.code_hash(code_cells(notebook))
+    return {**found, "title": run.title, "code": code, **records.environment()}
 
 
 def _runs_dir() -> Path:

@@ -148,10 +148,10 @@ def findings(browser, site, pages):
             f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}');"
         )
         tab = context.new_page()
-        where = ""
+        visit = {}
 
-        def note(kind, what, where=where):
-            found.setdefault(kind, []).append(f"{where}: {what}")
+        def note(kind, what, visit=visit):
+            found.setdefault(kind, []).append(f"{visit['page']}: {what}")
 
         def on_request(request):
             if urlsplit(request.url).scheme not in ("file", "data"):
@@ -162,7 +162,7 @@ def findings(browser, site, pages):
         tab.on("pageerror", lambda e: note("errors", e))
         tab.on("console", lambda m: note("errors", m.text) if m.type == "error" else None)
         for name in pages:
-            where = f"{name} ({theme})"
+            visit["page"] = f"{name} ({theme})"
             tab.goto((site / name).as_uri(), wait_until="load")
             for kind, items in tab.evaluate(LOOK, theme).items():
                 for item in items:

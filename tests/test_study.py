@@ -93,6 +93,9 @@ def test_a_parameter_that_does_not_exist_is_refused_before_anything_runs(tmp_pat
     assert not list(tmp_path.rglob("run.ipynb"))
 
 
+# papermill leaves its event loop for the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_unknown_value_fails_its_run_and_keeps_the_notebook(tmp_path):
     run = study.Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "num_embeddings": 10})
     with pytest.raises(RuntimeError, match=r"bad failed with ValueError: optimizer must be one of .*'lion'"):
@@ -107,7 +110,7 @@ def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):
     command = [sys.executable, "-m", "cemb", "study", "--grid", "smoke", "--corpus", smoke["CORPUS"]]
     command += ["--optimizer", "adam", "--pool-size", "262144", "--workers", "1"]
     runs = tmp_path / "results" / "local" / "runs"
-    started = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(runs.glob("speed-*")):
         assert time.monotonic() < deadline, "the first run did not finish"

@@ -1,0 +1,50 @@
+"""Keep this machine's study as a named reference, and renew the README's numbers and picture from it.
+
+    python book/publish.py NAME
+
+The study must be up to date. `results/reference/NAME` is what gets committed.
+"""
+
+import argparse
+import re
+import sys
+
+import matplotlib.pyplot as plt
+
+from cemb import plots, records, report
+
+README = records.ROOT / "README.md"
+REFERENCES = records.ROOT / "results" / "reference"
+ANSWER = re.compile(r"(?<=<!-- answer -->\n).*?(?=<!-- /answer -->)", re.DOTALL)
+
+
+def renewed_readme(readme: str, name: str, found: list[dict]) -> str:
+    """The README with its answer written anew from the records of the reference machine `name`."""
+    picture = f"![Step time, hashed over full table, in 2021 and now](results/reference/{name}/answer.svg)"
+    return ANSWER.sub(lambda _: f"{report.readme_answer(found)}\n\n{picture}\n", readme)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", help="of the reference machine: letters, digits and hyphens")
+    name = parser.parse_args().name
+    if not re.fullmatch(r"[a-z0-9-]+", name):
+        print(f"a name is of lower-case letters, digits and hyphens, got {name!r}", file=sys.stderr)
+        return 2
+    try:
+        found = report.load()
+    except (OSError, ValueError) as error:
+        print(f"nothing to publish: {error}", file=sys.stderr)
+        return 1
+    folder = REFERENCES / name
+    records.write(found, folder / "records.jsonl")
+    figure = plots.answer(report.answer_frame(found))
+    figure.savefig(folder / "answer.svg", metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+    records.write_atomic(README, renewed_readme(README.read_text(encoding="utf-8"), name, found))
+    print(f"{len(found)} records in {folder.relative_to(records.ROOT)}; README renewed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
