@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
-from cemb import corpus, records, study
+from cemb import corpus, study
 from cemb.study import OPTIMIZER_NAMES
 
 PHASES = ("forward", "gradient", "step")
@@ -273,8 +273,8 @@ def readme_answer(found: list[dict]) -> str:
         f"{', '.join(verdicts)}, against the faster of PyTorch's full tables. In 2021, in TensorFlow and "
         f"one value at a time, it was {original_ratio('sgd', pool_size):.1f} times slower with SGD and "
         f"{original_ratio('adagrad', pool_size):.1f} with Adagrad.",
-        f"- **Quality.** A full table trains to within {100 * full['gap']:.1f}% of the best possible factorization "
-        f"and scores {score_text(full, 'wordsim353')} on WordSim-353.",
+        f"- **Quality.** A full table trains to within {100 * full['gap']:.1f}% of the best possible "
+        f"factorization and scores {score_text(full, 'wordsim353')} on WordSim-353.",
     ]
     prices = []
     for ratio, words in ((1, "as many values as the table"), (16, "16 times fewer")):
