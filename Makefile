@@ -5,9 +5,6 @@ BIN := $(VENV)/bin
 CORPUS ?=
 CEMB_GRID ?= default
 export CORPUS CEMB_GRID
-# Sphinx and Jupyter say so many deprecations of each other that the real warnings drown.
-export PYDEVD_DISABLE_FILE_VALIDATION := 1
-export JUPYTER_PLATFORM_DIRS := 1
 
 STAMP := $(VENV)/.installed
 
@@ -20,9 +17,9 @@ help: ## list the commands
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or later is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12 ..." if v < (3, 11) else 0)'
-	@echo "setting up $(VENV): about two minutes, once"
+	@echo "setting up $(VENV): once, some 2 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt setuptools
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -r requirements.txt -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

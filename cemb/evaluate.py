@@ -12,6 +12,7 @@ import scipy.sparse.linalg
 import scipy.stats
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,21 @@ def optimum(matrix: sp.csr_array, rank: int) -> Optimum:
     if not 1 <= rank < min(matrix.shape):
         raise ValueError(f"rank must lie in [1, {min(matrix.shape)}) for a matrix {matrix.shape}, got {rank}")
     start = np.ones(min(matrix.shape), dtype=np.float32)
-    left, values, right = scipy.sparse.linalg.svds(matrix, k=rank, tol=1e-4, v0=start)
+    transposed = sp.csr_array(matrix.T)
+    # ARPACK decides itself how many products it needs, so there is a count and no time left.
+    with tqdm(desc="truncated SVD", unit=" products") as progress:
+
+        def counted(factor: sp.csr_array):
+            def product(vector: np.ndarray) -> np.ndarray:
+                progress.update()
+                return factor @ vector
+
+            return product
+
+        operator = scipy.sparse.linalg.LinearOperator(
+            matrix.shape, matvec=counted(matrix), rmatvec=counted(transposed), dtype=matrix.dtype
+        )
+        left, values, right = scipy.sparse.linalg.svds(operator, k=rank, tol=1e-4, v0=start)
     order = np.argsort(-values)
     squared_norm = float(np.square(matrix.data, dtype=np.float64).sum())
     return Optimum(
@@ -154,7 +169,7 @@ def _test_data(name: str) -> list[str]:
 
 
 def similarity(
-    vectors: np.ndarray, words: list[str], name: str, *, num_bootstrap: int = 1000
+    vectors: np.ndarray, words: list[str], name: str, *, num_bootstrap: int = 500
 ) -> dict[str, float]:
     """Spearman correlation of cosines with human judgements, in per cent, with a bootstrap interval.
 

@@ -23,6 +23,7 @@ OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
 OPTIMIZERS = tuple(OPTIMIZER_NAMES)
 POOL_SIZES = (262_144, 100_000_000)
 COMPRESSION_RATIOS = (1, 4, 16)
+_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> l
     if grid == "default":
         data = {"corpus": corpus}
         # The large pool's steps take up to a second; six is what the 2021 project averaged.
-        speed, repeats = {}, dict(zip(POOL_SIZES, (12, 6), strict=True))
+        speed, repeats = {}, dict(zip(POOL_SIZES, (9, 6), strict=True))
         quality = data
     elif grid == "smoke":
         data = {"corpus": corpus, "min_count": 2, "rank": 8}
@@ -239,9 +240,9 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     then the others, `workers` at a time (by default one per processor, at most 4, a thread each). Stops at
     the first failure, keeping what is finished.
     """
-    for run in runs:
-        check_parameters(run)
     todo = [run for run in runs if staleness(run)]
+    for run in todo:
+        check_parameters(run)
     if not todo:
         say(f"all {len(runs)} runs are up to date")
         return
@@ -275,6 +276,9 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     for position, run in enumerate(serial):
         _, took = timed_execute(run)
         report(run, took, [*serial[position + 1 :], *others], parallel)
+    # Kernels started from here on keep to a thread each. A setting inside them would not do: the pools of
+    # threads that libraries made beforehand go on spinning.
+    os.environ.update(dict.fromkeys(_THREAD_SETTINGS, "1"))
     with ThreadPoolExecutor(parallel) as pool:
         pending = {pool.submit(timed_execute, run): run for run in others}
         try:

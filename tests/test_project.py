@@ -118,3 +118,15 @@ def test_every_docstring_example_runs():
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0
+
+
+def test_readme_says_what_the_reference_records_say():
+    sys.path.insert(0, str(ROOT / "book"))
+    try:
+        import publish
+    finally:
+        sys.path.pop(0)
+    readme = (ROOT / "README.md").read_text()
+    (name,) = re.findall(r"results/reference/([a-z0-9-]+)/answer\.svg", readme)
+    found = records.read(ROOT / "results" / "reference" / name / "records.jsonl")
+    assert publish.renewed_readme(readme, name, found) == readme
