@@ -38,8 +38,8 @@ STYLE = {
 
 
 def _figure(*shape, size=(7, 3), **options):
-    with mpl.rc_context(STYLE):
-        return plt.subplots(*shape, figsize=size, **options)
+    mpl.rcParams.update(STYLE)
+    return plt.subplots(*shape, figsize=size, **options)
 
 
 def data_overview(word_counts: np.ndarray, values: np.ndarray) -> Figure:
@@ -91,6 +91,8 @@ def speed_overview(speed: pd.DataFrame) -> Figure:
             run = speed[speed.run == f"speed-{optimizer}-{int(pool)}"]
             for k, (table, sparse, block, label, colour, marker) in enumerate(SPEED_SERIES):
                 row = run[(run.table == table) & (run.sparse_gradients == sparse) & (run.block_size == block)]
+                if row.empty:
+                    continue
                 low, middle, high = np.percentile(row.total_ms_repeats.item(), [25, 50, 75])
                 panel.errorbar(
                     x + (k - 2) * 0.13,

@@ -110,7 +110,6 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
     pool_size = case.resolved_pool_size(2 * num_words * rank)
     objective = evaluate.AllCellsLoss(data.matrix)
     is_full_batch = case.training == "full-batch"
-    sparse = case.table == "full" and not is_full_batch
     rates = FULL_BATCH_LEARNING_RATES if is_full_batch else MINI_BATCH_LEARNING_RATES
     model = None
 
@@ -124,7 +123,6 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
             pool_size=pool_size,
             block_size=case.block_size,
             signed=case.signed,
-            sparse_gradients=sparse,
             shared_table=False,
         )
         if is_full_batch:
@@ -145,7 +143,6 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
             optimizer=case.optimizer,
             learning_rate=learning_rate,
             num_epochs=case.num_epochs,
-            sparse=sparse,
         )
 
     history, learning_rate = halve_until_stable(train, case.learning_rate or rates[case.optimizer])

@@ -136,9 +136,9 @@ def beside_original(found: list[dict]) -> pd.DataFrame:
             {
                 "optimizer": OPTIMIZER_NAMES[old.optimizer],
                 "table": "full" if is_full else f"pool {pool_size:,}",
-                "2021 total (ms)": f"{old.total_ms:,.0f}",
+                "2021 (ms)": f"{old.total_ms:,.0f}",
                 "2021 ÷ full": "" if is_full else f"{original_ratio(old.optimizer, pool_size):.2f}",
-                **{f"{phase} (ms)": f"{ours[f'{phase}_ms']:,.1f}" for phase in PHASES},
+                **{phase: f"{ours[f'{phase}_ms']:,.1f}" for phase in PHASES},
                 "total (ms)": f"{ours['total_ms']:,.1f}",
                 "÷ full": "" if is_full else str(time_ratio(ours, full)),
             }
@@ -173,11 +173,10 @@ def speed_table(found: list[dict]) -> pd.DataFrame:
         {
             "optimizer": rows.optimizer.map(OPTIMIZER_NAMES),
             "table": rows.label,
-            **{f"{phase} (ms)": rows[f"{phase}_ms"].map("{:,.1f}".format) for phase in PHASES},
+            **{phase: rows[f"{phase}_ms"].map("{:,.1f}".format) for phase in PHASES},
             "total (ms)": rows.total_ms.map("{:,.1f}".format),
             "quartiles": [f"{low:,.1f}–{high:,.1f}" for low, high in quartiles],
-            "peak (MiB)": rows.peak_mib.map(lambda x: "" if pd.isna(x) else f"{x:,.0f}"),
-            "run": rows.run,
+            "peak (MiB)": rows.peak_mib.map(lambda x: "" if pd.isna(x) else f"{abs(x):,.0f}"),
         }
     )
 
@@ -188,6 +187,8 @@ def compression_name(record: dict) -> str:
         return "SVD (the optimum)"
     if record["table"] == "full":
         return "full table"
+    if record["compression_ratio"] == 1:
+        return "hashed, same size"
     return f"hashed, {record['compression_ratio']:.3g}× smaller"
 
 
@@ -199,7 +200,7 @@ def quality_table(found: list[dict], training: str) -> pd.DataFrame:
             "table": [compression_name(r) for r in rows],
             "optimizer": [OPTIMIZER_NAMES.get(r.get("optimizer"), "") for r in rows],
             "parameters": [f"{r['num_parameters']:,}" for r in rows],
-            "gap": [f"{r['gap']:.3f}" for r in rows],
+            "gap": [_signed(r["gap"], 3) for r in rows],
             "WordSim-353": [score_text(r, "wordsim353") for r in rows],
             "SimLex-999": [score_text(r, "simlex999") for r in rows],
             "analogies (%)": [f"{r['analogies_score']:.1f}" for r in rows],
@@ -211,7 +212,13 @@ def score_text(record: dict, name: str) -> str:
     """A similarity score with its bootstrap interval."""
     if np.isnan(record[f"{name}_score"]):
         return "no pairs"
-    return f"{record[f'{name}_score']:.0f} ({record[f'{name}_low']:.0f}–{record[f'{name}_high']:.0f})"
+    score, low, high = (_signed(record[f"{name}_{field}"]) for field in ("score", "low", "high"))
+    return f"{score} ({low} to {high})"
+
+
+def _signed(value: float, digits: int = 0) -> str:
+    """A number with a true minus sign, and none before zero."""
+    return f"{round(value, digits) + 0:.{digits}f}".replace("-", "−")
 
 
 def quality_record(found: list[dict], optimizer: str, training: str = "full-batch", **size: object) -> dict:
@@ -251,6 +258,7 @@ def show(table: pd.DataFrame):
     return (
         table.style.hide(axis="index")
         .set_uuid("t")
+        .set_properties(**{"text-align": "left"})
         .set_properties(subset=numeric, **{"text-align": "right"})
         .set_table_attributes('class="dataframe"')
     )

@@ -137,13 +137,15 @@ def measure_cases(
 
 
 def comparison_cases(
-    optimizer: str, pool_size: int, block_sizes: Iterable[int] = (1,), **sizes
+    optimizer: str, pool_size: int, block_sizes: Iterable[int] = (1,), *, eager: bool = True, **sizes
 ) -> list[SpeedCase]:
     """What one notebook of the speed study compares: both full tables, the hashed one, and eager PyTorch."""
     full = SpeedCase("full", optimizer, **sizes)
-    hashed = [SpeedCase("hashed", optimizer, pool_size, block_size=b, **sizes) for b in block_sizes]
-    eager = SpeedCase("hashed-reference", optimizer, pool_size, **sizes)
-    return [full, replace(full, sparse_gradients=True), *hashed, eager]
+    cases = [full, replace(full, sparse_gradients=True)]
+    cases += [SpeedCase("hashed", optimizer, pool_size, block_size=b, **sizes) for b in block_sizes]
+    if eager:
+        cases.append(SpeedCase("hashed-reference", optimizer, pool_size, **sizes))
+    return cases
 
 
 def grid_cases(name: str, *, device: str = "cpu") -> list[SpeedCase]:

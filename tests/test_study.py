@@ -82,7 +82,7 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
 
 
 def test_missing_records_are_named():
-    with pytest.raises(FileNotFoundError, match=r"28 of 28 runs are missing or stale:\n  pmi: never run"):
+    with pytest.raises(FileNotFoundError, match=r"26 of 26 runs are missing or stale:\n  pmi: never run"):
         study.current_records(study.study_runs())
 
 
@@ -135,7 +135,7 @@ def test_smoke_records(smoke, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = report.load()
     kinds = [record["kind"] for record in found]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 22, "speed": 30}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 20, "speed": 27}
     table = report.beside_original(found)
     assert len(table) == 9
     assert report.quality_table(found, "full-batch").shape[0] == 16
@@ -143,12 +143,12 @@ def test_smoke_records(smoke, monkeypatch):
         assert record["git_commit"] is None or len(record["git_commit"]) == 40
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
         report.pick(found, table="robe")
-    assert report.csv_text(found, "speed").count("\n") == 31
+    assert report.csv_text(found, "speed").count("\n") == 28
 
 
 def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
     pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) >= 28
+    assert len(pages) >= 26
     for page in pages:
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:
@@ -163,5 +163,5 @@ def test_a_page_without_its_records_fails_the_build(tmp_path):
     command = [sys.executable, "book/build.py", "--build-dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "28 of 28 runs are missing or stale" in done.stderr
+    assert "26 of 26 runs are missing or stale" in done.stderr
     assert not (tmp_path / "_build").exists()
