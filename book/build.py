@@ -72,7 +72,7 @@ def main() -> int:
     command += ["--config", ROOT / "_config.yml", "--path-output", build, *OPTIONS]
     # Pages run in the staged folder; paths that were relative to this one must not be.
     paths = {
-        name: str(Path(os.environ[name]).resolve())
+        name: str(Path(os.environ[name]).absolute())
         for name in ("CORPUS", "CEMB_RESULTS")
         if Path(os.environ.get(name) or "none").exists()
     }

@@ -8,7 +8,20 @@ from pathlib import Path
 
 
 def _print_record(record: dict) -> None:
-    print(json.dumps(record, ensure_ascii=False))
+    from cemb.records import to_json
+
+    print(to_json(record), flush=True)
+
+
+def _output(path: str | None) -> Path | None:
+    """The path of an output file, refused before any work if it could not be written."""
+    if path is None:
+        return None
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path!r}: there is no directory {str(Path(path).parent)!r}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"cannot write {path!r}: it is a directory")
+    return Path(path)
 
 
 def _speed(arguments: argparse.Namespace) -> None:
@@ -22,15 +35,15 @@ def _speed(arguments: argparse.Namespace) -> None:
     options = {"repeats": arguments.repeats, "warmup": arguments.warmup}
     if arguments.grid:
         # One case at a time, as the original did: its largest tables do not fit beside each other.
+        out = _output(arguments.out)
         found = []
         for case in speed.grid_cases(arguments.grid, device=arguments.device):
             found += speed.measure_cases([case], **options, rounds=1)
             print(f"{case.optimizer}, {case.label}: {found[-1]['total_ms']:.2f} ms", file=sys.stderr)
-        text = speed.original_csv(found)
-        if arguments.out:
-            write_atomic(Path(arguments.out), text)
-        else:
-            print(text, end="")
+            if out:  # after each case, so that stopping loses none
+                write_atomic(out, speed.original_csv(found))
+        if not out:
+            print(speed.original_csv(found), end="")
         return
     case = speed.SpeedCase(
         arguments.model,
@@ -59,11 +72,11 @@ def _pmi(arguments: argparse.Namespace) -> None:
     from cemb.pmi import value_histogram
     from cemb.records import write_atomic
 
+    out = _output(arguments.histogram_out)
     data = load_pmi(_pmi_config(arguments))
-    if arguments.histogram_out:
-        text = json.dumps(value_histogram(data.matrix), indent=1)
-        write_atomic(Path(arguments.histogram_out), text + "\n")
     _print_record(data.summary)
+    if out:
+        write_atomic(out, json.dumps(value_histogram(data.matrix), indent=1) + "\n")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -74,12 +87,13 @@ def _train(arguments: argparse.Namespace) -> None:
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    save = _output(arguments.save)
     names = {f.name for f in fields(quality.QualityCase)}
     case = quality.QualityCase(**{k: v for k, v in vars(arguments).items() if k in names})
     record, model = quality.measure_quality(case, load_pmi(_pmi_config(arguments)))
-    if arguments.save:
-        torch.save(model.state_dict(), arguments.save)
     _print_record(record)
+    if save:
+        torch.save(model.state_dict(), save)
 
 
 def _study(arguments: argparse.Namespace) -> int:

@@ -36,7 +36,8 @@ class PairBatches:
     ):
         if not 0 <= negative_share < 1:
             raise ValueError(f"negative_share must lie in [0, 1), got {negative_share}")
-        self.num_positive = batch_size - round(batch_size * negative_share)
+        self.num_negative = round(batch_size * negative_share)
+        self.num_positive = batch_size - self.num_negative
         if self.num_positive < 1:
             raise ValueError(
                 f"batch_size={batch_size} with negative_share={negative_share} leaves no stored cell"
@@ -44,7 +45,6 @@ class PairBatches:
         if matrix.nnz == 0:
             raise ValueError("the matrix stores no cell")
         self.matrix = matrix
-        self.negative_share = negative_share
         self.device = device
         self._rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
         self._rng = np.random.default_rng(seed)
@@ -58,7 +58,7 @@ class PairBatches:
             yield self._batch(order[first : first + self.num_positive])
 
     def _batch(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
-        num_negative = round(len(cells) * self.negative_share / (1 - self.negative_share))
+        num_negative = self.num_negative * len(cells) // self.num_positive
         pairs = np.empty((len(cells) + num_negative, 2), np.int64)
         pairs[: len(cells), 0] = self._rows[cells]
         pairs[: len(cells), 1] = self.matrix.indices[cells]

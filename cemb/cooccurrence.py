@@ -72,6 +72,8 @@ def count_cooccurrences(
         With n tokens the counts sum to ``Σ_k (n − k)·weight(k)`` over k = 1 … window_size, twice that if
         symmetric; flat counts are exact below 2^53.
 
+    Not to be called from two threads at once where Numba's threading layer is `workqueue`.
+
     Raises:
         ValueError: an unknown weighting, a window below 1, or an id out of range.
     """
@@ -81,11 +83,12 @@ def count_cooccurrences(
         )
     if window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
-    token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)
+    token_ids = np.asarray(token_ids)
     if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
         raise ValueError(
             f"token ids must lie in [0, {vocab_size}), got ids from {token_ids.min()} to {token_ids.max()}"
         )
+    token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)
     distances = np.arange(window_size + 1, dtype=np.float64)
     weights = np.ones(window_size + 1) if distance_weighting == "flat" else 1 / np.maximum(distances, 1)
     positions = np.argsort(token_ids, kind="stable")

@@ -5,6 +5,7 @@ folding; digits and punctuation separate. A corpus is one stream of tokens. Toke
 are removed before windows are laid, as word2vec does.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -113,7 +114,15 @@ def fingerprint(corpus: str = DEFAULT_CORPUS) -> str:
         for part in _PACKAGES:
             _package_files(part, "*")
         return ", ".join(f"{name}=={importlib.metadata.version(name)}" for name in _PACKAGES.values())
-    with _check_file(corpus).open("rb") as file:
+    path = _check_file(corpus).resolve()
+    found = path.stat()
+    return _file_hash(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
+    """A file's hash, computed once while its size and time stay what they are."""
+    with path.open("rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -56,6 +56,7 @@ def load_pmi(config: PmiConfig | None = None) -> PmiDataset:
         **asdict(config),
         "corpus_fingerprint": corpora.fingerprint(config.corpus),
         "code_hash": records.code_hash(Path(__file__).read_text(encoding="utf-8")),
+        **{name: value for name, value in records.environment().items() if name.endswith("_version")},
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = records.results_dir() / "local" / "data" / f"pmi-{key}"

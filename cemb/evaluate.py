@@ -4,7 +4,8 @@ import math
 import warnings
 import zlib
 from dataclasses import dataclass
-from importlib import resources
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
@@ -144,15 +145,6 @@ class AllCellsLoss:
         return _AllCells.apply(words, contexts, self.matrix, self.transposed, self.squared_norm)
 
 
-def balanced(words: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-    """Word vectors ``U (CᵀC)^½``, whose inner products are those of the rows of UCᵀ.
-
-    Unlike U itself they do not depend on how a factorization shares scale between U and C.
-    """
-    values, vectors = np.linalg.eigh(contexts.T.astype(np.float64) @ contexts)
-    return (words @ (vectors * np.sqrt(values.clip(0))) @ vectors.T).astype(np.float32)
-
-
 def normalized(vectors: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -163,9 +155,13 @@ SIMILARITY_SETS = {"wordsim353": "wordsim353.tsv", "simlex999": "simlex999.txt"}
 
 
 def _test_data(name: str) -> list[str]:
-    """Lines of an evaluation set that ships in gensim's wheel; gensim itself is not imported."""
-    text = resources.files("gensim").joinpath("test", "test_data", name).read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
+    """Lines of an evaluation set that ships in gensim's wheel; none if gensim is not installed."""
+    try:
+        path = Path(distribution("gensim").locate_file(f"gensim/test/test_data/{name}"))
+    except PackageNotFoundError:
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def similarity(

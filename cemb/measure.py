@@ -55,6 +55,8 @@ def interleave(
     rounds = min(rounds, repeats)
     times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in steps}
     collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # so that the collections below look at what the steps left alone
     gc.disable()
     try:
         with tqdm(total=repeats * len(steps), desc="timed steps", unit="step") as progress:
@@ -71,6 +73,7 @@ def interleave(
                         progress.update()
                     gc.collect()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return {name: dict(phases) for name, phases in times.items()}
@@ -88,8 +91,8 @@ def summarize(phases_ms: Mapping[str, list[float]]) -> dict[str, object]:
 def peak_mib(step: Step, device: str = "cpu") -> float | None:
     """Memory one step takes beyond what is held before it, in MiB; None where the system cannot tell.
 
-    On the CPU: the resident set's high-water mark, which Linux can reset; freed memory that the allocator
-    kept counts as held.
+    On the CPU: the resident set's high-water mark, which Linux can reset. Freed memory that the allocator
+    kept counts as held, so after warm-up this is a lower bound.
     """
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()

@@ -117,7 +117,8 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
 
     Returns:
         ``[*ids.shape, spec.embedding_dim]`` in weight's dtype. The forward is the same on every machine,
-        bit for bit; the gradient is deterministic for a given number of threads.
+        bit for bit; on the CPU the gradient is deterministic for a given number of threads, elsewhere it
+        is what torch's `index_add_` is.
 
     Raises:
         IndexError: an id is negative or at least `spec.num_embeddings` (on a GPU: a device assert).

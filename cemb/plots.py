@@ -182,8 +182,9 @@ def learning_curves(quality: pd.DataFrame, training: str) -> Figure:
         if training == "full-batch":
             panel.set_yscale("log")
     panels[0].set_ylabel("gap to the optimum (log)" if training == "full-batch" else "mean batch loss")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    if training == "full-batch":
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
 
 

@@ -51,6 +51,8 @@ def pmi_matrix(
     if positive:
         matrix.data[matrix.data < 0] = 0
         matrix.eliminate_zeros()
+        if matrix.nnz == 0:
+            raise ValueError(f"no cell is positive after a shift by log num_negative={num_negative}")
     return matrix.astype(np.float32)
 
 

@@ -7,8 +7,9 @@ import torch
 from cemb import evaluate, records
 from cemb.batches import PairBatches
 from cemb.dataset import PmiDataset
-from cemb.model import LOSSES, PairModel, build_model
+from cemb.model import LOSSES, TABLES, PairModel, build_model
 from cemb.train import (
+    ADAM_BETAS,
     FULL_BATCH_LEARNING_RATES,
     MINI_BATCH_LEARNING_RATES,
     OPTIMIZERS,
@@ -18,6 +19,15 @@ from cemb.train import (
 )
 
 TRAININGS = ("full-batch", "mini-batch")
+_PMI_FIELDS = (
+    "corpus_fingerprint",
+    "min_count",
+    "max_vocab",
+    "window_size",
+    "distance_weighting",
+    "context_smoothing",
+    "num_negative",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,8 @@ class QualityCase:
     seed: int = 0
 
     def __post_init__(self):
-        for name, known in (("optimizer", OPTIMIZERS), ("training", TRAININGS), ("loss", LOSSES)):
+        choices = {"table": TABLES, "optimizer": OPTIMIZERS, "training": TRAININGS, "loss": LOSSES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.table != "full" and (self.pool_size is None) == (self.compression_ratio is None):
@@ -54,6 +65,8 @@ class QualityCase:
                 f"a {self.table} table needs pool_size or compression_ratio, not both; got "
                 f"pool_size={self.pool_size}, compression_ratio={self.compression_ratio}"
             )
+        if self.compression_ratio is not None and not self.compression_ratio > 0:
+            raise ValueError(f"compression_ratio must be positive, got {self.compression_ratio}")
         if self.table == "full" and not self.pool_size is self.compression_ratio is None:
             raise ValueError(
                 f"a full table has no pool; got pool_size={self.pool_size}, "
@@ -72,15 +85,15 @@ def score(
 ) -> dict[str, object]:
     """Record fields of a factorization: gap to the optimum, similarity and analogy scores.
 
-    Similarity is that of the word vectors U; ``balanced_`` fields that of U(CᵀC)^½.
+    Similarity and analogies are those of the word vectors; null where gensim, which brings the sets, is not
+    installed or the vocabulary does not cover them.
     """
     loss = objective(words, contexts).item()
     fields: dict[str, object] = {"all_cells_loss": loss, "gap": data.optimum.gap(loss)}
     vectors = words.numpy()
-    for prefix, rows in (("", vectors), ("balanced_", evaluate.balanced(vectors, contexts.numpy()))):
-        for name in evaluate.SIMILARITY_SETS:
-            found = evaluate.similarity(rows, data.words, name)
-            fields |= {f"{prefix}{name}_{field}": value for field, value in found.items()}
+    for name in evaluate.SIMILARITY_SETS:
+        found = evaluate.similarity(vectors, data.words, name)
+        fields |= {f"{name}_{field}": value for field, value in found.items()}
     analogies = evaluate.analogies(vectors, data.words, max_questions=4000)
     fields |= {f"analogies_{k}": v for k, v in analogies.items()}
     return fields
@@ -145,7 +158,8 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
             num_epochs=case.num_epochs,
         )
 
-    history, learning_rate = halve_until_stable(train, case.learning_rate or rates[case.optimizer])
+    asked = rates[case.optimizer] if case.learning_rate is None else case.learning_rate
+    history, learning_rate = halve_until_stable(train, asked)
     if is_full_batch:
         history = [{**entry, "gap": data.optimum.gap(entry["loss"])} for entry in history]
     with torch.no_grad():
@@ -155,7 +169,8 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
         **asdict(case),
         "pool_size": pool_size,
         "learning_rate": learning_rate,
-        "corpus": data.summary["corpus"],
+        "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
+        **{f"pmi_{name}": data.summary[name] for name in _PMI_FIELDS},
         "num_words": num_words,
         "embedding_dim": rank,
         "num_parameters": model.num_parameters,

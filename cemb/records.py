@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
-KEY_PACKAGES = ("torch", "numpy", "scipy", "numba")
+KEY_PACKAGES = ("torch", "numpy", "scipy", "numba", "gensim")
 
 
 def results_dir() -> Path:
@@ -110,7 +111,13 @@ def environment() -> dict[str, object]:
             found[f"{package}_version"] = version(package)
         except PackageNotFoundError:
             found[f"{package}_version"] = None
-    return {**found, "cpu_model": cpu_model(), "cpu_count": os.cpu_count()}
+    return {
+        **found,
+        "cpu_model": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "transparent_huge_pages": _transparent_huge_pages(),
+        "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+    }
 
 
 def provenance(device: str = "cpu") -> dict[str, object]:
@@ -124,8 +131,6 @@ def provenance(device: str = "cpu") -> dict[str, object]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if is_cuda else cpu_model(),
         "threads": torch.get_num_threads(),
-        "transparent_huge_pages": _transparent_huge_pages(),
-        "thp_mem_alloc_enable": os.environ.get("THP_MEM_ALLOC_ENABLE"),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "utc_time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -165,10 +170,15 @@ def write_atomic(path: Path, text: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
+def to_json(record: dict) -> str:
+    """A record as one line of JSON; NaN, which JSON does not have, as null."""
+    plain = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+
+
 def write(records: Iterable[dict], path: Path) -> None:
     """Write records as JSON lines, atomically."""
-    lines = [json.dumps(record, ensure_ascii=False, allow_nan=True) for record in records]
-    write_atomic(Path(path), "".join(line + "\n" for line in lines))
+    write_atomic(Path(path), "".join(to_json(record) + "\n" for record in records))
 
 
 def read(path: Path) -> list[dict]:

@@ -15,7 +15,7 @@ import torch
 
 from cemb import measure, ops, records
 from cemb.model import TABLES, build_model, mse_loss
-from cemb.train import OPTIMIZERS, make_optimizer
+from cemb.train import ADAM_BETAS, OPTIMIZERS, make_optimizer
 
 LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.05, "adam": 0.001}
 ORIGINAL_POOL_SIZES = (262_144, 100_000_000)
@@ -47,6 +47,8 @@ class SpeedCase:
             raise ValueError(f"table must be one of {', '.join(TABLES)}, got {self.table!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r} was asked for, and torch sees no CUDA device")
         for name in ("num_embeddings", "embedding_dim", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -126,7 +128,11 @@ def measure_cases(
                 "label": case.label,
                 **asdict(case),
                 "backend": ops.backend(torch.device(device), torch.float32) if hashed else "torch",
+                "learning_rate": LEARNING_RATES[case.optimizer],
+                "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
                 "repeats": repeats,
+                "warmup": warmup,
+                "rounds": rounds,
                 "parameters_mib": num_parameters * 4 / 2**20,
                 **measure.summarize(times[case.label]),
                 "peak_mib": None if peak is None else round(peak, 2),

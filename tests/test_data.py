@@ -140,12 +140,13 @@ def test_counts_sum_to_the_windows(threads):
     [
         ({"distance_weighting": "steep"}, "must be one of flat, harmonic, got 'steep'"),
         ({"window_size": 0}, "window_size must be at least 1, got 0"),
+        ({"token_ids": np.array([1, 2**32 + 1])}, r"got ids from 1 to 4294967297"),
         ({"vocab_size": 2}, r"must lie in \[0, 2\), got ids from 0 to 3"),
     ],
 )
 def test_bad_counting_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        count_cooccurrences(np.array([0, 3, 1]), **{"vocab_size": 4, **options})
+        count_cooccurrences(**{"token_ids": np.array([0, 3, 1]), "vocab_size": 4, **options})
 
 
 @pytest.mark.parametrize("smoothing", [0.75, 1.0])
@@ -183,6 +184,8 @@ def test_bad_pmi_is_refused():
         pmi_matrix(counts, context_smoothing=0)
     with pytest.raises(ValueError, match="num_negative must be at least 1, got 0"):
         pmi_matrix(counts, num_negative=0)
+    with pytest.raises(ValueError, match="no cell is positive after a shift by log num_negative=99"):
+        pmi_matrix(counts, num_negative=99)
     with pytest.raises(ValueError, match="no pair was counted: the 3 × 3 counts are all zero"):
         pmi_matrix(sp.csr_array((3, 3)))
 
@@ -219,7 +222,7 @@ def test_histogram_counts_every_value(random_matrix):
 
 @pytest.mark.parametrize("negative_share", [0, 0.25, 0.5])
 def test_an_epoch_holds_each_cell_once(random_matrix, negative_share):
-    batches = PairBatches(random_matrix, 32, negative_share=negative_share, seed=1)
+    batches = PairBatches(random_matrix, 33, negative_share=negative_share, seed=1)
     epoch = list(batches)
     assert len(epoch) == len(batches)
     stored = Counter(zip(*(index.tolist() for index in random_matrix.nonzero()), strict=True))
@@ -230,10 +233,11 @@ def test_an_epoch_holds_each_cell_once(random_matrix, negative_share):
         expected = random_matrix.toarray()[pairs[:, 0], pairs[:, 1]]
         # The values themselves, fractions and all: casting them to integers would lose most of PMI.
         assert np.array_equal(values.numpy(), expected)
-        num_positive = round(len(pairs) * (1 - negative_share))
+        num_positive = min(batches.num_positive, sum(stored.values()) - sum(seen.values()))
         seen.update(tuple(pair) for pair in pairs[:num_positive].tolist())
     assert seen == stored
-    assert all(len(pairs) == 32 for pairs, _ in epoch[:-1])
+    assert all(len(pairs) == 33 for pairs, _ in epoch[:-1])
+    assert len(epoch[-1][0]) <= 33
 
 
 def test_batches_are_seeded_and_epochs_differ(random_matrix):

@@ -144,6 +144,17 @@ def test_command_line_prints_one_record(model, capsys):
         ),
         (_speed_arguments("--block-size", "9"), "block_size must be at most embedding_dim=8, got 9"),
         (_speed_arguments("--grid", "mine"), "grid must be one of"),
+        (
+            _speed_arguments("--device", "cuda:9"),
+            "device 'cuda:9' was asked for, and torch sees no CUDA device",
+        ),
+        (["train", "--compression-ratio", "0"], "compression_ratio must be positive, got 0.0"),
+        (["train", "--table", "robe"], "table must be one of full, hashed, hashed-reference, got 'robe'"),
+        (["train", "--table", "full", "--save", "/no/where/x.pt"], "there is no directory '/no/where'"),
+        (
+            _speed_arguments("--grid", "original", "--out", "/no/where/x.csv"),
+            "there is no directory '/no/where'",
+        ),
         (["pmi", "--corpus", "/nowhere.txt"], "corpus '/nowhere.txt' is neither"),
         (["train", "--table", "full", "--corpus", "/"], "is a directory"),
         (
@@ -206,6 +217,12 @@ def test_records_are_written_whole_and_read_back(tmp_path):
     (tmp_path / "list.jsonl").write_text("[1]\n")
     with pytest.raises(ValueError, match="line 1: a record is a JSON object"):
         records.read(tmp_path / "list.jsonl")
+
+
+def test_records_are_strict_json():
+    assert records.to_json({"score": float("nan"), "n": 1}) == '{"score": null, "n": 1}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.to_json({"loss": float("inf")})
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

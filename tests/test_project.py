@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from cemb import records
+from cemb import records, report
 
 # Each module may import only from the groups before its own.
 LAYERS = (
@@ -130,3 +130,19 @@ def test_readme_says_what_the_reference_records_say():
     (name,) = re.findall(r"results/reference/([a-z0-9-]+)/answer\.svg", readme)
     found = records.read(ROOT / "results" / "reference" / name / "records.jsonl")
     assert publish.renewed_readme(readme, name, found) == readme
+
+
+def test_readme_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = {}
+    exec(example, found)
+    assert found["vectors"].shape == (1, 2, 64)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "reference").glob("*/records.jsonl")))
+def test_reference_machines_reach_the_optimum(path):
+    found = records.read(path)
+    svd = report.pick(found, kind="quality", table="svd")
+    best = report.best_quality(found)
+    assert best["gap"] < 0.01
+    assert svd["wordsim353_low"] <= best["wordsim353_score"] <= svd["wordsim353_high"]

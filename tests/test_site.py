@@ -132,7 +132,10 @@ def browser():
         found = [os.environ.get("CHROMIUM"), *map(shutil.which, names), p.chromium.executable_path]
         path = next((f for f in found if f and Path(f).is_file()), None)
         if path is None:
-            pytest.skip("no chromium found; install one or set CHROMIUM to its path")
+            # Continuous integration installs one, so there its absence is a failure.
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(
+                "no chromium found; install one or set CHROMIUM to its path"
+            )
         browser = p.chromium.launch(executable_path=path, args=ARGS)
         yield browser
         browser.close()

@@ -1,5 +1,7 @@
 """The study driver: what is stale and why, refusals, a run killed halfway, the smoke study's records."""
 
+import csv
+import io
 import json
 import os
 import signal
@@ -82,7 +84,7 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
 
 
 def test_missing_records_are_named():
-    with pytest.raises(FileNotFoundError, match=r"26 of 26 runs are missing or stale:\n  pmi: never run"):
+    with pytest.raises(FileNotFoundError, match=r"25 of 25 runs are missing or stale:\n  pmi: never run"):
         study.current_records(study.study_runs())
 
 
@@ -122,11 +124,11 @@ def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):
     modified = (finished / "records.jsonl").stat().st_mtime_ns
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 of 3 runs to do\n")
+    assert done.stdout.startswith("1 of 2 runs to do\n")
     assert "left" in done.stdout
     assert (finished / "records.jsonl").stat().st_mtime_ns == modified
     check = subprocess.run([*command, "--check"], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert (check.returncode, check.stdout) == (0, "3 of 3 runs are up to date\n")
+    assert (check.returncode, check.stdout) == (0, "2 of 2 runs are up to date\n")
 
 
 def test_smoke_records(smoke, monkeypatch):
@@ -135,7 +137,7 @@ def test_smoke_records(smoke, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = report.load()
     kinds = [record["kind"] for record in found]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 20, "speed": 27}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 19, "speed": 27}
     table = report.beside_original(found)
     assert len(table) == 9
     assert report.quality_table(found, "full-batch").shape[0] == 16
@@ -143,12 +145,14 @@ def test_smoke_records(smoke, monkeypatch):
         assert record["git_commit"] is None or len(record["git_commit"]) == 40
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
         report.pick(found, table="robe")
-    assert report.csv_text(found, "speed").count("\n") == 28
+    rows = list(csv.DictReader(io.StringIO(report.csv_text(found, "quality"))))
+    assert len(rows) == 19
+    assert json.loads(rows[1]["history"])[0]["step"] == 0
 
 
 def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
     pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) >= 26
+    assert len(pages) >= 25
     for page in pages:
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:
@@ -163,5 +167,5 @@ def test_a_page_without_its_records_fails_the_build(tmp_path):
     command = [sys.executable, "book/build.py", "--build-dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "26 of 26 runs are missing or stale" in done.stderr
+    assert "25 of 25 runs are missing or stale" in done.stderr
     assert not (tmp_path / "_build").exists()
