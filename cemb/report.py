@@ -283,13 +283,13 @@ def readme_answer(found: list[dict]) -> str:
             ratio = time_ratio(hashed, best_full(found, name, pool_size))
             verdicts.setdefault(pool_size, []).append(f"{ratio.verdict} with {OPTIMIZER_NAMES[name]}")
     rows, dim = hashed["num_embeddings"], hashed["embedding_dim"]
-    then = {name: f"{original_ratio(name, small):.1f}" for name in ("sgd", "adagrad")}
+    then_sgd, then_adagrad = (original_ratio(name, small) for name in ("sgd", "adagrad"))
     full = best_quality(found)
     lines = [
         f"- **Speed.** A training step over a table of {rows:,} × {dim} values, hashed one by one into a "
-        f"pool {rows * dim / small:,.0f} times smaller, is {', '.join(verdicts[small])}, against the faster of "
-        f"PyTorch's full tables. In 2021, in TensorFlow, it was {then['sgd']} times slower with SGD and "
-        f"{then['adagrad']} with Adagrad. A pool of {large:,}, too large for cache, is "
+        f"pool {rows * dim / small:,.0f} times smaller, is {', '.join(verdicts[small])}, against the "
+        f"faster of PyTorch's full tables. In 2021, in TensorFlow, it was {then_sgd:.1f} times slower with "
+        f"SGD and {then_adagrad:.1f} with Adagrad. A pool of {large:,}, too large for cache, is "
         f"{', '.join(verdicts[large])}.",
         f"- **Quality.** A full table goes {closed_share(full)} of the way from predicting zero to the best "
         f"possible factorization, and scores {score_text(full, 'wordsim353')} on WordSim-353.",
