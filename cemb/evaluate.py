@@ -83,8 +83,9 @@ class SparseMatrix:
 
     BLOCK_COLUMNS = 4096
 
-    def __init__(self, matrix: sp.csr_array, device: torch.device | str | None = None):
+    def __init__(self, matrix: sp.csr_array | sp.csc_array, device: torch.device | str | None = None):
         self.shape = matrix.shape
+        columns = sp.csc_array(matrix)
         with warnings.catch_warnings():
             # torch calls CSR tensors a beta feature; what is used here is tested against dense products.
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
@@ -98,7 +99,7 @@ class SparseMatrix:
                     check_invariants=False,
                 )
                 for first in range(0, matrix.shape[1], self.BLOCK_COLUMNS)
-                for block in [matrix[:, first : first + self.BLOCK_COLUMNS]]
+                for block in [columns[:, first : first + self.BLOCK_COLUMNS].tocsr()]
             ]
 
     def __matmul__(self, dense: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class AllCellsLoss:
 
     def __init__(self, matrix: sp.csr_array, device: torch.device | str | None = None):
         self.matrix = SparseMatrix(matrix, device)
-        self.transposed = SparseMatrix(sp.csr_array(matrix.T.tocsr()), device)
+        self.transposed = SparseMatrix(matrix.T, device)
         self.squared_norm = float(np.square(matrix.data, dtype=np.float64).sum())
 
     def __call__(self, words: Tensor, contexts: Tensor) -> Tensor:

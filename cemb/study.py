@@ -6,6 +6,7 @@ an interrupted study goes on where it stopped. Runs are published whole, by one 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -65,11 +66,12 @@ def _quality_runs(**settings) -> list[Run]:
     pools = [{"table": "full"}]
     pools += [{"table": "hashed", "compression_ratio": ratio} for ratio in COMPRESSION_RATIOS]
     pools += [{"table": "hashed", "pool_size": POOL_SIZES[0]}]
-    cases = [{**pool, "training": "full-batch"} for pool in pools]
-    cases.append({**pools[0], "training": "mini-batch"})  # as the original trained
+    full_batch = [{**pool, "training": "full-batch"} for pool in pools]
+    mini_batch = [{**pools[0], "training": "mini-batch"}]  # as the original trained
     runs = []
-    for optimizer in OPTIMIZERS:
-        for case in cases:
+    # The longest first, so that none is left running alone at the end.
+    for cases in (mini_batch, full_batch):
+        for optimizer, case in itertools.product(OPTIMIZERS, cases):
             size = {
                 "compression_ratio": lambda ratio: f"{ratio}-times",
                 "pool_size": lambda size: f"{size}",

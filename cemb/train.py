@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "adagrad", "adam")
 FULL_BATCH_LEARNING_RATES = {"sgd": 20.0, "adagrad": 0.07, "adam": 0.2}
 MINI_BATCH_LEARNING_RATES = {"sgd": 160.0, "adagrad": 0.2, "adam": 0.02}
 # Adam's moments decay faster than its defaults, since runs here last tens to hundreds of steps.
-ADAM_BETAS = (0.85, 0.9)
+ADAM_BETAS = (0.8, 0.85)
 
 
 def make_optimizer(
