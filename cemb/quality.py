@@ -37,7 +37,7 @@ class QualityCase:
     `compression_ratio` is table values (words' and contexts' together) per pool value and sets the pool's
     size; `pool_size` sets it directly. A full table has neither. `num_steps` is for full batches,
     `num_epochs`, `batch_size`, `negative_share` and `loss` for mini-batches. A `learning_rate` of None takes
-    the training's default.
+    the training's default, which for SGD is divided by the compression ratio.
     """
 
     table: str
@@ -94,7 +94,7 @@ def score(
     for name in evaluate.SIMILARITY_SETS:
         found = evaluate.similarity(vectors, data.words, name)
         fields |= {f"{name}_{field}": value for field, value in found.items()}
-    analogies = evaluate.analogies(vectors, data.words, max_questions=4000)
+    analogies = evaluate.analogies(vectors, data.words, max_questions=2000)
     fields |= {f"analogies_{k}": v for k, v in analogies.items()}
     return fields
 
@@ -158,7 +158,12 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
             num_epochs=case.num_epochs,
         )
 
-    asked = rates[case.optimizer] if case.learning_rate is None else case.learning_rate
+    asked = case.learning_rate
+    if asked is None:
+        asked = rates[case.optimizer]
+        if case.optimizer == "sgd" and pool_size is not None:
+            # A pool value's gradient sums those of the table's values that read it; only SGD minds.
+            asked *= min(1, pool_size / (2 * num_words * rank))
     history, learning_rate = halve_until_stable(train, asked)
     if is_full_batch:
         history = [{**entry, "gap": data.optimum.gap(entry["loss"])} for entry in history]
