@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,13 +30,28 @@ def results_dir() -> Path:
     return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"
 
 
+_parsing = threading.Lock()
+
+
+def _parse(source: str) -> ast.Module:
+    """`ast.parse`, which in CPython 3.11 fails if a collection starts other Python code meanwhile."""
+    with _parsing:
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return ast.parse(source)
+        finally:
+            if collecting:
+                gc.enable()
+
+
 def imported_modules(source: str) -> set[str]:
     """Names of the modules of cemb that Python source imports directly, as ``cemb.x``.
 
     ``from cemb import x`` counts as importing ``cemb.x`` alone where that is a module.
     """
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"

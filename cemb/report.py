@@ -65,7 +65,7 @@ class Ratio:
     def verdict(self) -> str:
         """The ratio in words, of the numerator's speed."""
         if self.is_tie:
-            return "as fast, within the noise"
+            return "as fast (within the noise)"
         if self.value < 1:
             return f"{1 / self.value:.1f} times faster"
         return f"{self.value:.1f} times slower"
@@ -139,9 +139,9 @@ def beside_original(found: list[dict]) -> pd.DataFrame:
                 "table": "full" if is_full else f"pool {pool_size:,}",
                 "2021 (ms)": f"{old.total_ms:,.0f}",
                 "2021 ÷ full": "" if is_full else f"{original_ratio(old.optimizer, pool_size):.2f}",
-                **{phase: f"{ours[f'{phase}_ms']:,.1f}" for phase in PHASES},
                 "total (ms)": f"{ours['total_ms']:,.1f}",
                 "÷ full": "" if is_full else str(time_ratio(ours, full)),
+                **{phase: f"{ours[f'{phase}_ms']:,.1f}" for phase in PHASES},
             }
         )
     return pd.DataFrame(rows)
@@ -174,9 +174,9 @@ def speed_table(found: list[dict]) -> pd.DataFrame:
         {
             "optimizer": rows.optimizer.map(OPTIMIZER_NAMES),
             "table": rows.label,
-            **{phase: rows[f"{phase}_ms"].map("{:,.1f}".format) for phase in PHASES},
             "total (ms)": rows.total_ms.map("{:,.1f}".format),
             "quartiles": [f"{low:,.1f}–{high:,.1f}" for low, high in quartiles],
+            **{phase: rows[f"{phase}_ms"].map("{:,.1f}".format) for phase in PHASES},
         }
     )
 

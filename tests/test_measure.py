@@ -199,7 +199,7 @@ def test_ratios_know_ties():
 
     tie = report.time_ratio(record(20.0), record(20.0))
     assert tie.is_tie
-    assert tie.verdict == "as fast, within the noise"
+    assert tie.verdict == "as fast (within the noise)"
     fast = report.time_ratio(record(10.0), record(30.0))
     assert not fast.is_tie
     assert fast.verdict == "3.0 times faster"
@@ -264,3 +264,26 @@ def test_code_hash_follows_imports(monkeypatch, tmp_path):
     assert records.code_hash("from cemb import a") == before
     (package / "b.py").write_text("x = 2")
     assert records.code_hash("from cemb import a") != before
+
+
+def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
+    import ast
+    import gc
+    from concurrent.futures import ThreadPoolExecutor
+
+    class ParsesWhenCollected:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            ast.parse("x = 1")
+
+    source = (records.PACKAGE / "study.py").read_text()
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            done = pool.map(lambda _: (ParsesWhenCollected(), records.imported_modules(source))[1], range(40))
+            assert set(map(frozenset, done)) == {frozenset({"cemb.corpus", "cemb.records"})}
+    finally:
+        gc.set_threshold(*before)
