@@ -107,13 +107,42 @@ class HashSpec:
 
 
 @dataclass(frozen=True)
+class FullSpec:
+    """A table that is not compressed, as its kernels see it: row i is the i-th run of `embedding_dim` values.
+
+    It has the fields of a `HashSpec` with one block a row and no hash.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+
+    table_offset = hash_seed = salt = num_starts = 0
+    signed = False
+    num_blocks = 1
+
+    @property
+    def block_size(self) -> int:
+        return self.embedding_dim
+
+    @property
+    def pool_size(self) -> int:
+        """Values of the whole table."""
+        return self.num_embeddings * self.embedding_dim
+
+    def locate(self, row: int, column: int) -> tuple[int, int]:
+        """``(index, 1)`` of the table's entry (row, column), as `HashSpec.locate`."""
+        return row * self.embedding_dim + column, 1
+
+
+@dataclass(frozen=True)
 class PairDropout:
     """Dropout on both vectors of a pair, as it acts on their dot product; masks are hashed, not stored.
 
     Component j of a dot product survives if it does in both vectors, which has probability (1 − p)², and is
-    then scaled by 1/(1 − p)². So one mask a pair stands for two, exactly in distribution. For pair i of
-    dimension d it keeps component j if the upper 32 bits of ``mix(i·d + j + mix(seed + GOLDEN))`` reach
-    `threshold`.
+    then scaled by 1/(1 − p)². So one mask a pair stands for two, exactly in distribution up to the rounding
+    of that probability to 16 bits. One hash serves four components: with q = ceil(d/4), component j of pair i
+    is kept if 16-bit part j mod 4, least significant first, of ``mix(i·q + j div 4 + mix(seed + GOLDEN))``
+    reaches `threshold`.
     """
 
     p: float
@@ -121,8 +150,8 @@ class PairDropout:
 
     @property
     def threshold(self) -> int:
-        """Share of components dropped from the dot product, in units of 2^-32."""
-        return round((1 - (1 - self.p) ** 2) * 2**32)
+        """Share of components dropped from the dot product, in units of 2^-16."""
+        return min(round((1 - (1 - self.p) ** 2) * 2**16), 2**16 - 1)
 
     @property
     def scale(self) -> float:

@@ -1,14 +1,17 @@
 """The pair model: the score of (word, context) is a dot product of two looked-up vectors, plus biases."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cemb import ops
-from cemb.tables import FullEmbedding, HashedEmbedding, ReferenceHashedEmbedding
+from cemb.tables import FullEmbedding, FusedFullEmbedding, HashedEmbedding, ReferenceHashedEmbedding
 
 TABLES = {
     "full": FullEmbedding,
+    "full-fused": FusedFullEmbedding,
     "hashed": HashedEmbedding,
     "hashed-reference": ReferenceHashedEmbedding,
 }
@@ -22,7 +25,7 @@ class PairModel(nn.Module):
         word_table: table of the words, as in `cemb.tables`.
         context_table: table of the contexts; None shares the words' table, as the 2021 project did.
         bias: ``"none"``, ``"shared"`` (one value per id, used on both sides) or ``"separate"``.
-        dropout: share of vector components zeroed in training, see `cemb.ops.pair_scores`.
+        dropout: share of vector components zeroed in training, see `cemb.ops.vector_scores`.
     """
 
     def __init__(
@@ -54,6 +57,20 @@ class PairModel(nn.Module):
             self.context_bias = nn.Parameter(torch.zeros(self.context_table.num_embeddings))
 
     @property
+    def _is_fused(self) -> bool:
+        """Whether pairs are scored from one pool, by tables that differ in nothing but their place in it."""
+        words, contexts = self.word_table, self.context_table
+        return (
+            getattr(words, "pair_scores", None) is not None
+            and type(contexts) is type(words)
+            and contexts.weight is words.weight
+            and (
+                contexts is words
+                or replace(contexts.spec, table_offset=words.spec.table_offset) == words.spec
+            )
+        )
+
+    @property
     def num_parameters(self) -> int:
         """Trainable scalars, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
@@ -61,11 +78,15 @@ class PairModel(nn.Module):
     def forward(self, pairs: Tensor) -> Tensor:
         """Scores ``[batch]`` of the (word, context) id pairs ``[batch, 2]``."""
         word_ids, context_ids = pairs.unbind(-1)
-        if self.context_table is self.word_table:
-            vectors = self.word_table(pairs)
+        dropout = self.dropout if self.training else 0.0
+        if self._is_fused:
+            scores = self.word_table.pair_scores(pairs, self.context_table, dropout)
         else:
-            vectors = torch.stack((self.word_table(word_ids), self.context_table(context_ids)), dim=-2)
-        scores = ops.pair_scores(vectors, self.dropout if self.training else 0.0)
+            if self.context_table is self.word_table:
+                vectors = self.word_table(pairs)
+            else:
+                vectors = torch.stack((self.word_table(word_ids), self.context_table(context_ids)), dim=-2)
+            scores = ops.vector_scores(vectors, dropout)
         if self.word_bias is not None:
             scores = scores + self.word_bias[word_ids] + self.context_bias[context_ids]
         return scores
@@ -94,19 +115,22 @@ def build_model(
     dropout: float = 0.0,
     device: torch.device | str | None = None,
 ) -> PairModel:
-    """A `PairModel` over the named kind of table: ``full``, ``hashed`` or ``hashed-reference``.
+    """A `PairModel` over the named kind of table: ``full``, ``full-fused``, ``hashed`` or
+    ``hashed-reference``.
 
     A hashed model has one pool of `pool_size` values whether or not words and contexts share their table:
     separate tables read the same pool under different hashes. `sparse_gradients` is for full tables.
     """
     if table not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
-    if table == "full":
+    if table in ("full", "full-fused"):
+        if table == "full-fused" and sparse_gradients:
+            raise ValueError(f"table {table!r} has no sparse gradients; cemb.optim updates what was touched")
         if pool_size is not None:
             raise ValueError(f"a full table has no pool; got pool_size={pool_size}")
 
         def make(offset, weight):
-            return FullEmbedding(num_embeddings, embedding_dim, sparse=sparse_gradients, device=device)
+            return TABLES[table](num_embeddings, embedding_dim, sparse=sparse_gradients, device=device)
     else:
         if pool_size is None:
             raise ValueError(f"table {table!r} needs a pool_size")

@@ -1,110 +1,166 @@
 """torch.library ops: schema, validation, device dispatch, fake kernels and autograd.
 
-`hashed_lookup` turns ids into vectors, `pair_scores` pairs of vectors into dot products after dropout.
-`hashed_lookup` and `hashed_scatter` are linear in their first argument and each other's transpose, so each
-one's backward is the other and derivatives of any order exist.
+`hashed_lookup` turns ids into vectors, `pair_scores` pairs of ids into dot products after dropout, and
+`vector_scores` pairs of vectors into the same. `hashed_lookup` and `hashed_scatter` are linear in their
+first argument and each other's transpose, so each one's backward is the other and derivatives of any order
+exist; the scores are differentiable once.
+
+In schemas a table is a list of integers: rows, columns, block size (0 for a full table), hash seed, signed,
+table offset.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cemb import reference
-from cemb.hashing import HashSpec, PairDropout
+from cemb.hashing import FullSpec, HashSpec, PairDropout
 from cemb.kernels import cpu
+from cemb.touched import TouchedGradient
+
+Spec = HashSpec | FullSpec
 
 _ID_DTYPES = (torch.int32, torch.int64)
+_BACKENDS = {
+    "cpu": ("numba", (torch.float32, torch.float64, torch.bfloat16)),
+    "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
+}
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementation serves tensors of this device and dtype: ``"numba"`` or ``"torch"``."""
-    return "numba" if device.type == "cpu" and dtype in (torch.float32, torch.float64) else "torch"
+    """Which implementation serves tensors of this device and dtype: ``"numba"``, ``"triton"`` or ``"torch"``.
+
+    The last is `cemb.reference`; it serves what the kernels do not, float16 on the CPU, float64 on a GPU and
+    other devices.
+    """
+    name, dtypes = _BACKENDS.get(device.type, ("torch", ()))
+    return name if dtype in dtypes else "torch"
+
+
+def _cuda():
+    from cemb.kernels import cuda  # Triton is there on GPU hosts alone
+
+    return cuda
+
+
+def _encode(spec: Spec) -> list[int]:
+    if isinstance(spec, FullSpec):
+        return [spec.num_embeddings, spec.embedding_dim, 0, 0, 0, 0]
+    return [
+        spec.num_embeddings,
+        spec.embedding_dim,
+        spec.block_size,
+        spec.hash_seed,
+        int(spec.signed),
+        spec.table_offset,
+    ]
+
+
+def _decode(table: Sequence[int], pool_size: int) -> Spec:
+    num_embeddings, embedding_dim, block_size, hash_seed, signed, table_offset = table
+    if block_size == 0:
+        return FullSpec(num_embeddings, embedding_dim)
+    return HashSpec(
+        num_embeddings, embedding_dim, pool_size, block_size, hash_seed, bool(signed), table_offset
+    )
+
+
+def _array(tensor: Tensor):
+    """The values as a contiguous numpy array; bfloat16 as the uint16 of its bits."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute in and accumulate."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("cemb::hashed_lookup", mutates_args=())
-def _hashed_lookup(
-    weight: Tensor,
-    ids: Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    block_size: int,
-    hash_seed: int,
-    signed: bool,
-    table_offset: int,
-) -> Tensor:
-    spec = HashSpec(
-        num_embeddings, embedding_dim, weight.numel(), block_size, hash_seed, signed, table_offset
-    )
-    if backend(weight.device, weight.dtype) == "torch":
+def _hashed_lookup(weight: Tensor, ids: Tensor, table: Sequence[int]) -> Tensor:
+    spec = _decode(table, weight.numel())
+    kind = backend(weight.device, weight.dtype)
+    if kind == "torch":
         return reference.hashed_lookup(weight, ids, spec)
-    reference.check_ids(ids, num_embeddings)
-    flat = ids.reshape(-1).contiguous()
-    out = weight.new_empty((*ids.shape, embedding_dim))
-    cpu.lookup(
-        weight.detach().contiguous().numpy(),
-        flat.numpy(),
-        spec,
-        out.view(flat.numel(), embedding_dim).numpy(),
-    )
-    return out
+    reference.check_ids(ids, spec.num_embeddings)
+    flat = ids.reshape(-1).long().contiguous()
+    if kind == "triton":
+        out = weight.new_empty((*ids.shape, spec.embedding_dim))
+        _cuda().lookup(weight.contiguous(), flat, spec, out.view(flat.numel(), spec.embedding_dim))
+        return out
+    out = weight.new_empty((*ids.shape, spec.embedding_dim), dtype=_wide(weight.dtype))
+    cpu.lookup(_array(weight), flat.numpy(), spec, out.view(flat.numel(), spec.embedding_dim).numpy())
+    return out.to(weight.dtype)
 
 
 @torch.library.custom_op("cemb::hashed_scatter", mutates_args=())
-def _hashed_scatter(
-    grad: Tensor,
-    ids: Tensor,
-    pool_size: int,
-    num_embeddings: int,
-    embedding_dim: int,
-    block_size: int,
-    hash_seed: int,
-    signed: bool,
-    table_offset: int,
-) -> Tensor:
-    spec = HashSpec(num_embeddings, embedding_dim, pool_size, block_size, hash_seed, signed, table_offset)
-    flat_ids = ids.reshape(-1).contiguous()
-    flat_grad = grad.reshape(flat_ids.numel(), embedding_dim).contiguous()
-    if backend(grad.device, grad.dtype) == "torch":
+def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Sequence[int]) -> Tensor:
+    spec = _decode(table, pool_size)
+    flat_ids = ids.reshape(-1).long().contiguous()
+    flat_grad = grad.reshape(flat_ids.numel(), spec.embedding_dim).contiguous()
+    kind = backend(grad.device, grad.dtype)
+    if kind == "torch":
         indices, signs = reference.locate(flat_ids, spec)
         values = flat_grad if signs is None else flat_grad * signs
         return grad.new_zeros(pool_size).index_add_(0, indices.reshape(-1), values.reshape(-1))
-    pool = grad.new_zeros(pool_size)
-    cpu.scatter(flat_grad.detach().numpy(), flat_ids.numpy(), spec, pool.numpy())
-    return pool
+    if kind == "triton":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return _cuda().scatter(flat_grad, flat_ids, spec, deterministic).to(grad.dtype)
+    pool = grad.new_zeros(pool_size, dtype=_wide(grad.dtype))
+    cpu.scatter(flat_grad.detach().to(pool.dtype).numpy(), flat_ids.numpy(), spec, pool.numpy())
+    return pool.to(grad.dtype)
 
 
 @_hashed_lookup.register_fake
-def _(weight, ids, num_embeddings, embedding_dim, block_size, hash_seed, signed, table_offset):
-    return weight.new_empty((*ids.shape, embedding_dim))
+def _(weight, ids, table):
+    return weight.new_empty((*ids.shape, table[1]))
 
 
 @_hashed_scatter.register_fake
-def _(grad, ids, pool_size, num_embeddings, embedding_dim, block_size, hash_seed, signed, table_offset):
+def _(grad, ids, pool_size, table):
     return grad.new_empty(pool_size)
 
 
 def _lookup_setup(ctx, inputs, output):
-    weight, ids, *ctx.table = inputs
+    weight, ids, ctx.table = inputs
     ctx.pool_size = weight.numel()
     ctx.save_for_backward(ids)
 
 
 def _lookup_backward(ctx, grad):
     (ids,) = ctx.saved_tensors
-    return _hashed_scatter(grad, ids, ctx.pool_size, *ctx.table), *[None] * 7
+    return _hashed_scatter(grad, ids, ctx.pool_size, ctx.table), None, None
 
 
 def _scatter_setup(ctx, inputs, output):
-    _, ids, _, *ctx.table = inputs
+    _, ids, _, ctx.table = inputs
     ctx.save_for_backward(ids)
 
 
 def _scatter_backward(ctx, grad):
     (ids,) = ctx.saved_tensors
-    return _hashed_lookup(grad, ids, *ctx.table), *[None] * 8
+    return _hashed_lookup(grad, ids, ctx.table), None, None, None
 
 
 _hashed_lookup.register_autograd(_lookup_backward, setup_context=_lookup_setup)
 _hashed_scatter.register_autograd(_scatter_backward, setup_context=_scatter_setup)
+
+
+def _check(weight: Tensor, ids: Tensor, spec: Spec, name: str) -> None:
+    if ids.dtype not in _ID_DTYPES:
+        raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    if isinstance(spec, HashSpec) and weight.shape != (spec.pool_size,):
+        raise ValueError(f"weight must have shape [{spec.pool_size}], the pool, got {list(weight.shape)}")
+    if weight.numel() != spec.pool_size:
+        raise ValueError(
+            f"weight must hold the {spec.num_embeddings} × {spec.embedding_dim} values of the table, "
+            f"got shape {list(weight.shape)}"
+        )
+    if weight.device != ids.device:
+        raise ValueError(f"weight and {name} must be on one device, got {weight.device} and {ids.device}")
 
 
 def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
@@ -117,81 +173,189 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
 
     Returns:
         ``[*ids.shape, spec.embedding_dim]`` in weight's dtype. The forward is the same on every machine,
-        bit for bit; on the CPU the gradient is deterministic for a given number of threads, elsewhere it
-        is what torch's `index_add_` is.
+        bit for bit. The gradient is deterministic on the CPU, for a given number of threads, and on a GPU
+        under `torch.use_deterministic_algorithms`.
 
     Raises:
         IndexError: an id is negative or at least `spec.num_embeddings` (on a GPU: a device assert).
         TypeError: `ids` is not of an integer type, or `weight` not of a floating one.
         ValueError: `weight` does not have the shape that `spec` asks for, or is on another device.
     """
-    if ids.dtype not in _ID_DTYPES:
-        raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
-    if not weight.dtype.is_floating_point:
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
-    if weight.shape != (spec.pool_size,):
-        raise ValueError(f"weight must have shape [{spec.pool_size}], the pool, got {list(weight.shape)}")
-    if weight.device != ids.device:
-        raise ValueError(f"weight and ids must be on one device, got {weight.device} and {ids.device}")
-    return _hashed_lookup(
-        weight,
-        ids,
-        spec.num_embeddings,
-        spec.embedding_dim,
-        spec.block_size,
-        spec.hash_seed,
-        spec.signed,
-        spec.table_offset,
-    )
+    _check(weight, ids, spec, "ids")
+    return _hashed_lookup(weight, ids, _encode(spec))
 
 
 @torch.library.custom_op("cemb::pair_scores", mutates_args=())
-def _pair_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    drop = PairDropout(dropout, int(seed))
-    if backend(vectors.device, vectors.dtype) == "torch":
-        return reference.pair_scores(vectors, drop)
-    scores = vectors.new_empty(len(vectors))
-    cpu.pair_scores(vectors.detach().contiguous().numpy(), drop, scores.numpy())
-    return scores
+def _pair_scores(
+    weight: Tensor, pairs: Tensor, table: Sequence[int], context_offset: int, dropout: float, seed: Tensor
+) -> Tensor:
+    spec, drop = _decode(table, weight.numel()), PairDropout(dropout, int(seed))
+    reference.check_ids(pairs, spec.num_embeddings)
+    kind = backend(weight.device, weight.dtype)
+    if kind == "torch":
+        return reference.pair_scores(weight, pairs, spec, context_offset, drop)
+    pairs = pairs.long().contiguous()
+    if kind == "triton":
+        scores = weight.new_empty(len(pairs))
+        _cuda().pair_scores(weight.contiguous(), pairs, spec, context_offset, drop, scores)
+        return scores
+    scores = weight.new_empty(len(pairs), dtype=_wide(weight.dtype))
+    cpu.pair_scores(_array(weight), pairs.numpy(), spec, context_offset, drop, scores.numpy())
+    return scores.to(weight.dtype)
 
 
 @torch.library.custom_op("cemb::pair_scores_backward", mutates_args=())
-def _pair_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    drop = PairDropout(dropout, int(seed))
-    if backend(vectors.device, vectors.dtype) == "torch":
-        weights = grad.unsqueeze(-1) * reference.pair_weights(vectors, drop)
-        return weights.unsqueeze(1) * vectors.flip(1)
-    out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-    cpu.pair_scores_backward(
-        grad.detach().contiguous().numpy(), vectors.detach().contiguous().numpy(), drop, out.numpy()
-    )
-    return out
+def _pair_scores_backward(
+    grad: Tensor,
+    weight: Tensor,
+    pairs: Tensor,
+    table: Sequence[int],
+    context_offset: int,
+    dropout: float,
+    seed: Tensor,
+) -> Tensor:
+    spec, drop = _decode(table, weight.numel()), PairDropout(dropout, int(seed))
+    kind = backend(weight.device, weight.dtype)
+    if kind == "torch":
+        return reference.pair_scores_backward(grad, weight, pairs, spec, context_offset, drop)
+    pairs = pairs.long().contiguous()
+    if kind == "triton":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        arguments = (grad.contiguous(), weight.contiguous(), pairs, spec, context_offset, drop, deterministic)
+        return _cuda().pair_scores_backward(*arguments).to(weight.dtype)
+    pool = weight.new_zeros(weight.numel(), dtype=_wide(weight.dtype))
+    wide_grad = grad.detach().to(pool.dtype).contiguous().numpy()
+    arguments = (wide_grad, _array(weight), pairs.numpy(), spec, context_offset, drop)
+    cpu.pair_scores_backward(*arguments, pool.numpy())
+    return pool.to(weight.dtype)
 
 
 @_pair_scores.register_fake
-def _(vectors, dropout, seed):
-    return vectors.new_empty(vectors.shape[0])
+def _(weight, pairs, table, context_offset, dropout, seed):
+    return weight.new_empty(pairs.shape[0])
 
 
 @_pair_scores_backward.register_fake
-def _(grad, vectors, dropout, seed):
-    return torch.empty_like(vectors, memory_format=torch.contiguous_format)
+def _(grad, weight, pairs, table, context_offset, dropout, seed):
+    return weight.new_empty(weight.numel())
 
 
 def _pair_setup(ctx, inputs, output):
-    vectors, ctx.dropout, seed = inputs
-    ctx.save_for_backward(vectors, seed)
+    weight, pairs, ctx.table, ctx.context_offset, ctx.dropout, seed = inputs
+    ctx.save_for_backward(weight, pairs, seed)
 
 
 def _pair_backward(ctx, grad):
-    vectors, seed = ctx.saved_tensors
-    return _pair_scores_backward(grad, vectors, ctx.dropout, seed), None, None
+    weight, pairs, seed = ctx.saved_tensors
+    arguments = (grad, weight, pairs, ctx.table, ctx.context_offset, ctx.dropout, seed)
+    return _pair_scores_backward(*arguments), *[None] * 5
 
 
 _pair_scores.register_autograd(_pair_backward, setup_context=_pair_setup)
 
 
-def pair_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
+class _TouchedPairScores(torch.autograd.Function):
+    """`pair_scores` whose gradient goes to the `TouchedGradient` of an optimizer in `cemb.optim`."""
+
+    @staticmethod
+    def forward(ctx, weight, pairs, spec, context_offset, dropout, seed, touched):
+        ctx.save_for_backward(weight, pairs)
+        ctx.constants = spec, context_offset, PairDropout(dropout, int(seed))
+        ctx.touched = touched
+        return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, pairs = ctx.saved_tensors
+        arguments = (
+            grad.detach().contiguous().numpy(),
+            _array(weight.reshape(-1)),
+            pairs.long().contiguous(),
+        )
+        ctx.touched.add(*arguments, *ctx.constants)
+        return (None,) * 7
+
+
+def _seed(dropout: float) -> Tensor:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    return torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
+
+
+def pair_scores(
+    weight: Tensor, pairs: Tensor, spec: Spec, *, context_offset: int = 0, dropout: float = 0.0
+) -> Tensor:
+    """Dot product of the two rows of each pair of ids, with dropout on both, from the pool itself.
+
+    Nothing of size [n, 2, dim] is made, forward or backward: both hash again what they need.
+
+    Args:
+        weight: the pool ``[spec.pool_size]``, or a full table ``[num_embeddings, embedding_dim]``.
+        pairs: ids (word, context), int32 or int64, ``[n, 2]``.
+        spec: shape and hash of the table; both ids lie in [0, spec.num_embeddings).
+        context_offset: takes the place of ``spec.table_offset`` for contexts.
+        dropout: share of components zeroed in each vector, in [0, 1), as in `vector_scores`.
+
+    Returns:
+        ``[n]`` in weight's dtype, accumulated in float32 (float64 for a float64 pool); determinism and
+        errors are those of `hashed_lookup`. Differentiable once. If an optimizer of `cemb.optim` holds
+        `weight`, the gradient goes to it, not to ``weight.grad``.
+    """
+    _check(weight, pairs, spec, "pairs")
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must have shape [n, 2], got {list(pairs.shape)}")
+    seed = _seed(dropout)
+    touched: TouchedGradient | None = getattr(weight, "touched", None)
+    if touched is not None and torch.is_grad_enabled():
+        return _TouchedPairScores.apply(weight, pairs, spec, context_offset, dropout, seed, touched)
+    return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+
+
+@torch.library.custom_op("cemb::vector_scores", mutates_args=())
+def _vector_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    drop = PairDropout(dropout, int(seed))
+    if vectors.device.type != "cpu" or vectors.dtype not in (torch.float32, torch.float64):
+        return reference.vector_scores(vectors, drop)
+    scores = vectors.new_empty(len(vectors))
+    cpu.vector_scores(_array(vectors), drop, scores.numpy())
+    return scores
+
+
+@torch.library.custom_op("cemb::vector_scores_backward", mutates_args=())
+def _vector_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    drop = PairDropout(dropout, int(seed))
+    if vectors.device.type != "cpu" or vectors.dtype not in (torch.float32, torch.float64):
+        weights = grad.unsqueeze(-1) * reference.pair_weights(vectors, drop)
+        return weights.unsqueeze(1) * vectors.flip(1)
+    out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+    cpu.vector_scores_backward(_array(grad), _array(vectors), drop, out.numpy())
+    return out
+
+
+@_vector_scores.register_fake
+def _(vectors, dropout, seed):
+    return vectors.new_empty(vectors.shape[0])
+
+
+@_vector_scores_backward.register_fake
+def _(grad, vectors, dropout, seed):
+    return torch.empty_like(vectors, memory_format=torch.contiguous_format)
+
+
+def _vector_setup(ctx, inputs, output):
+    vectors, ctx.dropout, seed = inputs
+    ctx.save_for_backward(vectors, seed)
+
+
+def _vector_backward(ctx, grad):
+    vectors, seed = ctx.saved_tensors
+    return _vector_scores_backward(grad, vectors, ctx.dropout, seed), None, None
+
+
+_vector_scores.register_autograd(_vector_backward, setup_context=_vector_setup)
+
+
+def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
     """Dot product of each pair of vectors, with dropout on both.
 
     Has the distribution of ``(F.dropout(u, p) * F.dropout(v, p)).sum(-1)``, without a stored mask: masks are
@@ -209,7 +373,4 @@ def pair_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if vectors.dim() != 3 or vectors.shape[1] != 2:
         raise ValueError(f"vectors must have shape [n, 2, dim], got {list(vectors.shape)}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
-    return _pair_scores(vectors, dropout, seed)
+    return _vector_scores(vectors, dropout, _seed(dropout))

@@ -7,7 +7,7 @@ what makes hashed embeddings slow in eager PyTorch. They run on any device and d
 import torch
 from torch import Tensor
 
-from cemb.hashing import MULTIPLIER_1, MULTIPLIER_2, HashSpec, PairDropout
+from cemb.hashing import MULTIPLIER_1, MULTIPLIER_2, FullSpec, HashSpec, PairDropout
 
 
 def _as_int64(x: int) -> int:
@@ -27,11 +27,16 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def locate(ids: Tensor, spec: HashSpec) -> tuple[Tensor, Tensor | None]:
+def locate(
+    ids: Tensor, spec: HashSpec | FullSpec, table_offset: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Pool indices of the rows `ids` ``[...]`` as int64 ``[..., embedding_dim]``, and signs if signed."""
     columns = torch.arange(spec.embedding_dim, device=ids.device)
+    if isinstance(spec, FullSpec):
+        return ids.long().unsqueeze(-1) * spec.embedding_dim + columns, None
+    offset = spec.table_offset if table_offset is None else table_offset
     block, within = columns // spec.block_size, columns % spec.block_size
-    keys = (ids.long().unsqueeze(-1) + spec.table_offset) * spec.num_blocks + block + _as_int64(spec.salt)
+    keys = (ids.long().unsqueeze(-1) + offset) * spec.num_blocks + block + _as_int64(spec.salt)
     h = mix(keys)
     indices = _shift_right(_shift_right(h, 32) * spec.num_starts, 32) + within
     return indices, (1 - 2 * (h & 1)) if spec.signed else None
@@ -51,13 +56,15 @@ def check_ids(ids: Tensor, num_embeddings: int) -> None:
         )
 
 
-def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
+def hashed_lookup(
+    weight: Tensor, ids: Tensor, spec: HashSpec | FullSpec, table_offset: int | None = None
+) -> Tensor:
     """Rows `ids` ``[...]`` of the table that `spec` hashes into `weight` ``[pool_size]``.
 
     Returns ``[..., embedding_dim]`` of weight's dtype; the gradient is autograd's scatter-add.
     """
     check_ids(ids, spec.num_embeddings)
-    indices, signs = locate(ids, spec)
+    indices, signs = locate(ids, spec, table_offset)
     values = weight[indices]
     return values if signs is None else values * signs
 
@@ -65,11 +72,45 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
 def pair_weights(vectors: Tensor, dropout: PairDropout) -> Tensor:
     """Factors ``[n, dim]`` by which dropout scales the terms of the dot products of pairs ``[n, 2, dim]``."""
     n, _, dim = vectors.shape
-    keys = torch.arange(n * dim, device=vectors.device).reshape(n, dim)
-    kept = _shift_right(mix(keys + _as_int64(dropout.salt)), 32) >= dropout.threshold
-    return kept.to(vectors.dtype) * dropout.scale
+    quads = -(-dim // 4)
+    keys = torch.arange(n * quads, device=vectors.device).reshape(n, quads) + _as_int64(dropout.salt)
+    shifts = 16 * torch.arange(4, device=vectors.device)
+    parts = ((mix(keys).unsqueeze(-1) >> shifts) & 0xFFFF).reshape(n, 4 * quads)[:, :dim]
+    return (parts >= dropout.threshold).to(vectors.dtype) * dropout.scale
 
 
-def pair_scores(vectors: Tensor, dropout: PairDropout) -> Tensor:
+def vector_scores(vectors: Tensor, dropout: PairDropout) -> Tensor:
     """Dot products ``[n]`` of the pairs ``[n, 2, dim]`` after dropout on both vectors."""
     return (vectors[:, 0] * vectors[:, 1] * pair_weights(vectors, dropout)).sum(-1)
+
+
+def _pair_vectors(weight, pairs, spec, context_offset):
+    words = hashed_lookup(weight, pairs[:, 0], spec)
+    return torch.stack((words, hashed_lookup(weight, pairs[:, 1], spec, context_offset)), dim=1)
+
+
+def pair_scores(
+    weight: Tensor, pairs: Tensor, spec: HashSpec | FullSpec, context_offset: int, dropout: PairDropout
+) -> Tensor:
+    """`vector_scores` of the rows `pairs` ``[n, 2]``, contexts hashed under an offset of their own."""
+    return vector_scores(_pair_vectors(weight, pairs, spec, context_offset), dropout)
+
+
+def pair_scores_backward(
+    grad: Tensor,
+    weight: Tensor,
+    pairs: Tensor,
+    spec: HashSpec | FullSpec,
+    context_offset: int,
+    dropout: PairDropout,
+) -> Tensor:
+    """Gradient of `pair_scores` with respect to `weight`, for use where autograd cannot reach."""
+    vectors = _pair_vectors(weight, pairs, spec, context_offset)
+    factors = grad.unsqueeze(-1) * pair_weights(vectors, dropout)
+    pool = torch.zeros_like(weight)
+    for side, offset in ((0, None), (1, context_offset)):
+        indices, signs = locate(pairs[:, side], spec, offset)
+        values = factors * vectors[:, 1 - side]
+        values = values if signs is None else values * signs
+        pool.index_add_(0, indices.reshape(-1), values.reshape(-1))
+    return pool

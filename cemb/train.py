@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cemb import optim
 from cemb.evaluate import AllCellsLoss
 from cemb.model import PairModel
 
@@ -20,16 +21,25 @@ ADAM_BETAS = (0.8, 0.85)
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[Tensor], learning_rate: float, *, sparse: bool = False
+    name: str,
+    parameters: Iterable[Tensor],
+    learning_rate: float,
+    *,
+    sparse: bool = False,
+    touched: bool = False,
 ) -> torch.optim.Optimizer:
-    """torch's SGD, Adagrad or Adam in its fastest form: fused, or over sparse gradients.
+    """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s if `touched`.
 
-    Sparse Adam is lazy: rows a step does not touch keep their moments and do not move. Adam's betas are
-    `ADAM_BETAS`.
+    Over sparse and touched gradients Adam is lazy: what a step does not touch keeps its moments and does
+    not move. Adam's betas are `ADAM_BETAS`.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     parameters = list(parameters)
+    if touched:
+        if name == "adam":
+            return optim.LazyAdam(parameters, learning_rate, ADAM_BETAS)
+        return {"sgd": optim.SGD, "adagrad": optim.Adagrad}[name](parameters, learning_rate)
     if sparse:
         # torch's default; where it is not asked for, some optimizers warn of it at their first step.
         torch.sparse.check_sparse_tensor_invariants.disable()

@@ -10,9 +10,9 @@ from cemb.tables import FullEmbedding, HashedEmbedding
 
 @pytest.mark.parametrize("shared_table", [True, False])
 @pytest.mark.parametrize("bias", ["none", "shared", "separate"])
-@pytest.mark.parametrize("table", ["full", "hashed", "hashed-reference"])
+@pytest.mark.parametrize("table", ["full", "full-fused", "hashed", "hashed-reference"])
 def test_scores_are_dot_products_plus_biases(table, bias, shared_table):
-    pool = None if table == "full" else 40
+    pool = None if table.startswith("full") else 40
     model = build_model(table, 12, 5, pool_size=pool, bias=bias, shared_table=shared_table).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
@@ -77,11 +77,15 @@ def test_losses_have_exact_gradients_also_at_zero(loss):
     [
         (
             lambda: build_model("fool", 3, 2),
-            "table must be one of full, hashed, hashed-reference, got 'fool'",
+            "table must be one of full, full-fused, hashed, hashed-reference, got 'fool'",
         ),
         (lambda: build_model("hashed", 3, 2), "table 'hashed' needs a pool_size"),
         (lambda: build_model("full", 3, 2, pool_size=4), "a full table has no pool; got pool_size=4"),
         (lambda: build_model("hashed", 3, 2, pool_size=4, sparse_gradients=True), "has no sparse gradients"),
+        (
+            lambda: build_model("full-fused", 3, 2, sparse_gradients=True),
+            "has no sparse gradients; cemb.optim",
+        ),
         (
             lambda: build_model("full", 3, 2, bias="both"),
             "bias must be one of none, shared, separate, got 'both'",
@@ -93,3 +97,39 @@ def test_losses_have_exact_gradients_also_at_zero(loss):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("table", ["full-fused", "hashed"])
+def test_fused_models_score_and_learn_as_lookups_do(table):
+    options = {} if table == "full-fused" else {"pool_size": 40, "block_size": 3, "signed": True}
+    fused = build_model(table, 12, 7, **options)
+    pairs = torch.tensor([[0, 11], [3, 3], [7, 2]])
+    scores = fused(pairs)
+    vectors = fused.word_table(pairs)
+    expected = (vectors[:, 0] * vectors[:, 1]).sum(-1)
+    torch.testing.assert_close(scores, expected)
+    (grad,) = torch.autograd.grad(scores.square().sum(), fused.word_table.weight)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), fused.word_table.weight)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_tables_that_differ_in_more_than_their_place_score_by_vectors():
+    words = HashedEmbedding(12, 6, 40, block_size=2)
+    contexts = HashedEmbedding(9, 6, block_size=3, weight=words.weight)
+    model = PairModel(words, contexts)
+    pairs = torch.tensor([[11, 8], [0, 1]])
+    expected = (words(pairs[:, 0]) * contexts(pairs[:, 1])).sum(-1)
+    torch.testing.assert_close(model(pairs), expected)
+
+
+def test_a_compiled_model_is_one_graph():
+    model = build_model("hashed", 50, 8, pool_size=64, block_size=4, dropout=0.1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    pairs = torch.tensor([[3, 49], [0, 7]])
+    torch.manual_seed(1)
+    expected = model(pairs)
+    torch.manual_seed(1)
+    scores = compiled(pairs)
+    torch.testing.assert_close(scores, expected)
+    scores.sum().backward()
+    assert model.word_table.weight.grad.count_nonzero() > 0

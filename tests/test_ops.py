@@ -1,9 +1,12 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from cemb import ops, reference
-from cemb.hashing import GOLDEN, HashSpec, PairDropout, mix
+from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
 from cemb.kernels import cpu
 
 SPECS = [
@@ -169,79 +172,241 @@ def test_several_threads_may_look_up_at_once():
         assert all(torch.equal(result, expected) for result in results)
 
 
+def test_torch_keeps_its_number_of_threads():
+    code = (
+        "import torch; torch.set_num_threads(1); from cemb import HashedEmbedding; "
+        "HashedEmbedding(9, 4, 20)(torch.tensor([1])); raise SystemExit(torch.get_num_threads() != 1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_opcheck():
     spec = HashSpec(20, 5, 17, block_size=2, signed=True)
     pool, ids = _pool(spec).requires_grad_(), _ids(spec, 4)
-    table = (20, 5, 2, 0, True, 0)
-    torch.library.opcheck(torch.ops.cemb.hashed_lookup.default, (pool, ids, *table))
+    table = [20, 5, 2, 0, 1, 0]
+    torch.library.opcheck(torch.ops.cemb.hashed_lookup.default, (pool, ids, table))
     grad = torch.randn(4, 5, requires_grad=True)
-    torch.library.opcheck(torch.ops.cemb.hashed_scatter.default, (grad, ids, 17, *table))
+    torch.library.opcheck(torch.ops.cemb.hashed_scatter.default, (grad, ids, 17, table))
 
 
 def test_pair_dropout_keeps_what_it_says():
     drop = PairDropout(0.1, seed=3)
     vectors = torch.ones(4, 2, 5)
+    # Two hashes of four parts each serve five components.
+    hashes = [[mix(i * 2 + g + mix(3 + GOLDEN)) for g in range(2)] for i in range(4)]
     kept = [
-        [mix(i * 5 + j + mix(3 + GOLDEN)) >> 32 >= round((1 - 0.81) * 2**32) for j in range(5)]
-        for i in range(4)
+        [(h[j // 4] >> 16 * (j % 4)) & 0xFFFF >= round((1 - 0.81) * 2**16) for j in range(5)] for h in hashes
     ]
     expected = torch.tensor(kept).sum(1) / 0.81
-    torch.testing.assert_close(reference.pair_scores(vectors, drop), expected)
+    torch.testing.assert_close(reference.vector_scores(vectors, drop), expected)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 5), (3, 2, 1), (63, 2, 100)])
+@pytest.mark.parametrize("p", [0.999999, 1e-9])
+def test_extreme_dropout_stays_a_16_bit_threshold(p):
+    assert 0 <= PairDropout(p).threshold < 2**16
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5), (3, 2, 1), (63, 2, 100), (9, 2, 33)])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_pair_scores_equal_the_reference(shape, p, dtype):
+def test_vector_scores_equal_the_reference(shape, p, dtype):
     vectors = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
     torch.manual_seed(9)
-    scores = ops.pair_scores(vectors, p)
+    scores = ops.vector_scores(vectors, p)
     torch.manual_seed(9)
-    seed = int(torch.randint(2**62, ())) if p else 0
-    expected = reference.pair_scores(vectors, PairDropout(p, seed))
-    torch.testing.assert_close(scores, expected)
+    drop = PairDropout(p, int(torch.randint(2**62, ())) if p else 0)
     upstream = torch.randn(shape[0], dtype=dtype)
     (grad,) = torch.autograd.grad(scores, vectors, upstream)
-    torch.testing.assert_close(grad, torch.autograd.grad(expected, vectors, upstream)[0])
+    naive = reference.vector_scores(vectors, drop)
+    (naive_grad,) = torch.autograd.grad(naive, vectors, upstream)
+    exact_vectors = vectors.detach().double().requires_grad_()
+    exact = reference.vector_scores(exact_vectors, drop)
+    (exact_grad,) = torch.autograd.grad(exact, exact_vectors, upstream.double())
+    for ours, theirs, truth in ((scores, naive, exact), (grad, naive_grad, exact_grad)):
+        if ours.numel():
+            bound = 2 * (theirs - truth).abs().max() + 1e-5 * drop.scale
+            assert (ours - truth).abs().max() <= bound
 
 
-def test_pair_scores_overwrite_every_value():
+def test_vector_scores_overwrite_every_value():
     vectors = np.random.default_rng(0).random((9, 2, 7), np.float32)
     out = np.full_like(vectors, np.nan)
-    cpu.pair_scores_backward(np.ones(9, np.float32), vectors, PairDropout(0.5), out)
+    cpu.vector_scores_backward(np.ones(9, np.float32), vectors, PairDropout(0.5), out)
     assert not np.isnan(out).any()
 
 
-def test_pair_scores_gradcheck():
+def test_vector_scores_gradcheck():
     vectors = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
 
     def seeded(x):
         torch.manual_seed(1)
-        return ops.pair_scores(x, 0.4)
+        return ops.vector_scores(x, 0.4)
 
     assert torch.autograd.gradcheck(seeded, vectors)
-    torch.library.opcheck(torch.ops.cemb.pair_scores.default, (vectors.detach(), 0.4, torch.tensor(7)))
+    torch.library.opcheck(torch.ops.cemb.vector_scores.default, (vectors.detach(), 0.4, torch.tensor(7)))
 
 
 def test_pair_dropout_has_the_moments_of_two_masks():
     torch.manual_seed(0)
     p, n, dim = 0.3, 4000, 50
-    scores = ops.pair_scores(torch.ones(n, 2, dim, dtype=torch.float64), p)
+    scores = ops.vector_scores(torch.ones(n, 2, dim, dtype=torch.float64), p)
     keep = (1 - p) ** 2
     variance = dim * (1 / keep - 1)
     assert abs(scores.mean() - dim) < 5 * (variance / n) ** 0.5
     assert abs(scores.var() / variance - 1) < 5 * (2 / n) ** 0.5
-    assert not torch.equal(scores, ops.pair_scores(torch.ones(n, 2, dim, dtype=torch.float64), p))
+    assert not torch.equal(scores, ops.vector_scores(torch.ones(n, 2, dim, dtype=torch.float64), p))
+
+
+def test_bad_vectors_are_refused():
+    with pytest.raises(ValueError, match=r"vectors must have shape \[n, 2, dim\], got \[3, 4\]"):
+        ops.vector_scores(torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
+        ops.vector_scores(torch.ones(3, 2, 4), 1)
+
+
+PAIR_SPECS = [
+    *SPECS,
+    HashSpec(500, 100, 2**20, block_size=25, signed=True),
+    FullSpec(63, 100),
+    FullSpec(9, 1),
+]
+
+
+def _context_offset(spec):
+    return 0 if isinstance(spec, FullSpec) else spec.table_offset + 77
+
+
+def _exact(weight, pairs, spec, drop, upstream):
+    """Scores and gradient of the reference, by autograd."""
+    weight = weight.detach().clone().requires_grad_()
+    scores = reference.pair_scores(weight, pairs, spec, _context_offset(spec), drop)
+    (grad,) = torch.autograd.grad(scores, weight, upstream.to(weight.dtype))
+    return scores.detach(), grad
+
+
+@pytest.mark.parametrize("spec", PAIR_SPECS)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("private_pool_limit", [0, 2**22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_pair_scores_are_close_to_float64(spec, p, private_pool_limit, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", private_pool_limit)
+    weight, pairs = _pool(spec, dtype).requires_grad_(), _ids(spec, 61, 2)
+    upstream = torch.randn(61, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(4)
+    scores = ops.pair_scores(weight, pairs, spec, context_offset=_context_offset(spec), dropout=p)
+    (grad,) = torch.autograd.grad(scores, weight, upstream.to(dtype))
+    torch.manual_seed(4)
+    drop = PairDropout(p, int(torch.randint(2**62, ())) if p else 0)
+    upstream = upstream.to(dtype).float()
+    naive = _exact(weight, pairs, spec, drop, upstream)
+    exact = _exact(weight.double(), pairs, spec, drop, upstream)
+    for ours, theirs, truth in zip((scores.detach(), grad), naive, exact, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("block_size", [1, 7, 25])
+def test_owned_pair_gradients_have_the_same_bits_for_any_number_of_threads(threads, block_size, monkeypatch):
+    monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", 0)
+    monkeypatch.setattr(cpu, "_set_threads", lambda: threads)
+    spec = HashSpec(1000, 100, 4000, block_size=block_size, signed=True)
+    weight, pairs = _pool(spec).numpy(), _ids(spec, 200, 2).numpy()
+    grad = np.random.default_rng(0).standard_normal(200).astype(np.float32)
+    room = cpu.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
+    found = _dense(room.runs, 4000)
+    monkeypatch.setattr(cpu, "_set_threads", lambda: 2)
+    owned = np.zeros(4000, np.float32)
+    cpu.pair_scores_backward(grad, weight, pairs, spec, 5, PairDropout(0.1), owned)
+    scaled = np.float32(PairDropout(0.1).scale)
+    np.testing.assert_allclose(found * scaled, owned, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(cpu, "_set_threads", lambda: 1)
+    room = cpu.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
+    assert np.array_equal(found, _dense(room.runs, 4000))
+
+
+def _dense(runs, size):
+    """Runs as a dense gradient; checks that they ascend and do not overlap."""
+    dense, written = np.full(size, np.nan, np.float32), 0
+    for t in range(len(runs.counts)):
+        for r in range(runs.counts[t]):
+            start, (begin, end) = runs.starts[t, r], runs.offsets[t, r : r + 2]
+            assert start >= written
+            assert end > begin
+            written = start + end - begin
+            dense[start:written] = runs.values[begin:end]
+    return np.nan_to_num(dense)
+
+
+@pytest.mark.parametrize("spec", PAIR_SPECS)
+def test_runs_are_the_gradient(spec):
+    weight, pairs = _pool(spec), _ids(spec, 300, 2)
+    upstream = torch.randn(300, generator=torch.Generator().manual_seed(2))
+    drop = PairDropout(0.0)
+    kept = cpu.draw(300, spec.embedding_dim, drop)
+    arguments = (weight.numpy(), pairs.numpy(), kept, upstream.numpy(), spec, _context_offset(spec))
+    room = cpu.Room.of(300, spec, np.dtype(np.float32), 2)
+    room.runs.values[:] = np.nan  # what is not written must not be used
+    found = torch.from_numpy(_dense(cpu.pair_runs(*arguments, room).runs, spec.pool_size))
+    naive = _exact(weight, pairs, spec, drop, upstream)[1]
+    exact = _exact(weight.double(), pairs, spec, drop, upstream)[1]
+    assert (found - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-5
+
+
+def test_pair_gradients_stay_inside_the_pool():
+    spec = HashSpec(50, 11, 40, block_size=4, signed=True)
+    pairs = _ids(spec, 33, 2).numpy()
+    padded = np.full(60, np.nan, np.float32)
+    padded[10:50] = 0
+    cpu.pair_scores_backward(
+        np.ones(33, np.float32), _pool(spec).numpy(), pairs, spec, 9, PairDropout(0.1), padded[10:50]
+    )
+    assert np.isnan(padded[:10]).all()
+    assert np.isnan(padded[50:]).all()
+    assert not np.isnan(padded[10:50]).any()
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_pair_scores_gradcheck(block_size):
+    spec = HashSpec(20, 5, 17, block_size=block_size, signed=True)
+    pool, pairs = _pool(spec, torch.float64).requires_grad_(), _ids(spec, 6, 2)
+
+    def seeded(weight):
+        torch.manual_seed(1)
+        return ops.pair_scores(weight, pairs, spec, context_offset=20, dropout=0.3)
+
+    assert torch.autograd.gradcheck(seeded, pool)
+    arguments = (pool.detach(), pairs, [20, 5, block_size, 0, 1, 0], 20, 0.3, torch.tensor(7))
+    torch.library.opcheck(torch.ops.cemb.pair_scores.default, arguments)
+    grad = torch.randn(6, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.cemb.pair_scores_backward.default, (grad, *arguments))
+
+
+def test_pair_scores_take_any_stride_and_type():
+    spec = HashSpec(63, 10, 50, block_size=3)
+    pool, pairs = _pool(HashSpec(1, 1, 100))[::2], _ids(spec, 2, 12).T[::2]
+    expected = ops.pair_scores(pool.contiguous(), pairs.contiguous(), spec)
+    assert torch.equal(ops.pair_scores(pool, pairs, spec), expected)
+    assert torch.equal(ops.pair_scores(pool, pairs.int(), spec), expected)
+    assert ops.pair_scores(pool, pairs[:0], spec).shape == (0,)
 
 
 def test_bad_pairs_are_refused():
-    with pytest.raises(ValueError, match=r"vectors must have shape \[n, 2, dim\], got \[3, 4\]"):
-        ops.pair_scores(torch.ones(3, 4))
-    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
-        ops.pair_scores(torch.ones(3, 2, 4), 1)
+    spec = HashSpec(63, 10, 50)
+    with pytest.raises(ValueError, match=r"pairs must have shape \[n, 2\], got \[4\]"):
+        ops.pair_scores(_pool(spec), torch.tensor([1, 2, 3, 4]), spec)
+    with pytest.raises(IndexError, match=r"ids must lie in \[0, 63\), .* got ids from 3 to 63"):
+        ops.pair_scores(_pool(spec), torch.tensor([[3, 63]]), spec)
+    with pytest.raises(TypeError, match=r"pairs must be int32 or int64, got torch.float32"):
+        ops.pair_scores(_pool(spec), torch.ones(3, 2), spec)
+    with pytest.raises(ValueError, match=r"must hold the 4 × 5 values of the table, got shape \[3, 5\]"):
+        ops.pair_scores(torch.ones(3, 5), torch.tensor([[0, 1]]), FullSpec(4, 5))
 
 
 def test_backends():
     assert ops.backend(torch.device("cpu"), torch.float32) == "numba"
-    assert ops.backend(torch.device("cpu"), torch.bfloat16) == "torch"
-    assert ops.backend(torch.device("cuda"), torch.float32) == "torch"
+    assert ops.backend(torch.device("cpu"), torch.bfloat16) == "numba"
+    assert ops.backend(torch.device("cpu"), torch.float16) == "torch"
+    assert ops.backend(torch.device("cuda"), torch.bfloat16) == "triton"
+    assert ops.backend(torch.device("cuda"), torch.float64) == "torch"
+    assert ops.backend(torch.device("meta"), torch.float32) == "torch"

@@ -1,14 +1,19 @@
 """Numba kernels: the hash is computed where it is used, so no index ever reaches memory.
 
-Inputs are flat, contiguous numpy arrays that `cemb.ops` has already validated. Compiled code is cached on
-disk. Numba's threading layers may not all be entered by two threads at once (`workqueue` aborts), so
-launches hold a lock.
+Inputs are contiguous numpy arrays that `cemb.ops` has already validated; bfloat16 arrives as the uint16 of
+its bits, and everything computed from it is float32. Compiled code is cached on disk. Numba's threading
+layers may not all be entered by two threads at once (`workqueue` aborts), so launches hold a lock.
 
-Constants are typed once and every operand is uint64: Numba promotes uint32 arithmetic to uint64 and mixed
-signed arithmetic to float64, either of which would send indices wild.
+Integers of the hash are uint64 throughout: Numba promotes uint32 arithmetic to uint64 and mixed signed
+arithmetic to float64, either of which would send indices wild.
+
+Kernels work on tiles of pairs: all places of a tile are found and prefetched before any is used, and
+scratch memory written in one loop is read in a later one, since a load that spans earlier stores waits
+for them.
 """
 
 import threading
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -16,23 +21,57 @@ import torch
 from numba import njit, prange
 
 from cemb import hashing
+from cemb.kernels import lanes
 
 _MULTIPLIER_1 = np.uint64(hashing.MULTIPLIER_1)
 _MULTIPLIER_2 = np.uint64(hashing.MULTIPLIER_2)
 _S27, _S30, _S31, _S32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 _ONE = np.uint64(1)
+_LANES = lanes.LANES
+_TILE = 32
+
+# A pool of so many values stays in a core's cache and need not be prefetched.
+_CACHED = 2**19
 
 # Up to this pool size each thread adds into a pool of its own (16 MiB in float32, near the last-level
-# cache); above it, clearing and summing private pools costs more than hashing every key once per thread.
+# cache); above it, clearing and summing private pools costs more than locating every block once per thread.
 PRIVATE_POOL_LIMIT = 2**22
+
+# Sums may be reassociated, so that they use vector registers.
+_FAST = {"reassoc", "nsz", "contract"}
 
 _launch = threading.Lock()
 
 
+class Geometry(NamedTuple):
+    """What kernels know of a table; `num_starts` is 0 for a full one, whose row i starts at i · dim."""
+
+    dim: int
+    block_size: int
+    num_blocks: int
+    num_starts: np.uint64
+    salt: np.uint64
+    sign_mask: np.uint64
+
+    @classmethod
+    def of(cls, spec: hashing.HashSpec | hashing.FullSpec) -> "Geometry":
+        return cls(
+            spec.embedding_dim,
+            spec.block_size,
+            spec.num_blocks,
+            np.uint64(spec.num_starts),
+            np.uint64(spec.salt),
+            np.uint64(spec.signed),
+        )
+
+
 def _set_threads() -> int:
     """Use as many threads as torch does; returns that number."""
-    threads = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    wanted = torch.get_num_threads()
+    threads = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
     numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # Numba's first launch sets it to all there are
+        torch.set_num_threads(wanted)
     return threads
 
 
@@ -44,114 +83,136 @@ def _mix(x):
 
 
 @njit(inline="always")
-def _first_key(row, table_offset, num_blocks, salt):
-    return (np.uint64(row) + table_offset) * num_blocks + salt
+def _key(table, row, offset):
+    """Key of a row's first block; of a full table, the row's first value."""
+    if table.num_starts == 0:
+        return (np.uint64(row) + offset) * np.uint64(table.dim)
+    return (np.uint64(row) + offset) * np.uint64(table.num_blocks) + table.salt
 
 
 @njit(inline="always")
-def _start(h, num_starts):
-    return np.int64(((h >> _S32) * num_starts) >> _S32)
+def _start(table, h):
+    return np.int64(((h >> _S32) * table.num_starts) >> _S32)
 
 
 @njit(inline="always")
-def _sign(h, sign_mask, like):
-    return like.dtype.type(np.int64(1) - np.int64((h & sign_mask) << _ONE))
+def _locate(table, key, b):
+    """Where block `b` of the row with this key starts, and its sign."""
+    if table.num_starts == 0:
+        return np.int64(key), np.int64(1)
+    h = _mix(key + np.uint64(b))
+    return _start(table, h), np.int64(1) - np.int64((h & table.sign_mask) << _ONE)
+
+
+@njit(inline="always")
+def _block_length(table, b):
+    return min(table.block_size, table.dim - b * table.block_size)
+
+
+@njit(inline="always")
+def _mask(count):
+    """Mask of the first `count` lanes."""
+    return (np.int64(1) << min(max(count, 0), _LANES)) - np.int64(1)
+
+
+@njit(inline="always")
+def _prefetch_run(array, start, length):
+    for k in range(0, length, _LANES):
+        lanes.prefetch(array, start + k)
+    lanes.prefetch(array, start + length - 1)
+
+
+@njit(inline="always")
+def _is_single(table):
+    """Whether each value is located by itself, as in the original scheme."""
+    return table.block_size == 1 and table.num_starts != 0
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _lookup(weight, ids, out, block_size, table_offset, num_blocks, num_starts, salt, sign_mask):
-    dim = out.shape[1]
-    blocks = np.int64(num_blocks)
+def _lookup(weight, ids, out, table, offset):
     for i in prange(ids.shape[0]):
-        key = _first_key(ids[i], table_offset, num_blocks, salt)
-        if block_size == 1:
-            for j in range(dim):
-                h = _mix(key + np.uint64(j))
-                out[i, j] = _sign(h, sign_mask, out) * weight[_start(h, num_starts)]
+        key = _key(table, ids[i], offset)
+        if _is_single(table):
+            for j in range(table.dim):
+                start, sign = _locate(table, key, j)
+                out[i, j] = sign * lanes.value_at(weight, start)
         else:
-            for b in range(blocks):
-                h = _mix(key + np.uint64(b))
-                start, sign = _start(h, num_starts), _sign(h, sign_mask, out)
-                first = b * block_size
-                for k in range(min(block_size, dim - first)):
-                    out[i, first + k] = sign * weight[start + k]
+            for b in range(table.num_blocks):
+                start, sign = _locate(table, key, b)
+                first, length = b * table.block_size, _block_length(table, b)
+                for k in range(0, length, _LANES):
+                    lanes.scale(out[i], first + k, weight, start + k, sign, _mask(length - k))
 
 
 @njit(inline="always")
-def _add_row(grad, i, target, key, block_size, blocks, num_starts, sign_mask):
-    dim = grad.shape[1]
-    if block_size == 1:
-        for j in range(dim):
-            h = _mix(key + np.uint64(j))
-            target[_start(h, num_starts)] += _sign(h, sign_mask, grad) * grad[i, j]
+def _add_row(grad, i, target, key, table):
+    if _is_single(table):
+        for j in range(table.dim):
+            start, sign = _locate(table, key, j)
+            target[start] += sign * grad[i, j]
     else:
-        for b in range(blocks):
-            h = _mix(key + np.uint64(b))
-            start, sign = _start(h, num_starts), _sign(h, sign_mask, grad)
-            first = b * block_size
-            for k in range(min(block_size, dim - first)):
-                target[start + k] += sign * grad[i, first + k]
+        for b in range(table.num_blocks):
+            start, sign = _locate(table, key, b)
+            first, length = b * table.block_size, _block_length(table, b)
+            for k in range(0, length, _LANES):
+                lanes.add_scaled(target, start + k, grad[i], first + k, sign, _mask(length - k))
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _scatter_private(
-    grad, ids, pool, private, block_size, table_offset, num_blocks, num_starts, salt, sign_mask
-):
+def _scatter_private(grad, ids, pool, private, table, offset):
     threads = private.shape[0] + 1
-    blocks = np.int64(num_blocks)
     rows = ids.shape[0]
     for t in prange(threads):
         target = pool if t == 0 else private[t - 1]
+        if t > 0:
+            target[:] = 0
         for i in range(rows * t // threads, rows * (t + 1) // threads):
-            key = _first_key(ids[i], table_offset, num_blocks, salt)
-            _add_row(grad, i, target, key, block_size, blocks, num_starts, sign_mask)
-    if threads > 1:
-        for p in prange(pool.shape[0]):
-            for t in range(threads - 1):
-                pool[p] += private[t, p]
+            _add_row(grad, i, target, _key(table, ids[i], offset), table)
+    for t in prange(threads):
+        low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
+        for other in range(threads - 1):
+            for p in range(low, high):
+                pool[p] += private[other, p]
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _scatter_owned(
-    grad, ids, pool, threads, block_size, table_offset, num_blocks, num_starts, salt, sign_mask
-):
-    dim = grad.shape[1]
-    blocks = np.int64(num_blocks)
-    pool_size = pool.shape[0]
+def _scatter_owned(grad, ids, pool, threads, table, offset):
+    size = pool.shape[0]
     for t in prange(threads):
-        low, high = pool_size * t // threads, pool_size * (t + 1) // threads
+        low, high = size * t // threads, size * (t + 1) // threads
         for i in range(ids.shape[0]):
-            key = _first_key(ids[i], table_offset, num_blocks, salt)
-            for b in range(blocks):
-                h = _mix(key + np.uint64(b))
-                start = _start(h, num_starts)
-                first = b * block_size
-                length = min(block_size, dim - first)
-                if start < high and start + length > low:
-                    sign = _sign(h, sign_mask, grad)
-                    for k in range(max(0, low - start), min(length, high - start)):
-                        pool[start + k] += sign * grad[i, first + k]
+            key = _key(table, ids[i], offset)
+            for b in range(table.num_blocks):
+                start, sign = _locate(table, key, b)
+                first, length = b * table.block_size, _block_length(table, b)
+                begin, end = max(0, low - start), min(length, high - start)
+                for k in range(begin, end, _LANES):
+                    lanes.add_scaled(pool, start + k, grad[i], first + k, sign, _mask(end - k))
 
 
-def _constants(spec: hashing.HashSpec):
-    return (
-        spec.block_size,
-        np.uint64(spec.table_offset),
-        np.uint64(spec.num_blocks),
-        np.uint64(spec.num_starts),
-        np.uint64(spec.salt),
-        np.uint64(spec.signed),
-    )
+_kept_pools = np.empty((0, 0), np.float32)
 
 
-def lookup(weight: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec, out: np.ndarray) -> None:
-    """Write rows `ids` ``[n]`` of the hashed table into `out` ``[n, embedding_dim]``."""
+def _private_pools(number: int, size: int, dtype: np.dtype) -> np.ndarray:
+    """Memory for private pools ``[number, size]``, kept from call to call and not zeroed."""
+    global _kept_pools
+    if _kept_pools.shape != (number, size) or _kept_pools.dtype != dtype:
+        _kept_pools = np.empty((number, size), dtype)
+    return _kept_pools
+
+
+def lookup(
+    weight: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec | hashing.FullSpec, out: np.ndarray
+) -> None:
+    """Write rows `ids` ``[n]`` of the table into `out` ``[n, embedding_dim]``."""
     with _launch:
         _set_threads()
-        _lookup(weight, ids, out, *_constants(spec))
+        _lookup(weight, ids, out, Geometry.of(spec), np.uint64(spec.table_offset))
 
 
-def scatter(grad: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec, pool: np.ndarray) -> None:
+def scatter(
+    grad: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec | hashing.FullSpec, pool: np.ndarray
+) -> None:
     """The transpose of `lookup`: add `grad` ``[n, embedding_dim]`` into the zeroed `pool` ``[pool_size]``.
 
     Deterministic for a given number of threads up to `PRIVATE_POOL_LIMIT`, and for any number above it,
@@ -159,58 +220,581 @@ def scatter(grad: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec, pool: np.
     """
     with _launch:
         threads = _set_threads()
-        if threads > 1 and spec.pool_size > PRIVATE_POOL_LIMIT:
-            _scatter_owned(grad, ids, pool, threads, *_constants(spec))
+        table, offset = Geometry.of(spec), np.uint64(spec.table_offset)
+        if threads > 1 and pool.size > PRIVATE_POOL_LIMIT:
+            _scatter_owned(grad, ids, pool, threads, table, offset)
         else:
-            private = np.zeros((threads - 1, spec.pool_size), dtype=grad.dtype)
-            _scatter_private(grad, ids, pool, private, *_constants(spec))
-
-
-@njit(inline="always")
-def _keep(key, j, threshold):
-    return (_mix(key + np.uint64(j)) >> _S32) >= threshold
-
-
-# Reassociation lets the sum over a row use vector registers.
-@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
-def _pair_scores(vectors, scores, salt, threshold, scale):
-    dim = vectors.shape[2]
-    for i in prange(vectors.shape[0]):
-        key = salt + np.uint64(i) * np.uint64(dim)
-        total = scores.dtype.type(0)
-        for j in range(dim):
-            product = vectors[i, 0, j] * vectors[i, 1, j]
-            total += product if _keep(key, j, threshold) else scores.dtype.type(0)
-        scores[i] = total * scale
+            private = _private_pools(threads - 1, pool.size, pool.dtype)
+            _scatter_private(grad, ids, pool, private, table, offset)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _pair_scores_backward(grad, vectors, out, salt, threshold, scale):
-    dim = vectors.shape[2]
-    for i in prange(vectors.shape[0]):
-        key = salt + np.uint64(i) * np.uint64(dim)
-        factor = grad[i] * scale
-        for j in range(dim):
-            kept = factor if _keep(key, j, threshold) else grad.dtype.type(0)
-            out[i, 0, j] = kept * vectors[i, 1, j]
-            out[i, 1, j] = kept * vectors[i, 0, j]
+def _draw(kept, dim, salt, threshold, threads):
+    quads = np.uint64((dim + 3) // 4)
+    words = kept.shape[1] - 2  # the rest is room for `bits_from` to read in
+    for t in prange(threads):
+        hashes = np.empty(4 * words, np.uint64)
+        parts = hashes.view(np.uint16)
+        for i in range(kept.shape[0] * t // threads, kept.shape[0] * (t + 1) // threads):
+            if threshold == 0:
+                kept[i] = 0xFFFF
+                continue
+            key = salt + np.uint64(i) * quads
+            for g in range(hashes.shape[0]):
+                hashes[g] = _mix(key + np.uint64(g))
+            for w in range(words):
+                kept[i, w] = lanes.at_least(parts, w * _LANES, threshold)
 
 
-def _dropout_constants(dropout: hashing.PairDropout, dtype: np.dtype):
-    return np.uint64(dropout.salt), np.uint64(dropout.threshold), dtype.type(dropout.scale)
+_last_kept: tuple[tuple, np.ndarray] = ((), np.empty((0, 0), np.uint16))
 
 
-def pair_scores(vectors: np.ndarray, dropout: hashing.PairDropout, scores: np.ndarray) -> None:
-    """Write the dot product of each pair of `vectors` ``[n, 2, dim]`` after dropout into `scores` ``[n]``."""
+def _kept(num_pairs: int, dim: int, dropout: hashing.PairDropout, threads: int) -> np.ndarray:
+    """Bit j of row i says whether dropout keeps component j of pair i.
+
+    The last result is kept, since a backward pass asks for that of its forward pass.
+    """
+    global _last_kept
+    wanted = (num_pairs, dim, dropout.salt, dropout.threshold)
+    if _last_kept[0] != wanted:
+        kept = np.empty((num_pairs, -(-dim // _LANES) + 2), np.uint16)
+        _draw(kept, dim, np.uint64(dropout.salt), dropout.threshold, threads)
+        _last_kept = (wanted, kept)
+    return _last_kept[1]
+
+
+@njit(inline="always")
+def _spread(factors, kept, factor, ones):
+    """``factors[j] = factor`` where dropout keeps component j, else 0."""
+    dim = factors.shape[0]
+    for k in range(0, dim, _LANES):
+        lanes.append_scaled(factors, k, ones, 0, factor, lanes.bits_from(kept, k), 0, _mask(dim - k))
+
+
+@njit(inline="always")
+def _hash_tile(keys, b, places, signs, table):
+    """Places and signs of block `b` of the rows with these keys ``[_TILE]``, in vector registers."""
+    if table.num_starts == 0:
+        for i in range(_TILE):
+            places[i] = np.int64(keys[i])
+    else:
+        for i in range(_TILE):
+            h = _mix(keys[i] + np.uint64(b))
+            places[i] = _start(table, h)
+            signs[i] = np.int64(1) - np.int64((h & table.sign_mask) << _ONE)
+
+
+@njit(inline="always")
+def _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset):
+    """Places and signs ``[side, block, _TILE]`` of all blocks of the pairs from `low` to `high`."""
+    for i in range(low, high):
+        keys[0, i - low] = _key(table, pairs[i, 0], word_offset)
+        keys[1, i - low] = _key(table, pairs[i, 1], context_offset)
+    for side in range(2):
+        for b in range(table.num_blocks):
+            _hash_tile(keys[side], b, places[side, b], signs[side, b], table)
+    if weight.shape[0] > _CACHED:
+        for side in range(2):
+            for b in range(table.num_blocks):
+                for i in range(high - low):
+                    _prefetch_run(weight, places[side, b, i], _block_length(table, b))
+
+
+@njit(inline="always")
+def _score_single(weight, factors, table, word, context):
+    """Score of a pair at block size 1: reads only, so that the loop uses vector registers."""
+    total = factors.dtype.type(0)
+    for j in range(table.dim):
+        h, g = _mix(word + np.uint64(j)), _mix(context + np.uint64(j))
+        product = lanes.value_at(weight, _start(table, h)) * lanes.value_at(weight, _start(table, g))
+        total += factors[j] * (product if (h ^ g) & table.sign_mask == 0 else -product)
+    return total
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+def _pair_scores(weight, pairs, kept, scores, scale, threads, table, word_offset, context_offset):
+    n, dim = pairs.shape[0], table.dim
+    for t in prange(threads):
+        ones = np.ones(_LANES, scores.dtype)
+        terms = np.zeros((_TILE, dim), scores.dtype)
+        keys = np.zeros((2, _TILE), np.uint64)
+        places = np.empty((2, table.num_blocks, _TILE), np.int64)
+        signs = np.ones((2, table.num_blocks, _TILE), np.int64)
+        end = n * (t + 1) // threads
+        for low in range(n * t // threads, end, _TILE):
+            high = min(low + _TILE, end)
+            if _is_single(table):
+                for i in range(low, high):
+                    _spread(terms[i - low], kept[i], scale, ones)
+                for i in range(low, high):
+                    word = _key(table, pairs[i, 0], word_offset)
+                    context = _key(table, pairs[i, 1], context_offset)
+                    scores[i] = _score_single(weight, terms[i - low], table, word, context)
+                continue
+            _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            for i in range(high - low):
+                for b in range(table.num_blocks):
+                    word, context = places[0, b, i], places[1, b, i]
+                    first, length = b * table.block_size, _block_length(table, b)
+                    factor = scale * (signs[0, b, i] * signs[1, b, i])
+                    for k in range(0, length, _LANES):
+                        mask = _mask(length - k)
+                        bits = lanes.bits_from(kept[low + i], first + k) & mask
+                        lanes.multiply(
+                            terms[i], first + k, weight, word + k, weight, context + k, factor, bits, mask
+                        )
+            for i in range(high - low):
+                total = scores.dtype.type(0)
+                for j in range(dim):
+                    total += terms[i, j]
+                scores[low + i] = total
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+def _pair_private(weight, pairs, kept, grad, scale, pool, private, table, word_offset, context_offset):
+    n = pairs.shape[0]
+    threads = private.shape[0] + 1
+    for t in prange(threads):
+        target = pool if t == 0 else private[t - 1]
+        if t > 0:
+            target[:] = 0
+        keys = np.zeros((2, _TILE), np.uint64)
+        places = np.empty((2, table.num_blocks, _TILE), np.int64)
+        signs = np.ones((2, table.num_blocks, _TILE), np.int64)
+        end = n * (t + 1) // threads
+        for low in range(n * t // threads, end, _TILE):
+            high = min(low + _TILE, end)
+            _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            for i in range(high - low):
+                for b in range(table.num_blocks):
+                    word, context = places[0, b, i], places[1, b, i]
+                    first, length = b * table.block_size, _block_length(table, b)
+                    factor = grad[low + i] * scale * (signs[0, b, i] * signs[1, b, i])
+                    for k in range(0, length, _LANES):
+                        bits = lanes.bits_from(kept[low + i], first + k) & _mask(length - k)
+                        lanes.add_scaled(target, word + k, weight, context + k, factor, bits)
+                        lanes.add_scaled(target, context + k, weight, word + k, factor, bits)
+    for t in prange(threads):
+        low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
+        for other in range(threads - 1):
+            for p in range(low, high):
+                pool[p] += private[other, p]
+
+
+@njit(inline="always")
+def _find_single(factors, places, kept, factor, ones, table, word, context):
+    """Places of the values of a pair at block size 1, ``places[side]``, and their factors, signs included."""
+    _spread(factors, kept, factor, ones)
+    for j in range(table.dim):
+        places[0, j] = np.uint32(_start(table, _mix(word + np.uint64(j))))
+    for j in range(table.dim):
+        places[1, j] = np.uint32(_start(table, _mix(context + np.uint64(j))))
+    if table.sign_mask:
+        for j in range(table.dim):
+            if (_mix(word + np.uint64(j)) ^ _mix(context + np.uint64(j))) & _ONE:
+                factors[j] = -factors[j]
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+def _pair_private_single(weight, pairs, kept, grad, scale, pool, private, table, word_offset, context_offset):
+    n, dim = pairs.shape[0], table.dim
+    threads = private.shape[0]
+    for t in prange(threads):
+        # Weight and gradient side by side, so that one cache line brings both.
+        both = private[t]
+        for p in range(pool.shape[0]):
+            both[2 * p] = lanes.value_at(weight, p)
+            both[2 * p + 1] = 0
+        ones = np.ones(_LANES, pool.dtype)
+        factors, places = np.empty(dim, pool.dtype), np.empty((2, dim), np.uint32)
+        for i in range(n * t // threads, n * (t + 1) // threads):
+            word, context = _key(table, pairs[i, 0], word_offset), _key(table, pairs[i, 1], context_offset)
+            _find_single(factors, places, kept[i], grad[i] * scale, ones, table, word, context)
+            for j in range(dim):
+                w, c = 2 * np.int64(places[0, j]), 2 * np.int64(places[1, j])
+                to_word, to_context = factors[j] * both[c], factors[j] * both[w]
+                both[w + 1] += to_word
+                both[c + 1] += to_context
+    for t in prange(threads):
+        low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
+        for other in range(threads):
+            for p in range(low, high):
+                pool[p] += private[other, 2 * p + 1]
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table, word_offset, context_offset):
+    n, size, dim = pairs.shape[0], pool.shape[0], table.dim
+    for t in prange(threads):
+        low_end, high_end = size * t // threads, size * (t + 1) // threads
+        ones = np.ones(_LANES, pool.dtype)
+        factors, places = np.empty(dim, pool.dtype), np.empty((2, dim), np.uint32)
+        # Of each value this thread owns: its place, its partner's, and the factor.
+        own, partner = np.empty(2 * _TILE * dim + 1, np.uint32), np.empty(2 * _TILE * dim + 1, np.uint32)
+        term = np.empty(2 * _TILE * dim + 1, pool.dtype)
+        for low in range(0, n, _TILE):
+            count = 0
+            for i in range(low, min(low + _TILE, n)):
+                word, context = (
+                    _key(table, pairs[i, 0], word_offset),
+                    _key(table, pairs[i, 1], context_offset),
+                )
+                _find_single(factors, places, kept[i], grad[i] * scale, ones, table, word, context)
+                for side in range(2):
+                    for j in range(dim):
+                        place = np.int64(places[side, j])
+                        own[count], partner[count], term[count] = place, places[1 - side, j], factors[j]
+                        # No branch, since none could be predicted.
+                        count += np.int64(place >= low_end) & np.int64(place < high_end)
+            for x in range(count):
+                lanes.prefetch(pool, np.int64(own[x]))
+                lanes.prefetch(weight, np.int64(partner[x]))
+            for x in range(count):
+                pool[np.int64(own[x])] += term[x] * lanes.value_at(weight, np.int64(partner[x]))
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table, word_offset, context_offset):
+    n, size = pairs.shape[0], pool.shape[0]
+    for t in prange(threads):
+        low_end, high_end = size * t // threads, size * (t + 1) // threads
+        keys = np.zeros((2, _TILE), np.uint64)
+        places = np.empty((2, table.num_blocks, _TILE), np.int64)
+        signs = np.ones((2, table.num_blocks, _TILE), np.int64)
+        # Of each block this thread owns a part of: side, block and pair, the last within the tile.
+        found = np.empty((2 * _TILE * table.num_blocks + 1, 3), np.int64)
+        for low in range(0, n, _TILE):
+            high = min(low + _TILE, n)
+            _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            count = 0
+            for side in range(2):
+                for b in range(table.num_blocks):
+                    for i in range(high - low):
+                        place = places[side, b, i]
+                        found[count, 0], found[count, 1], found[count, 2] = side, b, i
+                        # No branch, since none could be predicted.
+                        count += np.int64(place < high_end) & np.int64(
+                            place + _block_length(table, b) > low_end
+                        )
+            for x in range(count):
+                side, b, i = found[x, 0], found[x, 1], found[x, 2]
+                _prefetch_run(pool, places[side, b, i], _block_length(table, b))
+            for x in range(count):
+                side, b, i = found[x, 0], found[x, 1], found[x, 2]
+                place, partner = places[side, b, i], places[1 - side, b, i]
+                first, length = b * table.block_size, _block_length(table, b)
+                factor = grad[low + i] * scale * (signs[0, b, i] * signs[1, b, i])
+                begin, end = max(0, low_end - place), min(length, high_end - place)
+                for k in range(begin, end, _LANES):
+                    bits = lanes.bits_from(kept[low + i], first + k) & _mask(end - k)
+                    lanes.add_scaled(pool, place + k, weight, partner + k, factor, bits)
+
+
+def _pair_constants(spec, context_offset):
+    return Geometry.of(spec), np.uint64(spec.table_offset), np.uint64(context_offset)
+
+
+def pair_scores(
+    weight: np.ndarray,
+    pairs: np.ndarray,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    dropout: hashing.PairDropout,
+    scores: np.ndarray,
+) -> None:
+    """Write the dot products of the rows `pairs` ``[n, 2]`` after dropout into `scores` ``[n]``."""
     with _launch:
-        _set_threads()
-        _pair_scores(vectors, scores, *_dropout_constants(dropout, vectors.dtype))
+        threads = _set_threads()
+        kept = _kept(len(pairs), spec.embedding_dim, dropout, threads)
+        scale = scores.dtype.type(dropout.scale)
+        _pair_scores(weight, pairs, kept, scores, scale, threads, *_pair_constants(spec, context_offset))
 
 
 def pair_scores_backward(
+    grad: np.ndarray,
+    weight: np.ndarray,
+    pairs: np.ndarray,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    dropout: hashing.PairDropout,
+    pool: np.ndarray,
+) -> None:
+    """Add the gradient of `pair_scores` with respect to `weight` into the zeroed `pool` ``[pool_size]``.
+
+    Deterministic as `scatter` is.
+    """
+    with _launch:
+        threads = _set_threads()
+        kept = _kept(len(pairs), spec.embedding_dim, dropout, threads)
+        arguments = (weight, pairs, kept, grad, pool.dtype.type(dropout.scale), pool)
+        constants = _pair_constants(spec, context_offset)
+        is_single = spec.block_size == 1 and spec.num_starts > 0
+        if threads > 1 and pool.size > PRIVATE_POOL_LIMIT:
+            (_pair_owned_single if is_single else _pair_owned)(*arguments, threads, *constants)
+        elif is_single:
+            private = _private_pools(threads, 2 * pool.size, pool.dtype)
+            _pair_private_single(*arguments, private, *constants)
+        else:
+            private = _private_pools(threads - 1, pool.size, pool.dtype)
+            _pair_private(*arguments, private, *constants)
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+def _vector_scores(vectors, kept, scores, scale, threads):
+    n, dim = vectors.shape[0], vectors.shape[2]
+    for t in prange(threads):
+        ones = np.ones(_LANES, scores.dtype)
+        factors = np.empty((_TILE, dim), scores.dtype)
+        end = n * (t + 1) // threads
+        for low in range(n * t // threads, end, _TILE):
+            for i in range(low, min(low + _TILE, end)):
+                _spread(factors[i - low], kept[i], scale, ones)
+            for i in range(low, min(low + _TILE, end)):
+                total = scores.dtype.type(0)
+                for j in range(dim):
+                    total += factors[i - low, j] * vectors[i, 0, j] * vectors[i, 1, j]
+                scores[i] = total
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _vector_scores_backward(grad, vectors, kept, out, scale):
+    dim = vectors.shape[2]
+    for i in prange(vectors.shape[0]):
+        factor = grad[i] * scale
+        words, contexts = vectors[i, 0], vectors[i, 1]
+        for k in range(0, dim, _LANES):
+            mask = _mask(dim - k)
+            bits = lanes.bits_from(kept[i], k)
+            lanes.append_scaled(out[i, 0], k, contexts, k, factor, bits & mask, 0, mask)
+            lanes.append_scaled(out[i, 1], k, words, k, factor, bits & mask, 0, mask)
+
+
+def vector_scores(vectors: np.ndarray, dropout: hashing.PairDropout, scores: np.ndarray) -> None:
+    """Write the dot product of each pair of `vectors` ``[n, 2, dim]`` after dropout into `scores` ``[n]``."""
+    with _launch:
+        threads = _set_threads()
+        kept = _kept(len(vectors), vectors.shape[2], dropout, threads)
+        _vector_scores(vectors, kept, scores, scores.dtype.type(dropout.scale), threads)
+
+
+def vector_scores_backward(
     grad: np.ndarray, vectors: np.ndarray, dropout: hashing.PairDropout, out: np.ndarray
 ) -> None:
-    """Write the gradient of `pair_scores` with respect to `vectors` into `out` ``[n, 2, dim]``."""
+    """Write the gradient of `vector_scores` with respect to `vectors` into `out` ``[n, 2, dim]``."""
     with _launch:
-        _set_threads()
-        _pair_scores_backward(grad, vectors, out, *_dropout_constants(dropout, vectors.dtype))
+        kept = _kept(len(vectors), vectors.shape[2], dropout, _set_threads())
+        _vector_scores_backward(grad, vectors, kept, out, out.dtype.type(dropout.scale))
+
+
+class Runs(NamedTuple):
+    """A gradient as runs of consecutive values of a pool, none overlapping, ascending within a thread.
+
+    Thread t has ``counts[t]`` runs. Run r of it starts at ``starts[t, r]`` in the pool, and its values are
+    ``values[offsets[t, r]:offsets[t, r + 1]]``.
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+    offsets: np.ndarray
+    counts: np.ndarray
+
+
+@njit(inline="always")
+def _sort(keys, spare, count, num_bits):
+    """Stable radix sort of ``keys[:count]`` by the `num_bits` above the lower 32; returns the result."""
+    passes = max(1, -(-num_bits // 11))
+    digit = -(-num_bits // passes)
+    places = np.empty((1 << digit) + 1, np.int64)
+    mask = np.uint64((1 << digit) - 1)
+    for p in range(passes):
+        shift = np.uint64(32 + p * digit)
+        places[:] = 0
+        for x in range(count):
+            places[np.int64((keys[x] >> shift) & mask) + 1] += 1
+        for d in range(1, places.shape[0]):
+            places[d] += places[d - 1]
+        for x in range(count):
+            d = np.int64((keys[x] >> shift) & mask)
+            spare[places[d]] = keys[x]
+            places[d] += 1
+        keys, spare = spare, keys
+    return keys
+
+
+@njit(inline="always")
+def _num_bits(count):
+    """Bits of the integers below `count`."""
+    bits = 0
+    while (np.int64(1) << bits) < count:
+        bits += 1
+    return bits
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+def _pair_runs(
+    weight,
+    pairs,
+    kept,
+    factors,
+    values,
+    all_starts,
+    all_offsets,
+    counts,
+    keys,
+    table,
+    word_offset,
+    context_offset,
+):
+    # Arrays come one by one: inside parallel loops, Numba drops what is written to those in a tuple.
+    n, blocks = pairs.shape[0], table.num_blocks
+    block_bits = _num_bits(blocks)
+    # Rows of a full table are sorted as such, to save passes.
+    unit = np.int64(table.dim if table.num_starts == 0 else 1)
+    units = weight.shape[0] // unit
+    # Blocks that reach into a slice from before it keep their order too.
+    reach = np.int64(0 if table.num_starts == 0 else table.block_size - 1)
+    threads = counts.shape[0]
+    for t in prange(threads):
+        low_end, high_end = units * t // threads * unit, units * (t + 1) // threads * unit
+        sorted_keys, spare = keys[t, 0], keys[t, 1]
+        tile_keys = np.zeros((2, _TILE), np.uint64)
+        places, signs = np.empty((2, _TILE), np.int64), np.ones((2, _TILE), np.int64)
+        count = 0
+        for low in range(0, n, _TILE):
+            tile = min(_TILE, n - low)
+            for i in range(tile):
+                tile_keys[0, i] = _key(table, pairs[low + i, 0], word_offset)
+                tile_keys[1, i] = _key(table, pairs[low + i, 1], context_offset)
+            for side in range(2):
+                for b in range(blocks):
+                    length = _block_length(table, b)
+                    _hash_tile(tile_keys[side], b, places[side], signs[side], table)
+                    for i in range(tile):
+                        place = places[side, i]
+                        relative = place - low_end + reach
+                        if unit > 1:
+                            relative //= unit
+                        code = ((2 * (low + i) + side) << block_bits) | b
+                        sorted_keys[count] = (np.uint64(relative) << _S32) | np.uint64(code)
+                        # No branch, since none could be predicted.
+                        count += np.int64(place < high_end) & np.int64(place + length > low_end)
+        sorted_keys = _sort(sorted_keys, spare, count, _num_bits((high_end - low_end + reach) // unit))
+        found = np.empty((_TILE, 2), np.int64)  # pair and block
+        starts, offsets = all_starts[t], all_offsets[t]
+        used = values.shape[0] * t // threads
+        run, end, base = 0, np.int64(-1), np.int64(0)
+        for low in range(0, count, _TILE):
+            tile = min(_TILE, count - low)
+            for x in range(tile):
+                code = np.int64(sorted_keys[low + x] & np.uint64(0xFFFFFFFF))
+                b, side, i = (
+                    code & ((1 << block_bits) - 1),
+                    (code >> block_bits) & 1,
+                    code >> (block_bits + 1),
+                )
+                found[x, 0], found[x, 1] = i, b
+                own, other = (context_offset, word_offset) if side else (word_offset, context_offset)
+                # A full table has but block 0.
+                tile_keys[0, x] = _key(table, pairs[i, side], own) + np.uint64(b)
+                tile_keys[1, x] = _key(table, pairs[i, 1 - side], other) + np.uint64(b)
+            _hash_tile(tile_keys[0], 0, places[0], signs[0], table)
+            _hash_tile(tile_keys[1], 0, places[1], signs[1], table)
+            for x in range(tile):
+                _prefetch_run(weight, places[1, x], _block_length(table, found[x, 1]))
+            for x in range(tile):
+                i, b, place, partner = found[x, 0], found[x, 1], places[0, x], places[1, x]
+                length = _block_length(table, b)
+                begin = max(0, low_end - place)
+                first, length = b * table.block_size + begin, min(length, high_end - place) - begin
+                place, partner = place + begin, partner + begin
+                is_new = place > end
+                starts[run], offsets[run] = place, used
+                base = used - place if is_new else base
+                run += is_new
+                overlap = 0 if is_new else end - place
+                factor = factors[i] * (signs[0, x] * signs[1, x])
+                for k in range(0, length, _LANES):
+                    mask = _mask(length - k)
+                    bits = lanes.bits_from(kept[i], first + k) & mask
+                    old = _mask(overlap - k) & mask
+                    lanes.append_scaled(
+                        values, base + place + k, weight, partner + k, factor, bits, old, mask
+                    )
+                end = max(end, place + length)
+                used = base + end
+        offsets[run] = used
+        counts[t] = run
+
+
+def release_memory() -> None:
+    """Give back what is kept from call to call."""
+    global _kept_pools, _last_kept
+    with _launch:
+        _kept_pools = np.empty((0, 0), np.float32)
+        _last_kept = ((), np.empty((0, 0), np.uint16))
+
+
+def num_threads() -> int:
+    """Threads the next launch will use."""
+    with _launch:
+        return _set_threads()
+
+
+def draw(num_pairs: int, dim: int, dropout: hashing.PairDropout) -> np.ndarray:
+    """Which components dropout keeps: bit j of row i of the result for component j of pair i."""
+    with _launch:
+        return _kept(num_pairs, dim, dropout, _set_threads())
+
+
+class Room(NamedTuple):
+    """Memory for runs and for sorting them, kept from step to step. What is not touched costs nothing."""
+
+    runs: Runs
+    keys: np.ndarray
+
+    @classmethod
+    def of(
+        cls, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, dtype: np.dtype, threads: int
+    ) -> "Room":
+        blocks = 2 * num_pairs * spec.num_blocks
+        runs = Runs(
+            np.empty(threads * 2 * num_pairs * spec.embedding_dim, dtype),
+            np.empty((threads, blocks + 1), np.int64),
+            np.empty((threads, blocks + 1), np.int64),
+            np.zeros(threads, np.int64),
+        )
+        return cls(runs, np.empty((threads, 2, blocks + 1), np.uint64))
+
+    def fits(self, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, threads: int) -> bool:
+        return (
+            len(self.runs.counts) == threads
+            and self.runs.starts.shape[1] > 2 * num_pairs * spec.num_blocks
+            and len(self.runs.values) >= threads * 2 * num_pairs * spec.embedding_dim
+        )
+
+
+def pair_runs(
+    weight: np.ndarray,
+    pairs: np.ndarray,
+    kept: np.ndarray,
+    factors: np.ndarray,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    room: Room | None,
+) -> Room:
+    """The gradient of ``Σ factors[i] · score[i]``, before dropout's scale, as runs in `room`.
+
+    Each thread sorts the blocks that lie in its slice of the pool and sums them in order, so that the
+    gradient is deterministic for any number of threads. Returns `room`, or a larger one.
+
+    Raises ValueError for more pairs than 32 bits number the blocks of.
+    """
+    with _launch:
+        threads = _set_threads()
+        if (2 * len(pairs)) << (spec.num_blocks - 1).bit_length() > 2**32:
+            raise ValueError(f"{len(pairs)} pairs of {spec.num_blocks} blocks are too many for one gradient")
+        if room is None or not room.fits(len(pairs), spec, threads):
+            room = Room.of(len(pairs), spec, weight.dtype, threads)
+        constants = _pair_constants(spec, context_offset)
+        _pair_runs(weight, pairs, kept, factors, *room.runs, room.keys, *constants)
+        return room

@@ -1,6 +1,10 @@
 """The uncompressed table."""
 
-from torch import nn
+from torch import Tensor, nn
+
+from cemb import ops
+from cemb.hashing import FullSpec
+from cemb.touched import advise_huge_pages
 
 
 class FullEmbedding(nn.Embedding):
@@ -16,3 +20,23 @@ class FullEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Draw the weights anew from torch's default generator."""
         nn.init.normal_(self.weight, std=self.init_std)
+
+
+class FusedFullEmbedding(FullEmbedding):
+    """A full table whose pairs are scored by the kernels of the hashed ones, with no hash.
+
+    Made to be trained by `cemb.optim`, which updates only the rows of a batch.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew from torch's default generator, on huge pages where there are any."""
+        advise_huge_pages(self.weight)
+        super().reset_parameters()
+
+    @property
+    def spec(self) -> FullSpec:
+        return FullSpec(self.num_embeddings, self.embedding_dim)
+
+    def pair_scores(self, pairs: Tensor, context_table: "FusedFullEmbedding", dropout: float) -> Tensor:
+        """Scores ``[n]`` of the pairs ``[n, 2]``, contexts from a table over the same weight."""
+        return ops.pair_scores(self.weight, pairs, self.spec, dropout=dropout)

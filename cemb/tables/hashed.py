@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from cemb import ops, reference
 from cemb.hashing import HashSpec
+from cemb.touched import advise_huge_pages
 
 
 class HashedEmbedding(nn.Module):
@@ -72,7 +73,7 @@ class HashedEmbedding(nn.Module):
         )
         self.init_std = init_std
         if weight is None:
-            self.weight = nn.Parameter(torch.empty(pool_size, device=device, dtype=dtype))
+            self.weight = nn.Parameter(advise_huge_pages(torch.empty(pool_size, device=device, dtype=dtype)))
             self.reset_parameters()
         else:
             self.weight = weight
@@ -101,6 +102,14 @@ class HashedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return ops.hashed_lookup(self.weight, ids, self.spec)
 
+    def pair_scores(self, pairs: Tensor, context_table: "HashedEmbedding", dropout: float) -> Tensor:
+        """Scores ``[n]`` of the pairs ``[n, 2]``, contexts from a table over the same pool.
+
+        The two tables may differ in `table_offset` alone.
+        """
+        offset = context_table.spec.table_offset
+        return ops.pair_scores(self.weight, pairs, self.spec, context_offset=offset, dropout=dropout)
+
     def extra_repr(self) -> str:
         parts = [f"{self.num_embeddings}, {self.embedding_dim}, pool_size={self.pool_size}"]
         defaults = {"block_size": 1, "hash_seed": 0, "signed": False, "table_offset": 0}
@@ -114,6 +123,8 @@ class HashedEmbedding(nn.Module):
 
 class ReferenceHashedEmbedding(HashedEmbedding):
     """`HashedEmbedding` computed by `cemb.reference`: what eager PyTorch makes of the same table."""
+
+    pair_scores = None
 
     def forward(self, ids: Tensor) -> Tensor:
         return reference.hashed_lookup(self.weight, ids, self.spec)

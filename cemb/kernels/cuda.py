@@ -1,0 +1,353 @@
+"""Triton kernels: the hash is computed where it is used; neither indices nor the vectors of pairs are stored.
+
+Tensors are contiguous, on one device, and already validated by `cemb.ops`. Pools and vectors are float32,
+bfloat16 or float16; arithmetic is in float32. Gradients are summed in a pool of their own, in float32 (few
+GPUs add bfloat16 atomically) or, where `deterministic`, in fixed point. With ``TRITON_INTERPRET=1`` in the
+environment before Triton is imported, the kernels run on the CPU, slowly.
+
+A row is cut into pieces: each block, or each `MAX_WIDTH` columns of a longer one. One hash serves a piece,
+whose pool values are consecutive.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cemb import hashing
+
+MULTIPLIER_1 = tl.constexpr(hashing.MULTIPLIER_1)
+MULTIPLIER_2 = tl.constexpr(hashing.MULTIPLIER_2)
+
+# Columns that share a hash in one program, values that one program handles, and columns of a pair that are
+# handled at once.
+MAX_WIDTH = 256
+TILE = 1024
+PAIR_COLUMNS = 32
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 30)) * MULTIPLIER_1
+    x = (x ^ (x >> 27)) * MULTIPLIER_2
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _locate(
+    row,
+    block,
+    base,
+    num_starts,
+    DIM: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    HASHED: tl.constexpr,
+):
+    """First pool index of a block, and the sign of its values."""
+    key = row.to(tl.uint64) * NUM_BLOCKS + block.to(tl.uint64) + tl.cast(base, tl.uint64)
+    if not HASHED:
+        return (key * DIM).to(tl.int64), tl.where(key >= 0, 1.0, 1.0)
+    h = _mix(key)
+    start = ((h >> 32) * tl.cast(num_starts, tl.uint64)) >> 32
+    return start.to(tl.int64), tl.where((h & SIGNED) != 0, -1.0, 1.0)
+
+
+@triton.jit
+def _columns(piece, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """Block of each of the pieces ``[..., 1]``; within it and within the row, columns ``[..., WIDTH]``."""
+    block = piece // CHUNKS
+    within = (piece % CHUNKS) * WIDTH + tl.arange(0, WIDTH)
+    column = block * BLOCK_SIZE + within
+    return block, within, column, (within < BLOCK_SIZE) & (column < DIM)
+
+
+@triton.jit
+def _add(pool, index, value, scale, mask):
+    """Add into a float32 pool or, where there is a scale, into an int64 pool in units of its inverse."""
+    if scale is not None:
+        value = tl.floor(value.to(tl.float64) * tl.load(scale) + 0.5).to(tl.int64)
+    # The end of the kernel orders the sums before whatever reads them.
+    tl.atomic_add(pool + index, value, mask=mask, sem="relaxed")
+
+
+# Arguments that differ from table to table or step to step are not worth a compilation each.
+@triton.jit(do_not_specialize=["n", "base", "num_starts"])
+def _row_kernel(
+    weight,
+    ids,
+    grad,
+    out,
+    scale,
+    n,
+    base,
+    num_starts,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    HASHED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Look PIECES x WIDTH values up in `weight` or, where there is a `grad`, add them to the pool `out`."""
+    # One division in 64 bits for the program, one in 32 bits for each piece.
+    per_row = NUM_BLOCKS * CHUNKS
+    first = tl.program_id(0).to(tl.int64) * PIECES
+    first_row = first // per_row
+    offset = (first - first_row * per_row).to(tl.int32) + tl.arange(0, PIECES)[:, None]
+    row = first_row + offset // per_row
+    block, within, column, mask = _columns(offset % per_row, DIM, BLOCK_SIZE, WIDTH, CHUNKS)
+    mask = mask & (row < n)
+    entity = tl.load(ids + row, mask=row < n, other=0)
+    start, sign = _locate(entity, block, base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED)
+    index, position = start + within, row * DIM + column
+    if grad is None:
+        value = tl.load(weight + index, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + position, sign * value, mask=mask)
+    else:
+        value = tl.load(grad + position, mask=mask, other=0.0).to(tl.float32)
+        _add(out, index, sign * value, scale, mask)
+
+
+@triton.jit
+def _kept(pair, column, salt, threshold, DIM: tl.constexpr):
+    """Which components of which pairs dropout keeps: a hash has four lanes of 16 bits."""
+    key = pair.to(tl.uint64) * ((DIM + 3) // 4) + (column // 4).to(tl.uint64) + tl.cast(salt, tl.uint64)
+    lane = _mix(key) >> ((column % 4) * 16).to(tl.uint64)
+    return (lane & 0xFFFF).to(tl.int32) >= threshold
+
+
+@triton.jit(
+    do_not_specialize=["n", "word_base", "context_base", "num_starts", "dropout_salt", "threshold", "factor"]
+)
+def _pair_kernel(
+    weight,
+    pairs,
+    grad,
+    out,
+    scale,
+    n,
+    word_base,
+    context_base,
+    num_starts,
+    dropout_salt,
+    threshold,
+    factor,
+    DROPOUT: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    HASHED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Score PAIRS pairs or, where there is a `grad`, add their gradient to the pool `out`."""
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    word = tl.load(pairs + 2 * pair, mask=pair < n, other=0)[:, None, None]
+    context = tl.load(pairs + 2 * pair + 1, mask=pair < n, other=0)[:, None, None]
+    tile_pair = pair[:, None, None]
+    if grad is None:
+        total = tl.zeros([PAIRS, PIECES, WIDTH], tl.float32)
+    else:
+        upstream = tl.load(grad + pair, mask=pair < n, other=0.0).to(tl.float32)[:, None, None] * factor
+    for first in range(0, NUM_BLOCKS * CHUNKS, PIECES):
+        piece = first + tl.arange(0, PIECES)[None, :, None]
+        block, within, column, mask = _columns(piece, DIM, BLOCK_SIZE, WIDTH, CHUNKS)
+        mask = mask & (tile_pair < n)
+        if DROPOUT:
+            mask = mask & _kept(tile_pair, column, dropout_salt, threshold, DIM)
+        word_start, word_sign = _locate(word, block, word_base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED)
+        context_start, context_sign = _locate(
+            context, block, context_base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED
+        )
+        sign = word_sign * context_sign
+        word_index, context_index = word_start + within, context_start + within
+        word_value = tl.load(weight + word_index, mask=mask, other=0.0).to(tl.float32)
+        context_value = tl.load(weight + context_index, mask=mask, other=0.0).to(tl.float32)
+        if grad is None:
+            total += sign * word_value * context_value
+        else:
+            _add(out, word_index, sign * upstream * context_value, scale, mask)
+            _add(out, context_index, sign * upstream * word_value, scale, mask)
+    if grad is None:
+        score = tl.sum(tl.sum(total, axis=2), axis=1) * factor
+        tl.store(out + pair, score, mask=pair < n)
+
+
+def _int64(x: int) -> int:
+    """The signed integer with the same lower 64 bits, as kernels take it."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _base(spec: hashing.HashSpec | hashing.FullSpec, table_offset: int) -> int:
+    """What every key of a table has in common."""
+    return _int64(table_offset * spec.num_blocks + spec.salt)
+
+
+def _constants(spec: hashing.HashSpec | hashing.FullSpec) -> dict[str, int]:
+    width = min(triton.next_power_of_2(spec.block_size), MAX_WIDTH)
+    return {
+        "DIM": spec.embedding_dim,
+        "BLOCK_SIZE": spec.block_size,
+        "NUM_BLOCKS": spec.num_blocks,
+        "SIGNED": int(spec.signed),
+        "HASHED": spec.num_starts > 0,
+        "WIDTH": width,
+        "CHUNKS": triton.cdiv(spec.block_size, width),
+    }
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude, a float64 scalar that stays on the device."""
+    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).double()
+
+
+def _fixed_point_scale(bound: Tensor, terms: int) -> Tensor:
+    """Power of two that keeps sums of `terms` values up to `bound` below 2^62; NaN if bound is not finite."""
+    exponent = torch.frexp(bound).exponent
+    return torch.exp2(62.0 - terms.bit_length() - exponent.double()) + 0 * bound
+
+
+def _new_pool(spec: hashing.HashSpec | hashing.FullSpec, like: Tensor, scale: Tensor | None) -> Tensor:
+    dtype = torch.float32 if scale is None else torch.int64
+    return torch.zeros(spec.pool_size, dtype=dtype, device=like.device)
+
+
+def _to_float(pool: Tensor, scale: Tensor | None) -> Tensor:
+    return pool if scale is None else pool.double().div_(scale).float()
+
+
+def _launch_rows(
+    weight: Tensor | None,
+    ids: Tensor,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    out: Tensor,
+    grad: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    constants = _constants(spec)
+    pieces = TILE // constants["WIDTH"]
+    programs = triton.cdiv(len(ids) * spec.num_blocks * constants["CHUNKS"], pieces)
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(ids):
+        _row_kernel[(programs,)](
+            weight,
+            ids,
+            grad,
+            out,
+            scale,
+            len(ids),
+            _base(spec, spec.table_offset),
+            spec.num_starts,
+            PIECES=pieces,
+            **constants,
+        )
+
+
+def lookup(weight: Tensor, ids: Tensor, spec: hashing.HashSpec | hashing.FullSpec, out: Tensor) -> None:
+    """Write rows `ids` ``[n]`` (int64) of the table in `weight` ``[pool_size]`` into `out` ``[n, dim]``.
+
+    `out` is of weight's dtype. Nothing is rounded, so results are those of `cemb.reference`, bit for bit.
+    """
+    if len(ids):
+        _launch_rows(weight, ids, spec, out)
+
+
+def scatter(
+    grad: Tensor, ids: Tensor, spec: hashing.HashSpec | hashing.FullSpec, deterministic: bool
+) -> Tensor:
+    """The transpose of `lookup`: the sum of `grad` ``[n, dim]`` into a new float32 pool ``[pool_size]``.
+
+    By default float32 atomics add in any order, so results differ by rounding from run to run. Where
+    `deterministic`, they are the same bits in every run and for any order of the rows: terms are rounded to
+    a unit of fixed point and summed in int64. With m the largest magnitude in `grad`, the unit is at most
+    ``n * dim * m * 2^-60``, so each term errs by at most half of that (``m * 2^-33`` for 2^28 terms). It
+    takes 16 more bytes per pool value; a value that is not finite makes the whole pool NaN.
+    """
+    scale = _fixed_point_scale(_largest(grad), grad.numel()) if deterministic and len(ids) else None
+    pool = _new_pool(spec, grad, scale)
+    if len(ids):
+        _launch_rows(None, ids, spec, pool, grad, scale)
+    return _to_float(pool, scale)
+
+
+def _launch_pairs(
+    weight: Tensor,
+    pairs: Tensor,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    dropout: hashing.PairDropout,
+    out: Tensor,
+    grad: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    constants = _constants(spec)
+    per_row = spec.num_blocks * constants["CHUNKS"]
+    pieces = min(triton.next_power_of_2(per_row), max(1, PAIR_COLUMNS // constants["WIDTH"]))
+    tile_pairs = max(1, TILE // (pieces * constants["WIDTH"]))
+    with torch.cuda.device_of(pairs):
+        _pair_kernel[(triton.cdiv(len(pairs), tile_pairs),)](
+            weight,
+            pairs,
+            grad,
+            out,
+            scale,
+            len(pairs),
+            _base(spec, spec.table_offset),
+            _base(spec, context_offset),
+            spec.num_starts,
+            _int64(dropout.salt),
+            dropout.threshold,
+            dropout.scale,
+            DROPOUT=dropout.threshold > 0,
+            PIECES=pieces,
+            PAIRS=tile_pairs,
+            **constants,
+        )
+
+
+def pair_scores(
+    weight: Tensor,
+    pairs: Tensor,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    dropout: hashing.PairDropout,
+    scores: Tensor,
+) -> None:
+    """Write the dot product of both rows of each of `pairs` ``[n, 2]`` (int64) into `scores` ``[n]``.
+
+    Row numbers are relative to `spec.table_offset` in column 0, words, and to `context_offset` in column 1,
+    contexts; both tables are otherwise as `spec` says, in `weight` ``[pool_size]``. Sums are in float32, in
+    an order that depends on shapes alone, so results are deterministic; `scores` is of weight's dtype.
+    """
+    if len(pairs):
+        _launch_pairs(weight, pairs, spec, context_offset, dropout, scores)
+
+
+def pair_scores_backward(
+    grad: Tensor,
+    weight: Tensor,
+    pairs: Tensor,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    dropout: hashing.PairDropout,
+    deterministic: bool,
+) -> Tensor:
+    """Gradient of `pair_scores` for `weight`, given `grad` ``[n]``: a new float32 pool ``[pool_size]``.
+
+    Default and `deterministic` are those of `scatter`; here m is the product of the largest magnitudes in
+    `grad` and in `weight` and of the dropout's scale, and there are ``2 * n * dim`` terms.
+    """
+    scale = None
+    if deterministic and len(pairs):
+        bound = _largest(grad) * _largest(weight) * dropout.scale
+        scale = _fixed_point_scale(bound, pairs.numel() * spec.embedding_dim)
+    pool = _new_pool(spec, weight, scale)
+    if len(pairs):
+        _launch_pairs(weight, pairs, spec, context_offset, dropout, pool, grad, scale)
+    return _to_float(pool, scale)

@@ -1,0 +1,203 @@
+"""Vector operations on 16 lanes under a bit mask, for Numba kernels.
+
+A block of a hashed row is a short run of values at any position. LLVM turns a loop over one into scalar
+code, since its length is unknown and arrays might overlap; these intrinsics say outright what is meant.
+Bit l of a mask stands for lane l: lanes outside a mask are neither read nor written, so a run may end
+anywhere. Arrays are one-dimensional: float32, float64, or uint16 for the bits of bfloat16 (read only).
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+LANES = 16
+_I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
+_BITS = ir.VectorType(ir.IntType(1), LANES)
+_SUFFIX = {"i16": "i16", "float": "f32", "double": "f64"}
+
+
+def _pointer(context, builder, array_type, array, index):
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+def _bits(builder, mask):
+    """The lanes of an integer mask."""
+    return builder.bitcast(builder.trunc(mask, _I16), _BITS)
+
+
+def _splat(builder, value, vector):
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+
+
+def _load(context, builder, array_type, array, index, bits):
+    """Lanes of ``array[index:]`` inside `bits`, zero elsewhere; bfloat16 becomes float32."""
+    pointer = _pointer(context, builder, array_type, array, index)
+    vector = ir.VectorType(pointer.type.pointee, LANES)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [pointer.type, _I32, _BITS, vector]),
+        f"llvm.masked.load.v{LANES}{_SUFFIX[str(vector.element)]}.p0",
+    )
+    align = ir.Constant(_I32, array_type.dtype.bitwidth // 8)
+    zero = ir.Constant(vector, [0 if vector.element == _I16 else 0.0] * LANES)
+    loaded = builder.call(function, [pointer, align, bits, zero])
+    if vector.element != _I16:
+        return loaded
+    words = ir.VectorType(_I32, LANES)
+    shifted = builder.shl(builder.zext(loaded, words), ir.Constant(words, [16] * LANES))
+    return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), LANES))
+
+
+def _store(context, builder, array_type, array, index, bits, value):
+    pointer = _pointer(context, builder, array_type, array, index)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, _BITS]),
+        f"llvm.masked.store.v{LANES}{_SUFFIX[str(value.type.element)]}.p0",
+    )
+    builder.call(function, [value, pointer, ir.Constant(_I32, array_type.dtype.bitwidth // 8), bits])
+
+
+def _scaled(context, builder, source_type, source, index, factor, bits):
+    loaded = _load(context, builder, source_type, source, index, bits)
+    return builder.fmul(loaded, _splat(builder, factor, loaded.type))
+
+
+def _factor_type(array_type):
+    return types.float64 if array_type.dtype == types.float64 else types.float32
+
+
+@intrinsic
+def _bfloat16_at(typing, array, i):
+    def generate(context, builder, signature, arguments):
+        value = builder.load(_pointer(context, builder, signature.args[0], *arguments))
+        word = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16))
+        return builder.bitcast(word, ir.FloatType())
+
+    return types.float32(array, types.intp), generate
+
+
+def value_at(array, i):
+    """``array[i]``; bfloat16 becomes float32."""
+    raise NotImplementedError("for use in kernels only")
+
+
+@overload(value_at, inline="always")
+def _value_at(array, i):
+    if array.dtype == types.uint16:
+        return lambda array, i: _bfloat16_at(array, i)
+    return lambda array, i: array[i]
+
+
+@intrinsic
+def multiply(typing, out, i, a, j, b, k, factor, kept, mask):
+    """``out[i + l] = factor * a[j + l] * b[k + l] if l in kept else 0`` for the lanes l of `mask`."""
+
+    def generate(context, builder, signature, arguments):
+        out_type, _, a_type, _, b_type, _, _, _, _ = signature.args
+        out, i, a, j, b, k, factor, kept, mask = arguments
+        bits = _bits(builder, kept)
+        left = _scaled(context, builder, a_type, a, j, factor, bits)
+        right = _load(context, builder, b_type, b, k, bits)
+        _store(context, builder, out_type, out, i, _bits(builder, mask), builder.fmul(left, right))
+
+    ints = types.intp
+    return types.void(out, ints, a, ints, b, ints, _factor_type(a), ints, ints), generate
+
+
+@intrinsic
+def scale(typing, out, i, source, j, factor, mask):
+    """``out[i + l] = factor * source[j + l]`` for the lanes l of `mask`."""
+
+    def generate(context, builder, signature, arguments):
+        out_type, _, source_type, _, _, _ = signature.args
+        out, i, source, j, factor, mask = arguments
+        bits = _bits(builder, mask)
+        value = _scaled(context, builder, source_type, source, j, factor, bits)
+        _store(context, builder, out_type, out, i, bits, value)
+
+    ints = types.intp
+    return types.void(out, ints, source, ints, _factor_type(source), ints), generate
+
+
+@intrinsic
+def add_scaled(typing, out, i, source, j, factor, mask):
+    """``out[i + l] += factor * source[j + l]`` for the lanes l of `mask`."""
+
+    def generate(context, builder, signature, arguments):
+        out_type, _, source_type, _, _, _ = signature.args
+        out, i, source, j, factor, mask = arguments
+        bits = _bits(builder, mask)
+        value = _scaled(context, builder, source_type, source, j, factor, bits)
+        total = builder.fadd(_load(context, builder, out_type, out, i, bits), value)
+        _store(context, builder, out_type, out, i, bits, total)
+
+    ints = types.intp
+    return types.void(out, ints, source, ints, _factor_type(source), ints), generate
+
+
+@intrinsic
+def append_scaled(typing, out, i, source, j, factor, kept, old, mask):
+    """``out[i + l] = (out[i + l] if l in old) + (factor * source[j + l] if l in kept)`` for l in `mask`."""
+
+    def generate(context, builder, signature, arguments):
+        out_type, _, source_type, _, _, _, _, _ = signature.args
+        out, i, source, j, factor, kept, old, mask = arguments
+        value = _scaled(context, builder, source_type, source, j, factor, _bits(builder, kept))
+        before = _load(context, builder, out_type, out, i, _bits(builder, old))
+        _store(context, builder, out_type, out, i, _bits(builder, mask), builder.fadd(before, value))
+
+    ints = types.intp
+    return types.void(out, ints, source, ints, _factor_type(source), ints, ints, ints), generate
+
+
+@intrinsic
+def at_least(typing, values, i, threshold):
+    """Mask of the lanes l with ``values[i + l] >= threshold``, of an array of uint16."""
+
+    def generate(context, builder, signature, arguments):
+        values, i, threshold = arguments
+        vector = ir.VectorType(_I16, LANES)
+        pointer = _pointer(context, builder, signature.args[0], values, i)
+        loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=2)
+        bound = _splat(builder, builder.trunc(threshold, _I16), vector)
+        bits = builder.icmp_unsigned(">=", loaded, bound)
+        return builder.zext(builder.bitcast(bits, _I16), ir.IntType(64))
+
+    return types.intp(values, types.intp, types.intp), generate
+
+
+@intrinsic
+def bits_from(typing, words, position):
+    """16 bits of an array of uint16 from bit `position` on; reads up to the end of the word after."""
+
+    def generate(context, builder, signature, arguments):
+        words, position = arguments
+        pointer = _pointer(context, builder, signature.args[0], words, ir.Constant(position.type, 0))
+        byte = builder.lshr(position, ir.Constant(position.type, 3))
+        pointer = builder.gep(builder.bitcast(pointer, _I8.as_pointer()), [byte])
+        loaded = builder.load(builder.bitcast(pointer, _I32.as_pointer()), align=1)
+        shift = builder.and_(builder.trunc(position, _I32), ir.Constant(_I32, 7))
+        return builder.zext(builder.trunc(builder.lshr(loaded, shift), _I16), ir.IntType(64))
+
+    return types.intp(words, types.intp), generate
+
+
+@intrinsic
+def prefetch(typing, array, i):
+    """Ask for the cache line of ``array[i]``; any index is safe."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments), _I8.as_pointer())
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32]),
+            "llvm.prefetch.p0",
+        )
+        read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        builder.call(function, [pointer, read, keep, data])
+
+    return types.void(array, types.intp), generate

@@ -1,0 +1,138 @@
+"""Optimizers for pools and full tables too large to be visited at every step.
+
+They take over the gradients of `cemb.ops.pair_scores` for the parameters they hold, see
+`cemb.touched.TouchedGradient`, and update only the values that a step touched. For small pools
+`torch.optim` with ``fused=True`` is as fast and simpler.
+
+`step` uses the gradient up: a second call without a backward pass in between does nothing. Gradients from
+other ops, in ``parameter.grad``, are taken in too, and then all values are visited.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cemb.kernels import cpu, updates
+from cemb.touched import TouchedGradient, advise_huge_pages, whole
+
+
+class _Touched(torch.optim.Optimizer):
+    """What the three share: finding the gradient, and its state on huge pages."""
+
+    state_names: tuple[str, ...] = ()
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in torch; takes over the gradients of the group's parameters."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    "cemb.optim updates float32 and float64 parameters on the CPU, got "
+                    f"{parameter.dtype} on {parameter.device}; use torch.optim"
+                )
+            if not parameter.is_contiguous():
+                raise ValueError(f"parameters must be contiguous, got strides {parameter.stride()}")
+            parameter.touched = TouchedGradient()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update what was touched since the last step, and forget the gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                touched = parameter.touched
+                runs, clear = touched.runs, touched.is_dense
+                if parameter.grad is not None:
+                    touched.add_to(parameter.grad.view(-1).numpy())
+                    runs, clear = whole(parameter.grad.view(-1).numpy()), False
+                if runs is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = 0
+                    for name in self.state_names:
+                        zeros = advise_huge_pages(torch.empty_like(parameter))
+                        state[name] = zeros.fill_(self._initial(group))
+                state["step"] += 1
+                arrays = [state[name].view(-1).numpy() for name in self.state_names]
+                self._update(group, state["step"], parameter.view(-1).numpy(), arrays, runs, clear)
+                if clear or not touched.is_dense:
+                    touched.forget()
+                else:
+                    touched.clear()
+        return loss
+
+    def _initial(self, group: dict) -> float:
+        return 0.0
+
+    def _update(self, group, step, weight, arrays, runs: cpu.Runs, clear: bool) -> None:
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients that no step has used."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.touched.clear()
+
+
+class SGD(_Touched):
+    """``w -= lr · g``: what `torch.optim.SGD` does, at the cost of what was touched."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3):
+        super().__init__(parameters, {"lr": lr})
+
+    def _update(self, group, step, weight, arrays, runs, clear):
+        updates.sgd(weight, runs, group["lr"], clear=clear)
+
+
+class Adagrad(_Touched):
+    """``s += g²; w -= lr · g / (√s + eps)``: what `torch.optim.Adagrad` does (Duchi et al., JMLR 2011)."""
+
+    state_names = ("sum",)
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 1e-2,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ):
+        defaults = {"lr": lr, "initial_accumulator_value": initial_accumulator_value, "eps": eps}
+        super().__init__(parameters, defaults)
+
+    def _initial(self, group):
+        return group["initial_accumulator_value"]
+
+    def _update(self, group, step, weight, arrays, runs, clear):
+        updates.adagrad(weight, *arrays, runs, group["lr"], group["eps"], clear=clear)
+
+
+class LazyAdam(_Touched):
+    """Adam (Kingma and Ba, ICLR 2015) whose moments rest where a step touches nothing.
+
+    `torch.optim.SparseAdam` does the same for sparse gradients. Dense Adam goes on moving a value by its
+    decaying mean, and lets the square decay, in steps that do not touch it; the two agree only where every
+    step touches everything. A pool whose blocks are shorter than `cemb.touched.MIN_BLOCK_SIZE` counts as
+    touched everywhere.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+
+    def _update(self, group, step, weight, arrays, runs, clear):
+        beta1, beta2 = group["betas"]
+        step_size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        updates.adam(weight, *arrays, runs, step_size, (beta1, beta2), group["eps"], clear=clear)

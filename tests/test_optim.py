@@ -1,0 +1,229 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cemb import ops, optim
+from cemb.hashing import FullSpec, HashSpec
+from cemb.kernels import cpu
+from cemb.tables import FusedFullEmbedding, HashedEmbedding
+from cemb.touched import TouchedGradient, advise_huge_pages
+
+SPECS = [
+    FullSpec(60, 100),
+    HashSpec(60, 100, 3000, block_size=25, signed=True),
+    HashSpec(60, 100, 50_000, block_size=8),
+    HashSpec(60, 100, 300),  # blocks shorter than MIN_BLOCK_SIZE: dense
+]
+IDS = [f"{type(spec).__name__}-{spec.block_size}" for spec in SPECS]
+
+
+def _train(make, spec, *, steps=6, parts=1, dtype=torch.float32, seed=0):
+    """Weights after some steps on random pairs, each the sum of `parts` backward passes."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = nn.Parameter(torch.randn(spec.pool_size, generator=generator, dtype=dtype))
+    optimizer = make([weight])
+    history = []
+    for step in range(steps):
+        for part in range(parts):
+            pairs = torch.randint(spec.num_embeddings, (40, 2), generator=generator)
+            values = torch.randn(40, generator=generator, dtype=dtype)
+            torch.manual_seed(10 * step + part)
+            scores = ops.pair_scores(weight, pairs, spec, dropout=0.1)
+            ((scores - values) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(weight.detach().clone())
+    return history
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda p: optim.SGD(p, lr=0.05), lambda p: torch.optim.SGD(p, lr=0.05)),
+        (lambda p: optim.Adagrad(p, lr=0.05), lambda p: torch.optim.Adagrad(p, lr=0.05)),
+        (
+            lambda p: optim.Adagrad(p, 0.05, initial_accumulator_value=0.3, eps=1e-3),
+            lambda p: torch.optim.Adagrad(p, 0.05, initial_accumulator_value=0.3, eps=1e-3),
+        ),
+    ],
+    ids=["sgd", "adagrad", "adagrad-options"],
+)
+def test_steps_equal_the_dense_optimizers(spec, parts, ours, theirs):
+    found = _train(ours, spec, parts=parts, dtype=torch.float64)
+    expected = _train(theirs, spec, parts=parts, dtype=torch.float64)
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, step=step: f"step {step}: {m}")
+
+
+def test_lazy_adam_equals_sparse_adam_on_a_full_table():
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(50, 20, generator=generator, dtype=torch.float64)
+    ours, theirs = (
+        nn.Parameter(start.clone()),
+        nn.Embedding.from_pretrained(start.clone(), False, sparse=True),
+    )
+    lazy = optim.LazyAdam([ours], lr=0.02, betas=(0.8, 0.9), eps=1e-6)
+    sparse = torch.optim.SparseAdam(theirs.parameters(), lr=0.02, betas=(0.8, 0.9), eps=1e-6)
+    for _ in range(8):
+        pairs = torch.randint(50, (10, 2), generator=generator)
+        (ops.pair_scores(ours, pairs, FullSpec(50, 20)) ** 2).sum().backward()
+        (ops.vector_scores(theirs(pairs)) ** 2).sum().backward()
+        lazy.step()
+        sparse.step()
+        lazy.zero_grad()
+        sparse.zero_grad()
+        torch.testing.assert_close(ours, theirs.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_lazy_adam_differs_from_dense_adam_only_where_steps_miss():
+    spec = FullSpec(4, 6)
+    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [optim.LazyAdam(weights[:1], lr=0.1), torch.optim.Adam(weights[1:], lr=0.1)]
+    for pairs in ([[0, 1]], [[0, 1]], [[0, 2]]):
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            (ops.pair_scores(weight, torch.tensor(pairs), spec) - 1).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    lazy, dense = (weight.detach() for weight in weights)
+    assert torch.equal(lazy[3], start[3])  # never touched, by either
+    assert torch.equal(dense[3], start[3])
+    assert not torch.allclose(lazy[1], dense[1])  # dense Adam went on moving it in the last step
+    # Row 0 was touched by every step, but scored against rows that differ in the last one only.
+    moved = (dense[1] - lazy[1]).abs()
+    assert (moved > 1e-3).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize("make", [optim.SGD, optim.Adagrad, optim.LazyAdam])
+def test_results_are_the_same_bits_for_any_number_of_threads(spec, make, monkeypatch):
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", 0)
+        found.append(_train(lambda p: make(p, 0.1), spec, steps=2)[-1])
+    assert torch.equal(found[1], found[2])
+    # One thread adds up in a pool of its own where the gradient is dense.
+    assert torch.equal(found[0], found[1]) or spec.block_size == 1
+
+
+def test_only_what_was_touched_changes():
+    spec = HashSpec(10**6, 100, 10**6, block_size=25)
+    weight = nn.Parameter(torch.zeros(spec.pool_size).uniform_(-1, 1))
+    before = weight.detach().clone()
+    optimizer = optim.LazyAdam([weight], lr=0.1)
+    pairs = torch.tensor([[5, 10**6 - 1]])
+    ops.pair_scores(weight, pairs, spec).sum().backward()
+    assert weight.grad is None
+    optimizer.step()
+    touched = {spec.locate(row, column)[0] for row in (5, 10**6 - 1) for column in range(100)}
+    changed = torch.nonzero(weight != before).flatten().tolist()
+    assert set(changed) == touched
+
+
+def test_a_step_uses_the_gradient_up():
+    spec = FullSpec(5, 4)
+    weight = nn.Parameter(torch.ones(5, 4))
+    optimizer = optim.SGD([weight], lr=1.0)
+    optimizer.step()  # nothing to do
+    ops.pair_scores(weight, torch.tensor([[0, 1]]), spec).sum().backward()
+    optimizer.step()
+    after = weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight, after)
+    ops.pair_scores(weight, torch.tensor([[0, 1]]), spec).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(weight, after)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_gradients_of_other_ops_are_taken_in(spec):
+    weights = [nn.Parameter(torch.full((spec.pool_size,), 0.5, dtype=torch.float64)) for _ in range(2)]
+    optimizers = [optim.Adagrad(weights[:1], lr=0.1), torch.optim.Adagrad(weights[1:], lr=0.1)]
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        for _ in range(2):
+            scores = ops.pair_scores(weight, torch.tensor([[0, 1], [2, 3]]), spec)
+            (scores.sum() + weight.square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-9)
+
+
+def test_evaluation_leaves_the_gradient_alone():
+    table = FusedFullEmbedding(5, 4)
+    optim.SGD(table.parameters())
+    with torch.no_grad():
+        table.pair_scores(torch.tensor([[0, 1]]), table, 0.0)
+    assert table.weight.touched.runs is None
+
+
+def test_two_tables_in_one_pool_are_refused_between_steps():
+    words = HashedEmbedding(50, 20, pool_size=900, block_size=10)
+    other = HashedEmbedding(50, 20, block_size=20, weight=words.weight)
+    optim.SGD(words.parameters())
+    words.pair_scores(torch.tensor([[0, 1]]), words, 0.0).sum().backward()
+    with pytest.raises(RuntimeError, match=r"of one table at a time: it has pairs of .*block_size=10"):
+        other.pair_scores(torch.tensor([[0, 1]]), other, 0.0).sum().backward()
+
+
+def test_a_copied_module_has_gradients_of_its_own():
+    table = FusedFullEmbedding(5, 4)
+    optim.SGD(table.parameters())
+    copied = copy.deepcopy(table)
+    copied.pair_scores(torch.tensor([[0, 1]]), copied, 0.0).sum().backward()
+    assert copied.weight.grad is not None
+    assert table.weight.touched.runs is None
+
+
+def test_closures_and_state_dicts_work():
+    weight = nn.Parameter(torch.ones(5, 4))
+    optimizer = optim.Adagrad([weight], lr=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = ops.pair_scores(weight, torch.tensor([[0, 1]]), FullSpec(5, 4)).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = optim.Adagrad([weight], lr=0.5)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.state[weight]["sum"], optimizer.state[weight]["sum"])
+    assert optimizer.state[weight]["sum"].count_nonzero() == 8
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (
+            torch.ones(3, dtype=torch.bfloat16),
+            "float32 and float64 parameters on the CPU, got torch.bfloat16",
+        ),
+        (torch.ones(3, device="meta"), "got torch.float32 on meta; use torch.optim"),
+        (torch.ones(4, 3).T, r"parameters must be contiguous, got strides \(1, 3\)"),
+    ],
+)
+def test_what_cannot_be_updated_is_refused(parameter, message):
+    with pytest.raises(ValueError, match=message):
+        optim.SGD([nn.Parameter(parameter)])
+
+
+def test_too_many_pairs_are_refused():
+    spec = HashSpec(5, 2**20, 2**21, block_size=8)
+    pairs = np.zeros((2**15, 2), np.int64)
+    with pytest.raises(ValueError, match="32768 pairs of 131072 blocks are too many for one gradient"):
+        cpu.pair_runs(np.zeros(2**21, np.float32), pairs, None, None, spec, 0, None)
+
+
+def test_huge_pages_are_advice_only():
+    tensor = torch.empty(2**23)
+    assert advise_huge_pages(tensor) is tensor
+    assert advise_huge_pages(torch.empty(2**23, device="meta")).device.type == "meta"
+    assert TouchedGradient().runs is None
