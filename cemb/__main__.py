@@ -1,4 +1,4 @@
-"""Command line: ``python -m cemb speed|pmi|train|study``; see ``--help`` of each."""
+"""Command line: ``python -m cemb speed|bench|pmi|train|study``; see ``--help`` of each."""
 
 import argparse
 import json
@@ -48,17 +48,42 @@ def _speed(arguments: argparse.Namespace) -> None:
     case = speed.SpeedCase(
         arguments.model,
         arguments.optimizer,
-        None if arguments.model == "full" else arguments.pool_size,
+        None if arguments.model.startswith("full") else arguments.pool_size,
         block_size=arguments.block_size,
         sparse_gradients=arguments.sparse_gradients,
         num_embeddings=arguments.num_embeddings,
         embedding_dim=arguments.embedding_dim,
         batch_size=arguments.batch_size,
         dropout=arguments.dropout,
+        ids=arguments.ids,
         device=arguments.device,
     )
     for record in speed.measure_cases([case], **options, rounds=1):
         _print_record(record)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from cemb import bench, records
+    from cemb.targets import OPTIMIZERS, check_targets
+
+    out = _output(arguments.out)
+    if arguments.targets and not bench.op_tests_pass():
+        print("cemb: the ops' tests fail, so no ratio is reported", file=sys.stderr)
+        return 1
+    found = bench.run(
+        arguments.optimizer or OPTIMIZERS,
+        ids=arguments.ids,
+        device=arguments.device,
+        repeats=arguments.repeats,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+    )
+    if out:
+        records.write(found, out)
+    elif not arguments.targets:
+        for record in found:
+            _print_record(record)
+    return 0 if not arguments.targets or check_targets(found) else 1
 
 
 def _pmi_config(arguments: argparse.Namespace):
@@ -135,7 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--rank", "--embedding-dim", type=int, default=100, help="dimension of vectors")
 
     speed = command("speed", _speed, "time a training step and print its record as JSON")
-    speed.add_argument("--model", default="hashed", help="full, hashed or hashed-reference")
+    speed.add_argument(
+        "--model", default="hashed", help="full, full-fused, hashed, hashed-reference, or a rival"
+    )
     speed.add_argument("--optimizer", default="sgd", help="sgd, adagrad or adam")
     speed.add_argument("--pool-size", type=int, default=262_144, help="values in the pool")
     speed.add_argument("--block-size", type=int, default=1)
@@ -144,12 +171,27 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--embedding-dim", type=int, default=100)
     speed.add_argument("--batch-size", type=int, default=32_768, help="pairs a step")
     speed.add_argument("--dropout", type=float, default=0.1)
+    speed.add_argument("--ids", default="uniform", help="how rows are drawn: uniform or zipf")
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--threads", type=int, default=None, help="of torch and the kernels")
     speed.add_argument("--repeats", type=int, default=15)
     speed.add_argument("--warmup", type=int, default=2)
     speed.add_argument("--grid", help="original or original-full: measure it and write the original's CSV")
     speed.add_argument("--out", help="file for the grid's CSV, instead of standard output")
+
+    bench = command("bench", _bench, "time every table and rival side by side")
+    bench.add_argument(
+        "--targets",
+        action="store_true",
+        help="test the ops, then say which ratios are reached; status 1 if not all",
+    )
+    bench.add_argument("--out", help="file for the records, one JSON object a line")
+    bench.add_argument("--optimizer", nargs="+", help="only these")
+    bench.add_argument("--ids", nargs="+", default=["uniform", "zipf"], help="how rows are drawn")
+    bench.add_argument("--device", default="cpu")
+    bench.add_argument("--threads", type=int, default=None, help="of torch and the kernels")
+    bench.add_argument("--repeats", type=int, default=5, help="timed steps a turn")
+    bench.add_argument("--rounds", type=int, default=3, help="turns")
 
     pmi = command("pmi", _pmi, "build a corpus's PMI matrix and print its record as JSON")
     corpus_options(pmi)

@@ -1,10 +1,11 @@
 """Timing: phases of a step, several steps interleaved, peak memory. Knows nothing of embeddings."""
 
+import ctypes
 import gc
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,13 +36,13 @@ Step = Callable[[Clock], None]
 
 
 def interleave(
-    steps: Mapping[str, Step],
+    steps: Mapping[Hashable, Step],
     *,
     repeats: int,
     warmup: int = 2,
     rounds: int = 3,
     device: str = "cpu",
-) -> dict[str, dict[str, list[float]]]:
+) -> dict[Hashable, dict[str, list[float]]]:
     """Time each step `repeats` times, in `rounds` turns, so that slow drift of the machine hits all alike.
 
     The first `warmup` calls are not counted, nor is the first of each later turn, which finds its data
@@ -53,7 +54,7 @@ def interleave(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     rounds = min(rounds, repeats)
-    times: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in steps}
+    times: dict[Hashable, dict[str, list[float]]] = {name: defaultdict(list) for name in steps}
     collecting = gc.isenabled()
     gc.collect()
     gc.freeze()  # so that the collections below look at what the steps left alone
@@ -91,8 +92,8 @@ def summarize(phases_ms: Mapping[str, list[float]]) -> dict[str, object]:
 def peak_mib(step: Step, device: str = "cpu") -> float | None:
     """Memory one step takes beyond what is held before it, in MiB; None where the system cannot tell.
 
-    On the CPU: the resident set's high-water mark, which Linux can reset. Freed memory that the allocator
-    kept counts as held, so after warm-up this is a lower bound.
+    On the CPU: the resident set's high-water mark, which Linux can reset, after the allocator has given back
+    what it kept of earlier steps.
     """
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
@@ -102,11 +103,13 @@ def peak_mib(step: Step, device: str = "cpu") -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_kib("VmRSS")
         step(Clock(device))
         return (_status_kib("VmHWM") - before) / 2**10
-    except (OSError, KeyError):
+    except (OSError, KeyError, AttributeError):
         return None
 
 

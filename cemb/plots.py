@@ -76,6 +76,7 @@ SPEED_SERIES = (
     # table, sparse gradients, block size, name, colour, marker
     ("full", False, 1, "full, dense gradients", GREY, "s"),
     ("full", True, 1, "full, sparse gradients", "#000000", "D"),
+    ("full-fused", False, 1, "full, cemb's kernels", PURPLE, "v"),
     ("hashed-reference", False, 1, "hashed, eager PyTorch", RED, "x"),
     ("hashed", False, 1, "hashed, cemb, block 1", BLUE, "o"),
     ("hashed", False, 25, "hashed, cemb, block 25", GREEN, "^"),
@@ -95,7 +96,7 @@ def speed_overview(speed: pd.DataFrame) -> Figure:
                     continue
                 low, middle, high = np.percentile(row.total_ms_repeats.item(), [25, 50, 75])
                 panel.errorbar(
-                    x + (k - 2) * 0.13,
+                    x + (k - 2.5) * 0.12,
                     middle,
                     yerr=[[middle - low], [high - middle]],
                     color=colour,
@@ -112,6 +113,51 @@ def speed_overview(speed: pd.DataFrame) -> Figure:
     np.atleast_1d(panels)[0].set_ylabel("milliseconds a step (log)")
     handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def benchmark(rows: pd.DataFrame) -> Figure:
+    """Step times (log axis) of `report.bench_frame` by optimizer, with each row's floor as a line."""
+    optimizers = [name for name in OPTIMIZER_STYLES if name in set(rows.optimizer)]
+    counts = [int((rows.optimizer == name).sum()) for name in optimizers]
+    figure, panels = _figure(
+        len(optimizers),
+        1,
+        size=(7.4, 1.2 + 0.26 * sum(counts)),
+        sharex=True,
+        gridspec_kw={"height_ratios": counts},
+    )
+    for panel, optimizer in zip(np.atleast_1d(panels), optimizers, strict=True):
+        own = rows[rows.optimizer == optimizer].reset_index(drop=True)
+        y = np.arange(len(own))
+        series = (
+            ("uniform_default", BLUE, "o", "default pages"),
+            ("uniform_huge", ORANGE, "D", "huge pages"),
+            ("zipf_default", GREEN, "^", "Zipf ids, default pages"),
+        )
+        for k, (name, colour, marker, label) in enumerate(series):
+            middle = own[name].to_numpy()
+            low, high = np.array([np.percentile(v, [25, 75]) for v in own[f"{name}_repeats"]]).T
+            panel.errorbar(
+                middle,
+                y + (k - 1) * 0.2,
+                xerr=[middle - low, high - middle],
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                label=label,
+            )
+        panel.vlines(own.floor, y - 0.42, y + 0.42, color="#000000", label="floor")
+        panel.set_yticks(y, own.table, fontsize=8)
+        for tick, is_ours in zip(panel.get_yticklabels(), own.is_ours, strict=True):
+            tick.set_fontweight("bold" if is_ours else "normal")
+        panel.invert_yaxis()
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_title(OPTIMIZER_STYLES[optimizer][2], fontsize=10, loc="left")
+    np.atleast_1d(panels)[-1].set_xlabel("milliseconds a step (log)")
+    handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
     return figure
 
 

@@ -12,7 +12,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
-from cemb import corpus, study
+from cemb import corpus, records, study, targets
 from cemb.study import OPTIMIZER_NAMES
 
 PHASES = ("forward", "gradient", "step")
@@ -110,6 +110,83 @@ def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
         speed_record(found, "full", optimizer, pool_size, sparse_gradients=sparse) for sparse in (False, True)
     ]
     return min(both, key=lambda record: record["total_ms"])
+
+
+def benchmark() -> tuple[str, list[dict]]:
+    """Name and records of the reference machine's benchmark, which the study does not rerun.
+
+    FileNotFoundError if there is none.
+    """
+    paths = sorted((records.ROOT / "results" / "reference").glob("*/bench.jsonl"))
+    if not paths:
+        raise FileNotFoundError("no benchmark among results/reference; `python -m cemb bench` measures one")
+    return paths[0].parent.name, records.read(paths[0])
+
+
+def bench_frame(found: list[dict]) -> pd.DataFrame:
+    """A row for each case: totals with huge pages for torch and without, with Zipf ids, and the floor."""
+    (rates,) = (record for record in found if record["kind"] == "rates")
+    rows: dict[tuple, dict] = {}
+    for record in found:
+        if record["kind"] != "speed":
+            continue
+        name = record["label"]
+        if record["num_embeddings"] != targets.ROWS:
+            name += f", {record['num_embeddings']:,} rows"
+        row = rows.setdefault(
+            (record["optimizer"], name),
+            {
+                "optimizer": record["optimizer"],
+                "table": name,
+                "is_ours": record["table"] in ("hashed", "full-fused"),
+                "floor": targets.floor_ms(record, rates),
+                "peak_mib": record["peak_mib"],
+            },
+        )
+        setting = "huge" if record["thp_mem_alloc_enable"] == "1" else "default"
+        row[f"{record['ids']}_{setting}"] = record["total_ms"]
+        row[f"{record['ids']}_{setting}_repeats"] = record["total_ms_repeats"]
+    return pd.DataFrame(rows.values())
+
+
+def bench_table(found: list[dict], optimizer: str) -> pd.DataFrame:
+    """The benchmark of one optimizer as the book shows it."""
+    rows = bench_frame(found).query("optimizer == @optimizer")
+    quartiles = [np.percentile(values, [25, 75]) for values in rows.uniform_default_repeats]
+    return pd.DataFrame(
+        {
+            "table": rows.table,
+            "total (ms)": rows.uniform_default.map("{:,.1f}".format),
+            "quartiles": [f"{low:,.1f}–{high:,.1f}" for low, high in quartiles],
+            "huge pages (ms)": rows.uniform_huge.map("{:,.1f}".format),
+            "Zipf ids (ms)": rows.zipf_default.map("{:,.1f}".format),
+            "floor (ms)": rows.floor.map("{:,.1f}".format),
+            "× floor": (rows.uniform_default / rows.floor).map("{:,.1f}".format),
+            "memory (MiB)": rows.peak_mib.map("{:,.0f}".format),
+        }
+    )
+
+
+def targets_table(found: list[dict]) -> pd.DataFrame:
+    """Each target of the benchmark, the ratio reached, and what it would be at our floor."""
+    (rates,) = (record for record in found if record["kind"] == "rates")
+    rows = []
+    for target in targets.targets():
+        result = target.evaluate(found)
+        if result is None:
+            continue
+        ratio, ours, best = result
+        rows.append(
+            {
+                "optimizer": OPTIMIZER_NAMES[target.optimizer],
+                "what": target.name,
+                "at most": f"{target.limit:.2f}",
+                "ratio": str(time_ratio(ours, best)).removesuffix(", tie"),
+                "floor's ratio": f"{targets.floor_ms(ours, rates) / best['total_ms']:.2f}",
+                "": "reached" if ratio <= target.limit else "missed",
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def original_2021() -> pd.DataFrame:
@@ -258,7 +335,7 @@ def csv_text(found: list[dict], kind: str) -> str:
 
 def show(table: pd.DataFrame):
     """A table as the book shows it: no index, text cells left, figures right, the same markup each time."""
-    numeric = [c for c in table.columns if c not in ("optimizer", "table", "run", "word", "what")]
+    numeric = [c for c in table.columns if c not in ("optimizer", "table", "run", "word", "what", "")]
     return (
         table.style.hide(axis="index")
         .set_uuid("t")

@@ -13,14 +13,17 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from cemb import measure, ops, records
+from cemb import measure, ops, records, rivals, targets
+from cemb.kernels import cpu
 from cemb.model import TABLES, build_model, mse_loss
+from cemb.touched import advise_huge_pages
 from cemb.train import ADAM_BETAS, OPTIMIZERS, make_optimizer
 
 LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.05, "adam": 0.001}
-ORIGINAL_POOL_SIZES = (262_144, 100_000_000)
+ORIGINAL_POOL_SIZES = (targets.SMALL, targets.LARGE)
 ORIGINAL_FULL_POOL_SIZES = (1, 8, 64, 512, *(32_768 * 8**i for i in range(5)), 100_000_000)
 ORIGINAL_FULL_BATCH_SIZES = (64, 512, 4096, 32_768)
+IDS = ("uniform", "zipf")
 _NUM_BATCHES = 4  # drawn beforehand and used in turn
 
 
@@ -28,7 +31,9 @@ _NUM_BATCHES = 4  # drawn beforehand and used in turn
 class SpeedCase:
     """What one record of the speed study measures. `pool_size` is None for a full table.
 
-    `sparse_gradients` is for full tables: only the rows of a batch have gradients, and Adam is lazy.
+    `table` is one of `cemb.model.TABLES` or of `cemb.rivals.NAMES`. `sparse_gradients` is for full tables of
+    torch: only the rows of a batch have gradients, and Adam is lazy. `ids` says how rows are drawn: all
+    alike, or row i in proportion to 1/(i + 1).
     """
 
     table: str
@@ -40,11 +45,15 @@ class SpeedCase:
     embedding_dim: int = 100
     batch_size: int = 32_768
     dropout: float = 0.1
+    ids: str = "uniform"
     device: str = "cpu"
 
     def __post_init__(self):
-        if self.table not in TABLES:
-            raise ValueError(f"table must be one of {', '.join(TABLES)}, got {self.table!r}")
+        tables = (*TABLES, *rivals.NAMES)
+        if self.table not in tables:
+            raise ValueError(f"table must be one of {', '.join(tables)}, got {self.table!r}")
+        if self.ids not in IDS:
+            raise ValueError(f"ids must be one of {', '.join(IDS)}, got {self.ids!r}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
@@ -58,46 +67,112 @@ class SpeedCase:
         """A short name, distinct among the cases of one run."""
         if self.table == "full":
             return f"full, {'sparse' if self.sparse_gradients else 'dense'} gradients"
+        if self.pool_size is None:
+            return self.table
         return f"{self.table}, pool {self.pool_size:,}, block {self.block_size}"
 
+    @property
+    def is_touched(self) -> bool:
+        """Whether `cemb.optim` updates the table: ours where visiting all of it would be the larger part."""
+        if self.device != "cpu":
+            return False
+        is_large = self.pool_size is not None and self.pool_size > cpu.PRIVATE_POOL_LIMIT
+        return self.table == "full-fused" or (self.table == "hashed" and is_large)
 
-def _step(case: SpeedCase, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]):
-    """A training step of the case as a callable for `measure`, and the model's number of parameters."""
-    # Drawing normal deviates would take longer than the measurement; no time depends on the values.
-    torch.manual_seed(0)
-    model = build_model(
-        case.table,
-        case.num_embeddings,
-        case.embedding_dim,
-        pool_size=case.pool_size,
-        block_size=case.block_size,
-        sparse_gradients=case.sparse_gradients,
-        dropout=case.dropout,
-        device="meta",
-    ).to_empty(device=case.device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.1, 0.1)
-    model.train()
-    optimizer = make_optimizer(
-        case.optimizer, model.parameters(), LEARNING_RATES[case.optimizer], sparse=case.sparse_gradients
-    )
-    calls = 0
 
-    def step(clock: measure.Clock) -> None:
-        nonlocal calls
-        pairs, values = batches[calls % len(batches)]
-        calls += 1
+def _ids(case: SpeedCase, generator: torch.Generator) -> torch.Tensor:
+    shape = (case.batch_size, 2)
+    if case.ids == "uniform":
+        return torch.randint(case.num_embeddings, shape, generator=generator)
+    # The inverse of the cumulative sum of 1/(i + 1), which is close to a logarithm.
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    rows = torch.exp(uniform * torch.log(torch.tensor(case.num_embeddings + 1.0, dtype=torch.float64))) - 1
+    return rows.long().clamp_(max=case.num_embeddings - 1)
+
+
+def _batches(case: SpeedCase) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            _ids(case, generator).to(case.device),
+            torch.rand(case.batch_size, generator=generator).to(case.device),
+        )
+        for _ in range(_NUM_BATCHES)
+    ]
+
+
+class Timed:
+    """A case made ready to be timed: its model, optimizer and batches. Call it with a `measure.Clock`."""
+
+    def __init__(self, case: SpeedCase):
+        self.case = case
+        self._batches = _batches(case)
+        self._calls = 0
+        torch.manual_seed(0)
+        rate = LEARNING_RATES[case.optimizer]
+        if case.table in rivals.NAMES:
+            self._score, self._optimizer, self.num_parameters = rivals.build(case, rate)
+            return
+        model = build_model(
+            case.table,
+            case.num_embeddings,
+            case.embedding_dim,
+            pool_size=case.pool_size,
+            block_size=case.block_size,
+            sparse_gradients=case.sparse_gradients,
+            dropout=case.dropout,
+            device="meta",
+        ).to_empty(device=case.device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if case.table in ("hashed", "full-fused"):  # as their constructors do
+                    advise_huge_pages(parameter)
+                # Drawing normal deviates would take longer than the measurement; no time depends on values.
+                parameter.uniform_(-0.1, 0.1)
+        self._score, self.num_parameters = model.train(), model.num_parameters
+        options = {"sparse": case.sparse_gradients, "touched": case.is_touched}
+        self._optimizer = make_optimizer(case.optimizer, model.parameters(), rate, **options)
+
+    def __call__(self, clock: measure.Clock) -> None:
+        pairs, values = self._batches[self._calls % _NUM_BATCHES]
+        self._calls += 1
         with clock.phase("forward"):
-            scores = model(pairs)
+            scores = self._score(pairs)
         loss = mse_loss(scores, values)
         with clock.phase("gradient"):
             loss.backward()
         with clock.phase("step"):
-            optimizer.step()
-            optimizer.zero_grad()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
 
-    return step, model.num_parameters
+    @property
+    def backend(self) -> str:
+        """What computes it: see `cemb.ops.backend`, ``"torch"`` for torch's own tables, or the rival's."""
+        if self.case.table in rivals.NAMES:
+            return rivals.NAMES[self.case.table]
+        if self.case.table in ("hashed", "full-fused"):
+            return ops.backend(torch.device(self.case.device), torch.float32)
+        return "torch"
+
+    def record(self, times_ms: dict[str, list[float]], **options: object) -> dict[str, object]:
+        """The record of these times; takes one more step, to see the memory it needs."""
+        case = self.case
+        cpu.release_memory()
+        peak = measure.peak_mib(self, case.device)
+        return {
+            "kind": "speed",
+            "label": case.label,
+            **asdict(case),
+            "backend": self.backend,
+            "touched_only": case.is_touched,
+            "learning_rate": LEARNING_RATES[case.optimizer],
+            "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
+            **options,
+            "parameters_mib": self.num_parameters * 4 / 2**20,
+            **measure.summarize(times_ms),
+            "peak_mib": None if peak is None else round(peak, 2),
+            **records.provenance(case.device),
+        }
 
 
 def measure_cases(
@@ -105,53 +180,23 @@ def measure_cases(
 ) -> list[dict[str, object]]:
     """Measure cases side by side, their repeats interleaved; one record each, ratios between them fair.
 
-    The cases must agree in sizes and device, since they are shown the same batches.
+    ValueError if they are not of one device.
     """
-    shared = {(c.num_embeddings, c.batch_size, c.device) for c in cases}
-    if len(shared) != 1:
-        raise ValueError(f"cases measured together must share sizes and device, got {sorted(shared)}")
-    (num_embeddings, batch_size, device) = shared.pop()
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        (
-            torch.randint(num_embeddings, (batch_size, 2), generator=generator).to(device),
-            torch.rand(batch_size, generator=generator).to(device),
-        )
-        for _ in range(_NUM_BATCHES)
-    ]
-    built = {case: _step(case, batches) for case in cases}
-    steps = {case.label: step for case, (step, _) in built.items()}
-    times = measure.interleave(steps, repeats=repeats, warmup=warmup, rounds=rounds, device=device)
-    found = []
-    for case, (step, num_parameters) in built.items():
-        peak = measure.peak_mib(step, device)
-        hashed = case.table == "hashed"
-        found.append(
-            {
-                "kind": "speed",
-                "label": case.label,
-                **asdict(case),
-                "backend": ops.backend(torch.device(device), torch.float32) if hashed else "torch",
-                "learning_rate": LEARNING_RATES[case.optimizer],
-                "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
-                "repeats": repeats,
-                "warmup": warmup,
-                "rounds": rounds,
-                "parameters_mib": num_parameters * 4 / 2**20,
-                **measure.summarize(times[case.label]),
-                "peak_mib": None if peak is None else round(peak, 2),
-                **records.provenance(device),
-            }
-        )
-    return found
+    devices = {case.device for case in cases}
+    if len(devices) != 1:
+        raise ValueError(f"cases measured together must share a device, got {sorted(devices)}")
+    options = {"repeats": repeats, "warmup": warmup, "rounds": rounds}
+    steps = {case: Timed(case) for case in cases}
+    times = measure.interleave(steps, **options, device=devices.pop())
+    return [step.record(times[case], **options) for case, step in steps.items()]
 
 
 def comparison_cases(
     optimizer: str, pool_size: int, block_sizes: Iterable[int] = (1,), *, eager: bool = True, **sizes
 ) -> list[SpeedCase]:
-    """What one notebook of the speed study compares: both full tables, the hashed one, and eager PyTorch."""
+    """What one notebook of the speed study compares: torch's full tables, ours, the hashed, eager PyTorch."""
     full = SpeedCase("full", optimizer, **sizes)
-    cases = [full, replace(full, sparse_gradients=True)]
+    cases = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
     cases += [SpeedCase("hashed", optimizer, pool_size, block_size=b, **sizes) for b in block_sizes]
     if eager:
         cases.append(SpeedCase("hashed-reference", optimizer, pool_size, **sizes))

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cemb import corpus as corpora
-from cemb import records
+from cemb import records, targets
 
 NOTEBOOKS = records.ROOT / "notebooks"
 OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
 OPTIMIZERS = tuple(OPTIMIZER_NAMES)
-POOL_SIZES = (262_144, 100_000_000)
+POOL_SIZES = (targets.SMALL, targets.LARGE)
 COMPRESSION_RATIOS = (1, 4, 16)
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 

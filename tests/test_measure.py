@@ -1,12 +1,14 @@
 """Timing, records, the speed study and the command line."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
 
 import numpy as np
 import pytest
+import torch
 
 from cemb import __main__ as command_line
 from cemb import measure, records, report, speed
@@ -57,10 +59,18 @@ def test_speed_records_have_identity_values_and_provenance():
     sizes = {"num_embeddings": 500, "embedding_dim": 8, "batch_size": 32}
     cases = speed.comparison_cases("adam", 100, (1, 4), **sizes)
     found = speed.measure_cases(cases, repeats=3)
-    assert [r["table"] for r in found] == ["full", "full", "hashed", "hashed", "hashed-reference"]
-    assert [r["backend"] for r in found] == ["torch", "torch", "numba", "numba", "torch"]
+    assert [r["table"] for r in found] == [
+        "full",
+        "full",
+        "full-fused",
+        "hashed",
+        "hashed",
+        "hashed-reference",
+    ]
+    assert [r["backend"] for r in found] == ["torch", "torch", "numba", "numba", "numba", "torch"]
+    assert [r["touched_only"] for r in found] == [False, False, True, False, False, False]
     for record in found:
-        assert record["pool_size"] == (None if record["table"] == "full" else 100)
+        assert record["pool_size"] == (None if record["table"].startswith("full") else 100)
         for phase in ("forward", "gradient", "step", "total"):
             assert len(record[f"{phase}_ms_repeats"]) == 3
             assert record[f"{phase}_ms"] == sorted(record[f"{phase}_ms_repeats"])[1]
@@ -69,10 +79,23 @@ def test_speed_records_have_identity_values_and_provenance():
     assert found[0]["parameters_mib"] == 500 * 8 * 4 / 2**20
 
 
-def test_cases_of_different_sizes_are_not_compared():
-    cases = [speed.SpeedCase("full", "sgd", num_embeddings=n) for n in (10, 20)]
-    with pytest.raises(ValueError, match="must share sizes and device"):
+def test_cases_of_different_devices_are_not_compared():
+    cases = [speed.SpeedCase("full", "sgd", num_embeddings=10)]
+    cases.append(dataclasses.replace(cases[0], optimizer="adam"))
+    object.__setattr__(cases[1], "device", "meta")
+    with pytest.raises(ValueError, match=r"must share a device, got \['cpu', 'meta'\]"):
         speed.measure_cases(cases)
+
+
+def test_zipf_ids_are_drawn_in_proportion_to_their_rank():
+    case = speed.SpeedCase("full", "sgd", num_embeddings=1000, batch_size=100_000, ids="zipf")
+    ids = speed._ids(case, torch.Generator().manual_seed(0))
+    counts = torch.bincount(ids.flatten(), minlength=1000).double()
+    assert len(counts) == 1000
+    # Bins of width 1 under 1/(x + 1): row i has log((i + 2) / (i + 1)) of log(1001).
+    ranks = torch.arange(1000, dtype=torch.float64)
+    expected = torch.log((ranks + 2) / (ranks + 1)) / torch.log(torch.tensor(1001.0)) * counts.sum()
+    assert ((counts - expected).abs() < 6 * expected.sqrt()).all()
 
 
 def test_grids():
@@ -121,14 +144,12 @@ def _speed_arguments(*extra):
 
 @pytest.fixture(autouse=True)
 def same_threads():
-    import torch
-
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("model", ["full", "hashed", "hashed-reference"])
+@pytest.mark.parametrize("model", ["full", "full-fused", "hashed", "hashed-reference"])
 def test_command_line_prints_one_record(model, capsys):
     assert command_line.main(_speed_arguments("--model", model, "--optimizer", "adagrad")) == 0
     record = json.loads(capsys.readouterr().out)
@@ -144,12 +165,18 @@ def test_command_line_prints_one_record(model, capsys):
         ),
         (_speed_arguments("--block-size", "9"), "block_size must be at most embedding_dim=8, got 9"),
         (_speed_arguments("--grid", "mine"), "grid must be one of"),
+        (_speed_arguments("--ids", "normal"), "ids must be one of uniform, zipf, got 'normal'"),
+        (["bench", "--optimizer", "lion"], "optimizer must be one of sgd, adagrad, adam, got 'lion'"),
+        (["bench", "--out", "/no/where/x.jsonl"], "there is no directory '/no/where'"),
         (
             _speed_arguments("--device", "cuda:9"),
             "device 'cuda:9' was asked for, and torch sees no CUDA device",
         ),
         (["train", "--compression-ratio", "0"], "compression_ratio must be positive, got 0.0"),
-        (["train", "--table", "robe"], "table must be one of full, hashed, hashed-reference, got 'robe'"),
+        (
+            ["train", "--table", "robe"],
+            "table must be one of full, full-fused, hashed, hashed-reference, got 'robe'",
+        ),
         (["train", "--table", "full", "--save", "/no/where/x.pt"], "there is no directory '/no/where'"),
         (
             _speed_arguments("--grid", "original", "--out", "/no/where/x.csv"),
@@ -284,6 +311,6 @@ def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
     try:
         with ThreadPoolExecutor(4) as pool:
             done = pool.map(lambda _: (ParsesWhenCollected(), records.imported_modules(source))[1], range(40))
-            assert set(map(frozenset, done)) == {frozenset({"cemb.corpus", "cemb.records"})}
+            assert set(map(frozenset, done)) == {frozenset({"cemb.corpus", "cemb.records", "cemb.targets"})}
     finally:
         gc.set_threshold(*before)

@@ -1,0 +1,84 @@
+"""What the machine's memory allows at best: the rates that a step's floor is made of. CPU only."""
+
+import time
+
+import numpy as np
+from numba import njit, prange
+
+from cemb.kernels import cpu, lanes
+
+_ROW = 100  # values, 400 bytes
+_REPEATS = 7
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+def _stream(array, threads, sums):
+    for t in prange(threads):
+        total = array.dtype.type(0)
+        for i in range(array.shape[0] * t // threads, array.shape[0] * (t + 1) // threads):
+            total += array[i]
+        sums[t] = total
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+def _rows(array, starts, length, threads, sums):
+    for t in prange(threads):
+        total = array.dtype.type(0)
+        end = starts.shape[0] * (t + 1) // threads
+        for i in range(starts.shape[0] * t // threads, end):
+            ahead = starts[min(i + 8, end - 1)]
+            for k in range(0, length, 16):
+                lanes.prefetch(array, ahead + k)
+            for k in range(length):
+                total += array[starts[i] + k]
+        sums[t] = total
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+def _gather(array, places, threads, sums):
+    for t in prange(threads):
+        total = array.dtype.type(0)
+        for i in range(places.shape[0] * t // threads, places.shape[0] * (t + 1) // threads):
+            total += array[places[i]]
+        sums[t] = total
+
+
+def _best_s(kernel, *arguments) -> float:
+    """The shortest of several runs; arguments that are callable are drawn anew for each."""
+    best = np.inf
+    for _ in range(_REPEATS + 1):  # the first compiles
+        drawn = [argument() if callable(argument) else argument for argument in arguments]
+        start = time.perf_counter()
+        kernel(*drawn)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure_rates(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
+    """Rates of this machine with as many threads as torch uses, each the best of several runs.
+
+    Returns:
+        ``stream_gb_per_s``, reading a large array in order; ``random_rows_per_s``, rows of 400 bytes of it,
+        fresh ones each time, prefetched; ``random_values_per_s``, single values of it;
+        ``cached_gathers_per_s``, single values of a 1 MiB pool, which fits in a core's cache. Places are
+        read from memory in order.
+    """
+    rng = np.random.default_rng(seed)
+    large = np.ones(megabytes * 250_000, np.float32)
+    small = np.ones(2**18, np.float32)
+    places = rng.integers(small.size, size=2**22, dtype=np.uint32)
+    far = rng.integers(large.size, size=2**22, dtype=np.uint32)
+    num_rows, wanted = large.size // _ROW, min(2**16, megabytes * 250)
+    with cpu._launch:
+        threads = cpu._set_threads()
+        sums = np.empty(threads, np.float32)
+
+        def starts():
+            return rng.integers(num_rows, size=wanted) * _ROW
+
+        return {
+            "stream_gb_per_s": large.nbytes / _best_s(_stream, large, threads, sums) / 1e9,
+            "random_rows_per_s": wanted / _best_s(_rows, large, starts, _ROW, threads, sums),
+            "random_values_per_s": places.size / _best_s(_gather, large, far, threads, sums),
+            "cached_gathers_per_s": places.size / _best_s(_gather, small, places, threads, sums),
+        }

@@ -1,0 +1,128 @@
+"""What the kernels are to reach on two cores, and what memory allows at best. It judges records."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SMALL, LARGE = 262_144, 100_000_000  # values in a pool, as in the 2021 project
+ROWS = 1_000_000
+HUGE_TABLE = 10**9  # rows
+BLOCK = 25
+OPTIMIZERS = ("sgd", "adagrad", "adam")
+PEAK_LIMIT_MIB = 64
+_FULL_PEERS = ("full", "full-fbgemm", "full-fbgemm-rowwise")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A target: the median total of what `ours` selects over the least one of what `theirs` selects."""
+
+    name: str
+    limit: float
+    optimizer: str
+    ours: dict[str, object]
+    theirs: tuple[dict[str, object], ...]
+    thp: str | None = None  # of theirs; None takes the better setting
+
+    def evaluate(self, found: list[dict]) -> tuple[float, dict, dict] | None:
+        """The ratio and the two records, or None where one side was not measured."""
+        uniform = [r for r in found if r.get("ids") == "uniform" and r["optimizer"] == self.optimizer]
+        ours = _select(uniform, {**self.ours, "thp_mem_alloc_enable": "0"})
+        theirs = [r for wanted in self.theirs for r in _select(uniform, wanted)]
+        theirs = [r for r in theirs if self.thp in (None, r["thp_mem_alloc_enable"])]
+        if not ours or not theirs:
+            return None
+        best = min(theirs, key=lambda r: r["total_ms"])
+        return ours[0]["total_ms"] / best["total_ms"], ours[0], best
+
+
+def _select(found: list[dict], wanted: dict[str, object]) -> list[dict]:
+    wanted = {"num_embeddings": ROWS, **wanted}
+    return [r for r in found if all(r[name] == value for name, value in wanted.items())]
+
+
+def _hashed(pool_size: int, block_size: int, **more: object) -> dict[str, object]:
+    return {"table": "hashed", "pool_size": pool_size, "block_size": block_size, **more}
+
+
+def targets() -> list[Ratio]:
+    """What the kernels are to reach on two cores, at the original's sizes."""
+    peers = tuple({"table": table} for table in _FULL_PEERS)
+    fused = {"table": "full-fused"}
+    compiled = [{"table": "hashed-compiled", "pool_size": size} for size in (SMALL, LARGE)]
+    found = []
+    for o in OPTIMIZERS:
+        small, blocks = _hashed(SMALL, 1), _hashed(SMALL, BLOCK)
+        found += [
+            Ratio(f"pool {SMALL:,}, block {BLOCK} / best full-table peer", 0.20, o, blocks, peers),
+            Ratio(f"pool {SMALL:,}, block {BLOCK} / our fused full table", 0.75, o, blocks, (fused,)),
+            Ratio(f"pool {SMALL:,}, block 1 / best full-table peer", 0.60, o, small, peers),
+            Ratio(f"pool {SMALL:,}, block 1 / torch.compile", 0.25, o, small, (compiled[0],)),
+            Ratio(
+                f"pool {LARGE:,}, block {BLOCK} / best full-table peer", 0.60, o, _hashed(LARGE, BLOCK), peers
+            ),
+            Ratio("our fused full table / best full-table peer", 0.35, o, fused, peers),
+            Ratio("10^9 rows / 10^6 rows", 1.3, o, {**blocks, "num_embeddings": HUGE_TABLE}, (blocks,), "0"),
+        ]
+    large = Ratio(
+        f"pool {LARGE:,}, block 1 / torch.compile", 0.40, "sgd", _hashed(LARGE, 1), (compiled[1],), "1"
+    )
+    return [*found, large]
+
+
+def check_targets(found: list[dict], say: Callable[[str], None] = print) -> bool:
+    """Say of each target whether it is reached; returns whether all measured ones are."""
+    reached = []
+    for target in targets():
+        result = target.evaluate(found)
+        name = f"{target.optimizer:8s} {target.name}"
+        if result is None:
+            say(f"not measured  {name}")
+            continue
+        ratio, ours, best = result
+        reached.append(ratio <= target.limit)
+        say(
+            f"{'pass' if reached[-1] else 'FAIL'}  {name}: {ratio:.3f} (at most {target.limit}), "
+            f"{ours['total_ms']:.2f} ms / {best['total_ms']:.2f} ms ({best['label']}, "
+            f"THP {best['thp_mem_alloc_enable']})"
+        )
+    for record in found:
+        if (
+            record.get("table") == "hashed"
+            and record["pool_size"] == SMALL
+            and record["peak_mib"] is not None
+        ):
+            reached.append(record["peak_mib"] <= PEAK_LIMIT_MIB)
+            if not reached[-1]:
+                say(f"FAIL  {record['optimizer']:8s} {record['label']}: {record['peak_mib']} MiB a step")
+    say(f"{sum(reached)} of {len(reached)} reached")
+    return bool(reached) and all(reached)
+
+
+def floor_ms(record: dict, rates: dict) -> float | None:
+    """The least time this machine's memory allows a step, by what the algorithm cannot but read and write.
+
+    Full tables with sparse or touched gradients: the rows of the batch come from memory once and go back
+    once, as do the optimizer's states of them. Dense ones: moreover the gradient is written and read, weights
+    and states read and written, all in order. Hashed tables: in a large pool as full ones, by the cache lines
+    of blocks; in a small one each line is taken from cache three times, once forward, once backward and once
+    to add to it, and the whole pool is then visited as a dense table. Passes that a larger cache would
+    save, the hash and all arithmetic are left out. None on a GPU.
+    """
+    if record["device"] != "cpu":
+        return None
+    passes = 2 + 2 * {"sgd": 0, "adagrad": 1, "adam": 2}[record["optimizer"]]
+    rows = 2 * record["batch_size"]
+    values = record["num_embeddings"] * record["embedding_dim"]
+    size = record["pool_size"] if record["pool_size"] is not None else values
+    dense_s = (passes + 2) * size * 4 / (rates["stream_gb_per_s"] * 1e9)
+    row_s = 1 / rates["random_rows_per_s"]
+    if record["table"] == "full" and not record["sparse_gradients"]:
+        return 1e3 * (rows * row_s + dense_s)
+    if record["table"].startswith("full"):
+        return 1e3 * passes * rows * row_s
+    blocks = rows * -(-record["embedding_dim"] // record["block_size"])
+    lines = blocks * (record["block_size"] * 4 + 60) / 64  # of 64 bytes, on average
+    if size <= SMALL:
+        return 1e3 * (3 * lines / rates["cached_gathers_per_s"] + dense_s)
+    line_s = min(1 / rates["random_values_per_s"], row_s * 64 / (400 + 60))
+    return 1e3 * passes * lines * line_s

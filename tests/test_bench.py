@@ -1,0 +1,133 @@
+import dataclasses
+
+import pytest
+
+from cemb import bench, rivals, speed, targets
+from cemb.kernels import floors
+
+SIZES = {"num_embeddings": 400, "embedding_dim": 8, "batch_size": 16}
+RATES = {
+    "stream_gb_per_s": 10.0,
+    "random_rows_per_s": 2e7,
+    "random_values_per_s": 1e8,
+    "cached_gathers_per_s": 1e9,
+}
+
+
+def _record(table, total_ms, *, thp="0", **fields):
+    case = speed.SpeedCase(table, "sgd", **fields)
+    return {
+        **dataclasses.asdict(case),
+        "kind": "speed",
+        "label": case.label,
+        "total_ms": total_ms,
+        "peak_mib": 10.0,
+        "thp_mem_alloc_enable": thp,
+    }
+
+
+def _found(hashed_ms):
+    small = {"pool_size": targets.SMALL}
+    return [
+        _record("full", 200.0),
+        _record("full", 50.0, thp="1"),
+        _record("full", 30.0, sparse_gradients=True, thp="1"),
+        _record("full", 40.0, sparse_gradients=True),
+        _record("full", 1.0, ids="zipf"),
+        _record("full-fused", 10.0),
+        _record("hashed", hashed_ms, block_size=targets.BLOCK, **small),
+        _record("hashed", 0.1, block_size=targets.BLOCK, thp="1", **small),
+        _record("hashed", hashed_ms, block_size=targets.BLOCK, num_embeddings=targets.HUGE_TABLE, **small),
+    ]
+
+
+def test_a_ratio_is_to_the_best_peer_under_either_setting():
+    target = targets.targets()[0]
+    ratio, ours, best = target.evaluate(_found(3.0))
+    assert ratio == pytest.approx(0.1)
+    assert (ours["total_ms"], best["total_ms"], best["thp_mem_alloc_enable"]) == (3.0, 30.0, "1")
+    assert target.evaluate([]) is None
+
+
+@pytest.mark.parametrize(("hashed_ms", "reached"), [(3.0, True), (6.1, False)])
+def test_targets_are_judged(hashed_ms, reached):
+    said = []
+    assert targets.check_targets(_found(hashed_ms), said.append) == reached
+    assert any(line.startswith("pass") for line in said)
+    assert any(line.startswith("FAIL") for line in said) != reached
+    assert any(line.startswith("not measured") for line in said)
+
+
+def test_too_much_memory_is_a_miss():
+    found = _found(3.0)
+    found[-1]["peak_mib"] = 65.0
+    said = []
+    assert not targets.check_targets(found, said.append)
+    assert any("65.0 MiB a step" in line for line in said)
+    assert not targets.check_targets([])  # nothing measured is nothing reached
+
+
+def test_floors_count_what_must_move():
+    def floor(table, optimizer="sgd", **fields):
+        case = dataclasses.replace(speed.SpeedCase(table, optimizer), **fields)
+        return targets.floor_ms(dataclasses.asdict(case), RATES)
+
+    rows_ms = 65_536 / 2e7 * 1e3
+    assert floor("full", sparse_gradients=True) == pytest.approx(2 * rows_ms)
+    assert floor("full-fused", "adam") == pytest.approx(6 * rows_ms)
+    # Dense: rows once, then the gradient written and read, weights read and written, 0.4 GB each.
+    assert floor("full") == pytest.approx(rows_ms + 4 * 40)
+    # One value a line at block size 1; a 64th of 460 bytes of a row, or a single value, whichever is less.
+    large = floor("hashed", pool_size=targets.LARGE)
+    assert large == pytest.approx(2 * 6_553_600 * min(1e-8, 64 / 460 / 2e7) * 1e3)
+    small = floor("hashed", pool_size=targets.SMALL)
+    assert small == pytest.approx(3 * 6_553_600 / 1e9 * 1e3 + 4 * 2**20 / 1e10 * 1e3)
+    assert targets.floor_ms({"device": "cuda"}, RATES) is None
+
+
+def test_rates_are_plausible():
+    rates = floors.measure_rates(megabytes=8)
+    assert set(rates) == set(RATES)
+    assert all(value > 0 for value in rates.values())
+    # A gather from cache is not slower than one from memory, by more than noise.
+    assert rates["cached_gathers_per_s"] > 0.5 * rates["random_values_per_s"]
+
+
+def test_a_small_benchmark_runs(monkeypatch):
+    monkeypatch.setattr(bench, "SMALL", 64)
+    monkeypatch.setattr(bench, "LARGE", 256)
+    monkeypatch.setattr(bench, "BLOCK", 4)
+    monkeypatch.setattr(rivals, "available", lambda table, optimizer: False)
+    found = bench.run(["sgd"], ids=["zipf"], repeats=2, rounds=2, threads=1, **SIZES)
+    assert found[0]["kind"] == "rates"
+    speeds = found[1:]
+    assert {r["thp_mem_alloc_enable"] for r in speeds} == {"0", "1"}
+    assert {(len(r["total_ms_repeats"]), r["threads"]) for r in speeds} == {(4, 1)}
+    assert {r["table"] for r in speeds} == {"full", "full-fused", "hashed"}
+    assert any(r["num_embeddings"] == targets.HUGE_TABLE for r in speeds)
+
+
+def test_a_process_that_dies_is_an_error():
+    process = bench._Process("0", 1)
+    try:
+        with pytest.raises(RuntimeError, match="the measuring process ended with status 1 during 'build'"):
+            process("build", ["not a case"])
+    finally:
+        process.close()
+
+
+# Parts of torch that only its compiler loads use what it has deprecated itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("table", rivals.NAMES)
+def test_rivals_compute_the_same_step(table):
+    if not rivals.available(table, "sgd"):
+        if rivals.available(table, "adagrad"):
+            pytest.skip("it has no SGD")
+        with pytest.raises(ValueError, match="cannot be measured here: fbgemm needs `make peers`"):
+            rivals.build(speed.SpeedCase(table, "sgd", pool_size=64, **SIZES), 0.1)
+        return
+    pool_size = 64 if table.startswith("hashed") else None
+    timed = speed.Timed(speed.SpeedCase(table, "sgd", pool_size, **SIZES))
+    (record,) = speed.measure_cases([timed.case], repeats=2)
+    assert record["backend"] == rivals.NAMES[table]
+    assert record["total_ms"] > 0
