@@ -7,12 +7,15 @@ CEMB_GRID ?= default
 export CORPUS CEMB_GRID
 
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+PEERS_STAMP := $(VENV)/.installed-peers
+OUT ?= results/local/gpu
 
-.PHONY: help env book study check site test lint lab open clean
+.PHONY: help env book study check site test lint bench peers test-gpu gpu lab open clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  CORPUS=path/to.txt make book runs the study on a text of your own"
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
@@ -36,8 +39,31 @@ check: $(STAMP) ## say which runs are stale, and why
 site: $(STAMP) ## build the site from the runs there are
 	$(BIN)/python book/build.py
 
-test: $(STAMP) ## run the tests
+$(TEST_STAMP): requirements-test.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-test.txt
+	@touch $@
+
+test: $(TEST_STAMP) ## run the tests
 	$(BIN)/python -m pytest
+
+$(PEERS_STAMP): requirements-peers.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-peers.txt
+	@touch $@
+
+peers: $(PEERS_STAMP) ## install what the benchmark compares with besides torch
+
+bench: $(STAMP) ## time every table and rival, and say which targets are reached
+	$(BIN)/python -m cemb bench --targets --out results/local/bench.jsonl
+
+# On a CUDA host, with the torch, Triton, numba, scipy, tqdm and pytest that are there; no Jupyter.
+test-gpu: ## run the tests of the kernels on this GPU
+	$(PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "torch sees no CUDA device")'
+	$(PYTHON) -m pytest tests/test_cuda.py tests/test_ops.py
+
+gpu: test-gpu ## run those, then time the whole grid there; records go to the folder OUT
+	mkdir -p $(OUT)
+	$(PYTHON) -m cemb speed --grid original --device cuda --out $(OUT)/original.csv
+	$(PYTHON) -m cemb bench --device cuda --out $(OUT)/bench.jsonl
 
 lint: $(STAMP) ## check style
 	$(BIN)/ruff check .

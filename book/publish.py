@@ -2,7 +2,8 @@
 
     python book/publish.py NAME
 
-The study must be up to date. `results/reference/NAME` is what gets committed.
+The study must be up to date. A benchmark that `make bench` left in results/local goes with it.
+`results/reference/NAME` is what gets committed.
 """
 
 import argparse
@@ -38,6 +39,9 @@ def main() -> int:
         return 1
     folder = REFERENCES / name
     records.write(found, folder / "records.jsonl")
+    benchmark = records.results_dir() / "local" / "bench.jsonl"
+    if benchmark.exists():
+        records.write(records.read(benchmark), folder / "bench.jsonl")
     figure = plots.answer(report.answer_frame(found))
     figure.savefig(folder / "answer.svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)
