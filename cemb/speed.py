@@ -147,7 +147,7 @@ class Timed:
 
     @property
     def backend(self) -> str:
-        """What computes the step, as `cemb.ops.backend` says; ``"torch"`` for torch's tables, or the rival's."""
+        """What computes the step, as `cemb.ops.backend` says; ``"torch"`` for torch's tables, or a rival."""
         if self.case.table in rivals.NAMES:
             return rivals.NAMES[self.case.table]
         if self.case.table in ("hashed", "full-fused"):
