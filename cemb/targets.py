@@ -53,14 +53,12 @@ def targets() -> list[Ratio]:
     for o in OPTIMIZERS:
         small, blocks = _hashed(SMALL, 1), _hashed(SMALL, BLOCK)
         found += [
-            Ratio(f"pool {SMALL:,}, block {BLOCK} / best full-table peer", 0.20, o, blocks, peers),
+            Ratio(f"pool {SMALL:,}, block {BLOCK} / best peer", 0.20, o, blocks, peers),
             Ratio(f"pool {SMALL:,}, block {BLOCK} / our fused full table", 0.75, o, blocks, (fused,)),
-            Ratio(f"pool {SMALL:,}, block 1 / best full-table peer", 0.60, o, small, peers),
+            Ratio(f"pool {SMALL:,}, block 1 / best peer", 0.60, o, small, peers),
             Ratio(f"pool {SMALL:,}, block 1 / torch.compile", 0.25, o, small, (compiled[0],)),
-            Ratio(
-                f"pool {LARGE:,}, block {BLOCK} / best full-table peer", 0.60, o, _hashed(LARGE, BLOCK), peers
-            ),
-            Ratio("our fused full table / best full-table peer", 0.35, o, fused, peers),
+            Ratio(f"pool {LARGE:,}, block {BLOCK} / best peer", 0.60, o, _hashed(LARGE, BLOCK), peers),
+            Ratio("our fused full table / best peer", 0.35, o, fused, peers),
             Ratio("10^9 rows / 10^6 rows", 1.3, o, {**blocks, "num_embeddings": HUGE_TABLE}, (blocks,), "0"),
         ]
     large = Ratio(
