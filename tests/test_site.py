@@ -245,8 +245,9 @@ def test_search_finds_adagrad(browser, site):
         tab = browser.new_page(viewport=PHONE)
         try:
             tab.goto(f"{url}/search.html?q=Adagrad")
-            hit = tab.locator("#search-results ul.search li", has_text="Adagrad").first
-            hit.locator(".context").wait_for(timeout=10_000)
+            # Classes of that name are hits without a snippet.
+            hit = tab.locator("#search-results ul.search li:has(.context)", has_text="Adagrad").first
+            hit.wait_for(timeout=10_000)
             tab.goto(f"{url}/" + hit.locator("a").first.get_attribute("href"))
             assert "Adagrad" in tab.locator("article").inner_text()
         finally:

@@ -140,7 +140,7 @@ def test_smoke_records(smoke, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = report.load()
     kinds = [record["kind"] for record in found]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 19, "speed": 27}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 19, "speed": 33}
     table = report.beside_original(found)
     assert len(table) == 9
     assert report.quality_table(found, "full-batch").shape[0] == 16
