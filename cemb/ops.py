@@ -311,10 +311,15 @@ def pair_scores(
     return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
 
 
+def _has_vector_kernel(vectors: Tensor) -> bool:
+    """Vectors have kernels on the CPU alone, and there not in bfloat16."""
+    return vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64)
+
+
 @torch.library.custom_op("cemb::vector_scores", mutates_args=())
 def _vector_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
     drop = PairDropout(dropout, int(seed))
-    if vectors.device.type != "cpu" or vectors.dtype not in (torch.float32, torch.float64):
+    if not _has_vector_kernel(vectors):
         return reference.vector_scores(vectors, drop)
     scores = vectors.new_empty(len(vectors))
     cpu.vector_scores(_array(vectors), drop, scores.numpy())
@@ -324,7 +329,7 @@ def _vector_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
 @torch.library.custom_op("cemb::vector_scores_backward", mutates_args=())
 def _vector_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
     drop = PairDropout(dropout, int(seed))
-    if vectors.device.type != "cpu" or vectors.dtype not in (torch.float32, torch.float64):
+    if not _has_vector_kernel(vectors):
         weights = grad.unsqueeze(-1) * reference.pair_weights(vectors, drop)
         return weights.unsqueeze(1) * vectors.flip(1)
     out = torch.empty_like(vectors, memory_format=torch.contiguous_format)

@@ -60,10 +60,7 @@ class _Touched(torch.optim.Optimizer):
                 state["step"] += 1
                 arrays = [state[name].view(-1).numpy() for name in self.state_names]
                 self._update(group, state["step"], parameter.view(-1).numpy(), arrays, runs, clear)
-                if clear or not touched.is_dense:
-                    touched.forget()
-                else:
-                    touched.clear()
+                touched.forget() if clear else touched.clear()
         return loss
 
     def _initial(self, group: dict) -> float:

@@ -13,8 +13,8 @@ _FULL_PEERS = ("full", "full-fbgemm", "full-fbgemm-rowwise")
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """A target: the median total of what `ours` selects over the least one of what `theirs` selects."""
+class Target:
+    """A ratio to reach: the median total of `ours` over the least median total among `theirs`."""
 
     name: str
     limit: float
@@ -44,7 +44,7 @@ def _hashed(pool_size: int, block_size: int, **more: object) -> dict[str, object
     return {"table": "hashed", "pool_size": pool_size, "block_size": block_size, **more}
 
 
-def targets() -> list[Ratio]:
+def targets() -> list[Target]:
     """What the kernels are to reach on two cores, at the original's sizes."""
     peers = tuple({"table": table} for table in _FULL_PEERS)
     fused = {"table": "full-fused"}
@@ -53,15 +53,15 @@ def targets() -> list[Ratio]:
     for o in OPTIMIZERS:
         small, blocks = _hashed(SMALL, 1), _hashed(SMALL, BLOCK)
         found += [
-            Ratio(f"pool {SMALL:,}, block {BLOCK} / best peer", 0.20, o, blocks, peers),
-            Ratio(f"pool {SMALL:,}, block {BLOCK} / our fused full table", 0.75, o, blocks, (fused,)),
-            Ratio(f"pool {SMALL:,}, block 1 / best peer", 0.60, o, small, peers),
-            Ratio(f"pool {SMALL:,}, block 1 / torch.compile", 0.25, o, small, (compiled[0],)),
-            Ratio(f"pool {LARGE:,}, block {BLOCK} / best peer", 0.60, o, _hashed(LARGE, BLOCK), peers),
-            Ratio("our fused full table / best peer", 0.35, o, fused, peers),
-            Ratio("10^9 rows / 10^6 rows", 1.3, o, {**blocks, "num_embeddings": HUGE_TABLE}, (blocks,), "0"),
+            Target(f"pool {SMALL:,}, block {BLOCK} / best peer", 0.20, o, blocks, peers),
+            Target(f"pool {SMALL:,}, block {BLOCK} / our fused full table", 0.75, o, blocks, (fused,)),
+            Target(f"pool {SMALL:,}, block 1 / best peer", 0.60, o, small, peers),
+            Target(f"pool {SMALL:,}, block 1 / torch.compile", 0.25, o, small, (compiled[0],)),
+            Target(f"pool {LARGE:,}, block {BLOCK} / best peer", 0.60, o, _hashed(LARGE, BLOCK), peers),
+            Target("our fused full table / best peer", 0.35, o, fused, peers),
+            Target("10^9 rows / 10^6 rows", 1.3, o, {**blocks, "num_embeddings": HUGE_TABLE}, (blocks,), "0"),
         ]
-    large = Ratio(
+    large = Target(
         f"pool {LARGE:,}, block 1 / torch.compile", 0.40, "sgd", _hashed(LARGE, 1), (compiled[1],), "1"
     )
     return [*found, large]

@@ -75,8 +75,8 @@ class TouchedGradient:
         kept = cpu.draw(len(pairs), spec.embedding_dim, dropout)
         self._seen.append((pairs.numpy(), kept, grad * grad.dtype.type(dropout.scale)))
         # The weights have not moved, so what came before is summed again with the new, in one pass.
-        all_pairs, all_kept, factors = (np.concatenate(parts) for parts in zip(*self._seen, strict=True))
-        self._room = cpu.pair_runs(weight, all_pairs, all_kept, factors, spec, context_offset, self._room)
+        seen = self._seen[0] if len(self._seen) == 1 else map(np.concatenate, zip(*self._seen, strict=True))
+        self._room = cpu.pair_runs(weight, *seen, spec, context_offset, self._room)
         self.runs = self._room.runs
 
     def clear(self) -> None:

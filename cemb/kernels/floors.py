@@ -5,13 +5,13 @@ import time
 import numpy as np
 from numba import njit, prange
 
-from cemb.kernels import cpu, lanes
+from cemb.kernels import cpu
 
 _ROW = 100  # values, 400 bytes
 _REPEATS = 7
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
 def _stream(array, threads, sums):
     for t in prange(threads):
         total = array.dtype.type(0)
@@ -20,21 +20,19 @@ def _stream(array, threads, sums):
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
 def _rows(array, starts, length, threads, sums):
     for t in prange(threads):
         total = array.dtype.type(0)
         end = starts.shape[0] * (t + 1) // threads
         for i in range(starts.shape[0] * t // threads, end):
-            ahead = starts[min(i + 8, end - 1)]
-            for k in range(0, length, 16):
-                lanes.prefetch(array, ahead + k)
+            cpu._prefetch_run(array, starts[min(i + 8, end - 1)], length)
             for k in range(length):
                 total += array[starts[i] + k]
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
 def _gather(array, places, threads, sums):
     for t in prange(threads):
         total = array.dtype.type(0)
