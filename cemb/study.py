@@ -219,10 +219,12 @@ def execute(run: Run) -> Path:
                 str(work / "run.ipynb"),
                 # The kernel works in notebooks/; a relative path keeps this machine's off the page.
                 {**run.parameters, "records_path": os.path.relpath(found, NOTEBOOKS)},
+                # Not `cwd`: for that papermill changes the directory of this whole process, so of two runs
+                # side by side one could start its kernel where the other had left.
+                resources={"metadata": {"path": str(NOTEBOOKS)}},
                 kernel_name="python3",
                 progress_bar=False,
                 shutdown_kernel="immediate",  # its work is written; waiting for it to tidy up takes seconds
-                cwd=str(NOTEBOOKS),
             )
         except papermill.PapermillExecutionError as error:
             kept = records.results_dir() / "local" / "failed" / f"{run.name}.ipynb"
