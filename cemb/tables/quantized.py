@@ -1,0 +1,95 @@
+"""Tables made small after training: fewer bits a value, or codes into codebooks."""
+
+import warnings
+
+import numpy as np
+import scipy.cluster.vq
+import torch
+from torch import Tensor, nn
+
+
+def check_rows(ids: Tensor, num_embeddings: int) -> None:
+    """IndexError unless all ids are row numbers."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_embeddings:
+        raise IndexError(
+            f"ids must lie in [0, {num_embeddings}), got values from {int(ids.min())} to {int(ids.max())}"
+        )
+
+
+class RowQuantizedEmbedding(nn.Module):
+    """Integers of 8 or 4 bits with a float16 scale for each row, nearest rounding, symmetric about 0.
+
+    4-bit integers are stored two to a byte, shifted to be positive. Holds no Parameter.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, embedding_dim: int, bits: int):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.bits = len(codes), embedding_dim, bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @classmethod
+    def from_vectors(cls, vectors: Tensor, bits: int = 8) -> "RowQuantizedEmbedding":
+        """The table nearest to `vectors` ``[n, dim]``; ValueError for other than 8 or 4 bits."""
+        if bits not in (8, 4):
+            raise ValueError(f"bits must be 8 or 4, got {bits}")
+        largest = 2 ** (bits - 1) - 1
+        scales = (vectors.abs().amax(dim=1) / largest).clamp(min=torch.finfo(torch.float16).tiny).half()
+        codes = (vectors / scales[:, None].float()).round().clamp(-largest, largest).to(torch.int8)
+        if bits == 4:
+            nibbles = nn.functional.pad(codes + 8, (0, vectors.shape[1] % 2)).to(torch.uint8)
+            codes = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+        return cls(codes, scales, vectors.shape[1], bits)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        check_rows(ids, self.num_embeddings)
+        codes = self.codes[ids]
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., : self.embedding_dim]
+            codes = codes.to(torch.int8) - 8
+        return codes * self.scales[ids][..., None].float()
+
+
+class ProductQuantizedEmbedding(nn.Module):
+    """Rows cut into groups of columns; each group is the nearest of 256 centroids, stored as one byte.
+
+    Jégou, Douze and Schmid, "Product quantization for nearest neighbor search", PAMI 2011. Centroids are
+    those of k-means, in float16. Holds no Parameter.
+    """
+
+    def __init__(self, codes: Tensor, codebooks: Tensor, widths: list[int]):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = len(codes), sum(widths)
+        self.widths = widths
+        self.register_buffer("codes", codes)
+        self.register_buffer("codebooks", codebooks)
+
+    @classmethod
+    def from_vectors(cls, vectors: Tensor, num_groups: int, *, seed: int = 0) -> "ProductQuantizedEmbedding":
+        """Fit codes and codebooks to `vectors` ``[n, dim]``; deterministic for a seed.
+
+        ValueError unless there are 1 to dim groups and at least 256 rows.
+        """
+        if not 1 <= num_groups <= vectors.shape[1]:
+            raise ValueError(f"num_groups must lie in [1, {vectors.shape[1]}], got {num_groups}")
+        if len(vectors) < 256:
+            raise ValueError(f"256 centroids need at least 256 rows, got {len(vectors)}")
+        parts = np.array_split(vectors.numpy(), num_groups, axis=1)
+        codes = np.empty((len(vectors), num_groups), np.uint8)
+        codebooks = []
+        for group, part in enumerate(parts):
+            with warnings.catch_warnings():
+                # A centroid that lost its rows stays where it was, which is what is wanted.
+                warnings.filterwarnings("ignore", message="One of the clusters is empty")
+                centroids, codes[:, group] = scipy.cluster.vq.kmeans2(
+                    part, 256, iter=10, minit="points", rng=np.random.default_rng((seed, group))
+                )
+            codebooks.append(centroids)
+        books = torch.from_numpy(np.concatenate(codebooks, axis=1)).half()
+        return cls(torch.from_numpy(codes), books, [part.shape[1] for part in parts])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        check_rows(ids, self.num_embeddings)
+        codes = self.codes[ids].long()
+        books = self.codebooks.float().split(self.widths, dim=1)
+        return torch.cat([book[codes[..., group]] for group, book in enumerate(books)], dim=-1)

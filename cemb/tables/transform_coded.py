@@ -1,0 +1,202 @@
+"""A trained table in as many bits as asked for, spent where the loss feels them most.
+
+Transform coding (Huang and Schultheiss, "Block quantization of correlated Gaussian random variables", IEEE
+Trans. Commun. Syst. 1963; Goyal, "Theoretical foundations of transform coding", 2001) of a factorization
+in its principal axes: rows are divided by scales of their own, and each value is rounded to one of 2^b levels,
+those of Lloyd ("Least squares quantization in PCM", 1982). b depends on the column and on the tier of the
+row: rows come by falling frequency, and tiers are runs of rows. Bits go, one by one, to where they lower the
+loss most.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cemb.tables.quantized import check_rows
+
+MAX_BITS = 8
+NUM_TIERS = 24
+_SCALE_STEPS = 255
+
+
+def tier_borders(num_rows: int) -> np.ndarray:
+    """First rows of at most `NUM_TIERS` runs of rows, which grow geometrically, and the number of rows."""
+    return np.unique(np.r_[0, np.geomspace(min(16, num_rows), num_rows, NUM_TIERS).astype(np.int64)])
+
+
+def lloyd_levels(values: Tensor, bits: int, iterations: int = 30) -> Tensor:
+    """The 2^bits levels that `values` (a sorted vector) are rounded to with the least squared error."""
+    count = 2**bits
+    levels = values[((torch.arange(count) + 0.5) / count * len(values)).long()]
+    sums = nn.functional.pad(values.cumsum(0, dtype=torch.float64), (1, 0))
+    ends = torch.tensor([0, len(values)])
+    for _ in range(iterations):
+        inner = torch.searchsorted(values, (levels[1:] + levels[:-1]) / 2)
+        borders = torch.cat((ends[:1], inner, ends[1:]))
+        sizes = borders.diff()
+        means = (sums[borders[1:]] - sums[borders[:-1]]) / sizes.clamp(min=1)
+        levels = torch.where(sizes > 0, means.to(values.dtype), levels)
+    return levels
+
+
+def _nearest(values: Tensor, levels: Tensor) -> Tensor:
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+
+
+@dataclass
+class _Normalized:
+    """Vectors over their rows' scales and their tiers' deviations, and what it takes to undo that."""
+
+    values: Tensor  # [n, dim], of variance about 1 in each tier and column
+    scales: Tensor  # uint8 [n], of the logarithm
+    scale_range: Tensor  # float32 [2]
+    deviations: Tensor  # float16 [tiers, dim]
+
+    @classmethod
+    def of(cls, vectors: Tensor, importance: Tensor) -> "_Normalized":
+        weighted = vectors * importance.sqrt()
+        logs = weighted.square().mean(dim=1).clamp(min=1e-30).log2() / 2
+        scale_range = torch.stack((logs.min(), logs.max()))
+        width = (scale_range[1] - scale_range[0]).clamp(min=1e-6)
+        scales = ((logs - scale_range[0]) / width * _SCALE_STEPS).round().to(torch.uint8)
+        values = vectors / _unscaled(scales, scale_range)[:, None]
+        borders = tier_borders(len(vectors))
+        tiers = values.split(np.diff(borders).tolist())
+        deviations = torch.stack([tier.square().mean(dim=0).sqrt() for tier in tiers])
+        deviations = deviations.clamp(min=torch.finfo(torch.float16).tiny).half()
+        for tier, deviation in zip(tiers, deviations.float(), strict=True):
+            tier /= deviation
+        return cls(values, scales, scale_range, deviations)
+
+
+def _unscaled(scales: Tensor, scale_range: Tensor) -> Tensor:
+    return torch.lerp(scale_range[0], scale_range[1], scales.float() / _SCALE_STEPS).exp2()
+
+
+class TransformCodedEmbedding(nn.Module):
+    """A table of codes of 0 to 8 bits, their number depending on tier and column. Holds no Parameter.
+
+    Made by `from_vectors`. Row i of a tier is the i-th run of ``bits[tier].sum()`` bits in the tier's part
+    of `codes`, the columns in order, low bits first.
+    """
+
+    def __init__(self, normalized: _Normalized, bits: Tensor):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = normalized.values.shape
+        self.register_buffer("bits", bits)
+        self.register_buffer("scales", normalized.scales)
+        self.register_buffer("scale_range", normalized.scale_range)
+        self.register_buffer("deviations", normalized.deviations)
+        levels, codes = _encode(normalized.values, bits)
+        self.register_buffer("levels", levels)
+        self.register_buffer("codes", codes)
+        self._borders = torch.from_numpy(tier_borders(self.num_embeddings))
+        widths = self.bits.sum(dim=1)
+        self._first_bits = nn.functional.pad((self._borders.diff() * widths).cumsum(0), (1, 0))
+
+    @classmethod
+    def from_vectors(cls, vectors: Tensor, importance: Tensor, bits: Tensor) -> "TransformCodedEmbedding":
+        """Code `vectors` ``[n, dim]`` with `bits` ``[tiers, dim]``, uint8, as `allocate_bits` gives them.
+
+        `importance` ``[dim]`` is what a unit of squared error costs in each column. Deterministic.
+        """
+        return cls(_Normalized.of(vectors, importance), bits)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        check_rows(ids, self.num_embeddings)
+        flat = ids.reshape(-1).long()
+        tier_of = torch.bucketize(flat, self._borders[1:], right=True)
+        out = torch.empty(flat.numel(), self.embedding_dim)
+        for tier in tier_of.unique().tolist():
+            chosen = (tier_of == tier).nonzero().squeeze(1)
+            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier])
+        out *= _unscaled(self.scales[flat], self.scale_range)[:, None]
+        return out.view(*ids.shape, self.embedding_dim)
+
+    def _decode(self, tier: int, rows: Tensor) -> Tensor:
+        bits = self.bits[tier].long()
+        width = int(bits.sum())
+        positions = self._first_bits[tier] + rows[:, None] * width + torch.arange(width)
+        # Byte tensors do not shift by tensors of another type.
+        ones = (self.codes[positions >> 3].int() >> (positions & 7).int()) & 1
+        columns = torch.arange(self.embedding_dim).repeat_interleave(bits)
+        places = torch.arange(width) - (bits.cumsum(0) - bits)[columns]
+        codes = torch.zeros(len(rows), self.embedding_dim, dtype=torch.int32)
+        codes.index_add_(1, columns, ones << places.int())
+        return self.levels.float()[codes + (2**bits - 1)] * self.deviations[tier].float()
+
+
+def _encode(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of all numbers of bits in a row, 0 bits first, and the rows' codes packed into bytes.
+
+    The levels for b bits start at 2^b − 1.
+    """
+    borders = tier_borders(len(values))
+    tiers = values.split(np.diff(borders).tolist())
+    levels = torch.zeros(2 ** (MAX_BITS + 1) - 1)
+    for b in range(1, MAX_BITS + 1):
+        own = [tier[:, own_bits == b].flatten() for tier, own_bits in zip(tiers, bits, strict=True)]
+        own = torch.cat(own)
+        if own.numel():
+            own = own[:: -(-own.numel() // 2**20)]  # a sample places 256 levels well enough
+            levels[2**b - 1 : 2 ** (b + 1) - 1] = lloyd_levels(own.sort().values, b)
+    levels = levels.half()
+    packed = []
+    for tier, own_bits in zip(tiers, bits.long(), strict=True):
+        codes = torch.zeros(tier.shape, dtype=torch.int32)
+        for b in own_bits.unique().tolist():
+            if b:
+                columns = own_bits == b
+                own_levels = levels[2**b - 1 : 2 ** (b + 1) - 1].float()
+                codes[:, columns] = _nearest(tier[:, columns].contiguous(), own_levels).int()
+        columns = torch.arange(len(own_bits)).repeat_interleave(own_bits)
+        places = torch.arange(len(columns)) - (own_bits.cumsum(0) - own_bits)[columns]
+        packed.append(((codes[:, columns] >> places.int()) & 1).to(torch.uint8).flatten())
+    bytes_ = np.packbits(torch.cat(packed).numpy(), bitorder="little")
+    return levels, torch.from_numpy(bytes_)
+
+
+def overhead_bytes(num_rows: int, dim: int) -> int:
+    """Bytes of a table apart from its codes."""
+    tiers = len(tier_borders(num_rows)) - 1
+    return num_rows + 2 * 4 + tiers * dim * 3 + (2 ** (MAX_BITS + 1) - 1) * 2
+
+
+def allocate_bits(sides: list[tuple[Tensor, Tensor]], max_bytes: int) -> list[Tensor]:
+    """Bits ``[tiers, dim]`` for each of several tables of vectors, together at most `max_bytes`.
+
+    Args:
+        sides: vectors ``[n, dim]`` and their `importance` ``[dim]``.
+
+    Takes bit after bit where it saves most expected loss for its size. Raises ValueError where not even
+    the scales fit.
+    """
+    overhead = sum(overhead_bytes(*vectors.shape) + 1 for vectors, _ in sides)
+    if max_bytes < overhead:
+        raise ValueError(f"max_bytes must be at least {overhead}, the tables without codes; got {max_bytes}")
+    gains, sizes, shapes = [], [], []
+    for vectors, importance in sides:
+        normalized = _Normalized.of(vectors, importance)
+        sample = normalized.values.flatten()
+        sample = sample[:: -(-sample.numel() // 2**18)].sort().values
+        # Expected squared error of a normalized value by the number of bits.
+        errors = [sample.square().mean()]
+        for b in range(1, MAX_BITS + 1):
+            levels = lloyd_levels(sample, b)
+            errors.append((sample - levels[_nearest(sample, levels)]).square().mean())
+        # Each further bit must save less than the one before, or the greedy order would not exist.
+        saved = (torch.stack(errors[:-1]) - torch.stack(errors[1:])).cummin(dim=0).values
+        rows = np.diff(tier_borders(len(vectors))).tolist()
+        energy = torch.stack([(t.square() * importance).sum(dim=0) for t in vectors.split(rows)])
+        rows = torch.tensor(rows)[:, None, None].expand(*energy.shape, MAX_BITS)
+        gains.append((energy[..., None] * saved / rows).flatten())
+        sizes.append(rows.flatten())
+        shapes.append((*energy.shape, MAX_BITS))
+    order = torch.cat(gains).argsort(descending=True, stable=True)
+    spent = torch.cat(sizes)[order].cumsum(0)
+    taken = torch.zeros(len(order), dtype=torch.uint8)
+    taken[order[spent <= 8 * (max_bytes - overhead)]] = 1
+    parts = taken.split([len(part) for part in sizes])
+    return [part.view(shape).sum(dim=2).to(torch.uint8) for part, shape in zip(parts, shapes, strict=True)]
