@@ -146,6 +146,62 @@ class AllCellsLoss:
         return _AllCells.apply(words, contexts, self.matrix, self.transposed, self.squared_norm)
 
 
+def frequency_weights(word_counts: np.ndarray, power: float) -> np.ndarray:
+    """Weights ``[words]`` that grow as the counts' `power`, of mean 1."""
+    weights = np.asarray(word_counts, dtype=np.float64) ** power
+    return weights / weights.mean()
+
+
+class WeightedLoss:
+    """Squared error over every cell, cell (i, j) weighted by ``word_weights[i] * context_weights[j]``.
+
+    It is the `AllCellsLoss` of ``diag(√a) M diag(√b)`` at ``diag(√a) U`` and ``diag(√b) C``. So weights of
+    rank one, unlike GloVe's (Pennington et al., 2014), leave the optimum a truncated SVD (Srebro and
+    Jaakkola, 2003). Raises ValueError unless there is one positive weight for each row and each column.
+    """
+
+    def __init__(
+        self,
+        matrix: sp.csr_array,
+        word_weights: np.ndarray,
+        context_weights: np.ndarray,
+        device: torch.device | str | None = None,
+    ):
+        scales = []
+        for name, weights, length in zip(
+            ("word_weights", "context_weights"), (word_weights, context_weights), matrix.shape, strict=True
+        ):
+            if np.shape(weights) != (length,) or not np.all((weights > 0) & np.isfinite(weights)):
+                raise ValueError(
+                    f"{name} must be {length:,} positive numbers, got shape {np.shape(weights)}"
+                    + (f", {np.min(weights)} to {np.max(weights)}" if np.size(weights) else "")
+                )
+            scales.append(np.sqrt(weights).astype(matrix.dtype))
+        self.matrix = sp.csr_array(sp.diags_array(scales[0]) @ matrix @ sp.diags_array(scales[1]))
+        self.scales = [torch.from_numpy(scale[:, None]).to(device) for scale in scales]
+        self._all_cells = AllCellsLoss(self.matrix, device)
+
+    def __call__(self, words: Tensor, contexts: Tensor) -> Tensor:
+        """The error as a float64 scalar, for factors ``[words, dim]`` and ``[contexts, dim]``."""
+        return self._all_cells(self.scales[0] * words, self.scales[1] * contexts)
+
+    def optimum(self, rank: int) -> Optimum:
+        """The best factorization of the weighted matrix: its `loss` and `gap` are in this loss's terms."""
+        return optimum(self.matrix, rank)
+
+
+def balanced(words: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    """Word vectors ``U(CᵀC)^½`` ``[words, dim]``, whose dot products are those of the rows of ``UCᵀ``.
+
+    They depend on ``UCᵀ`` alone, up to a rotation, and not on how U and C share it: UA and CA⁻ᵀ give the
+    same cosines. Those of a truncated SVD are U·S. Computed in float64, returned in the type of `words`.
+    """
+    contexts = contexts.astype(np.float64)
+    values, basis = np.linalg.eigh(contexts.T @ contexts)
+    root = basis * np.sqrt(values.clip(min=0)) @ basis.T
+    return (words @ root).astype(words.dtype)
+
+
 def normalized(vectors: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -203,27 +259,42 @@ def similarity(
 def analogies(
     vectors: np.ndarray, words: list[str], *, batch_size: int = 512, max_questions: int | None = None
 ) -> dict[str, float]:
-    """Google's analogy questions (Mikolov et al., 2013) by 3CosAdd, answered over the whole vocabulary.
+    """Google's analogy questions (Mikolov et al., 2013), answered over the whole vocabulary.
 
-    Returns the share answered rightly in per cent as ``score`` (NaN if no question is covered), and
-    ``questions`` evaluated of ``questions_total``. `max_questions` takes an even sample.
+    3CosAdd and 3CosMul answer them (Levy and Goldberg, 2014), the latter on cosines shifted to [0, 1] and
+    with 0.001 added to the divisor.
+
+    Returns:
+        The shares answered rightly in per cent, by 3CosAdd as ``score`` and by 3CosMul as ``mul_score``;
+        the bootstrap 95% interval ``low`` and ``high`` of the former over resampled questions;
+        ``questions`` evaluated of ``questions_total``. Shares are NaN if no question is covered.
+        `max_questions` takes an even sample.
     """
     index = {word: i for i, word in enumerate(words)}
     questions = [line.casefold().split() for line in _test_data("questions-words.txt") if line[0] != ":"]
     known = np.array([[index[w] for w in q] for q in questions if all(w in index for w in q)])
     if max_questions is not None and len(known) > max_questions:
         known = known[np.linspace(0, len(known) - 1, max_questions).astype(int)]
+    result = {"questions": len(known), "questions_total": len(questions)}
     if len(known) == 0:
-        return {"score": math.nan, "questions": 0, "questions_total": len(questions)}
-    unit = torch.from_numpy(normalized(vectors).astype(np.float32))
-    right = 0
+        return dict.fromkeys(("score", "mul_score", "low", "high"), math.nan) | result
+    unit = normalized(vectors).astype(np.float32)
+    added = multiplied = 0
     for first in range(0, len(known), batch_size):
-        a, b, c, answer = torch.from_numpy(known[first : first + batch_size]).T
-        scores = (unit[b] - unit[a] + unit[c]) @ unit.T
-        for given in (a, b, c):
-            scores[torch.arange(len(given)), given] = -torch.inf
-        right += int((scores.argmax(dim=1) == answer).sum())
-    return {"score": 100 * right / len(known), "questions": len(known), "questions_total": len(questions)}
+        batch = known[first : first + batch_size]
+        # Questions share their words, so a batch has far fewer rows of cosines than it asks for.
+        given, rows = np.unique(batch[:, :3], return_inverse=True)
+        cosines = (unit[given] @ unit.T + 1) / 2
+        for (*asked, answer), (i, j, k) in zip(batch, rows.reshape(-1, 3), strict=True):
+            a, b, c = cosines[i], cosines[j], cosines[k]
+            sums, products = b - a + c, b * c / (a + 1e-3)
+            sums[asked] = products[asked] = -np.inf
+            added += sums.argmax() == answer
+            multiplied += products.argmax() == answer
+    # The quantiles of resampling the questions without end.
+    low, high = scipy.stats.binom.ppf([0.025, 0.975], len(known), added / len(known))
+    counts = {"score": added, "mul_score": multiplied, "low": low, "high": high}
+    return {name: 100 * float(count) / len(known) for name, count in counts.items()} | result
 
 
 def neighbours(vectors: np.ndarray, words: list[str], word: str, count: int = 10) -> list[tuple[str, float]]:

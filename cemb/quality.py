@@ -1,9 +1,12 @@
 """The quality study: train one table with one optimizer both ways, and score what came out."""
 
+import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
+from cemb import corpus as corpora
 from cemb import evaluate, records
 from cemb.batches import PairBatches
 from cemb.dataset import PmiDataset
@@ -83,32 +86,103 @@ class QualityCase:
 def score(
     words: torch.Tensor, contexts: torch.Tensor, data: PmiDataset, objective: evaluate.AllCellsLoss
 ) -> dict[str, object]:
-    """Record fields of a factorization: gap to the optimum, similarity and analogy scores.
-
-    Similarity and analogies are those of the word vectors; null where gensim, which brings the sets, is not
-    installed or the vocabulary does not cover them.
-    """
+    """Record fields of a factorization: gap to the optimum and the scores of its word vectors."""
     loss = objective(words, contexts).item()
-    fields: dict[str, object] = {"all_cells_loss": loss, "gap": data.optimum.gap(loss)}
-    vectors = words.numpy()
+    return {
+        "all_cells_loss": loss,
+        "gap": data.optimum.gap(loss),
+        **score_vectors(words.numpy(), contexts.numpy(), data.words),
+    }
+
+
+def score_vectors(words: np.ndarray, contexts: np.ndarray, vocabulary: list[str]) -> dict[str, object]:
+    """Record fields of word vectors: similarity, also of the `evaluate.balanced` ones, and analogies.
+
+    Null where gensim, which brings the sets, is not installed or the vocabulary does not cover them.
+    """
+    fields: dict[str, object] = {}
+    balanced = evaluate.balanced(words, contexts)
     for name in evaluate.SIMILARITY_SETS:
-        found = evaluate.similarity(vectors, data.words, name)
+        found = evaluate.similarity(words, vocabulary, name)
         fields |= {f"{name}_{field}": value for field, value in found.items()}
-    analogies = evaluate.analogies(vectors, data.words, max_questions=2000)
-    fields |= {f"analogies_{k}": v for k, v in analogies.items()}
+        found = evaluate.similarity(balanced, vocabulary, name)
+        fields |= {f"{name}_balanced_{field}": found[field] for field in ("score", "low", "high")}
+    analogies = evaluate.analogies(words, vocabulary, max_questions=2000)
+    fields |= {f"analogies_{field}": value for field, value in analogies.items()}
     return fields
 
 
-def svd_record(data: PmiDataset) -> dict[str, object]:
-    """The record of the optimum itself, its singular values shared evenly by U and C."""
-    words, contexts = (torch.from_numpy(factor) for factor in data.optimum.factors())
+def svd_record(data: PmiDataset, singular_value_power: float = 0.5) -> dict[str, object]:
+    """The record of the optimum itself, with U·S^p and V·S^(1−p); at ½ the two share S evenly."""
+    factors = data.optimum.factors(singular_value_power)
+    words, contexts = (torch.from_numpy(factor) for factor in factors)
     rank = len(data.optimum.singular_values)
     return {
         "kind": "quality",
         "table": "svd",
+        "singular_value_power": singular_value_power,
         "embedding_dim": rank,
         "num_parameters": rank * sum(data.matrix.shape),
         **score(words, contexts, data, evaluate.AllCellsLoss(data.matrix)),
+        **records.provenance(),
+    }
+
+
+def sgns_record(
+    data: PmiDataset, *, num_negative: int = 5, num_epochs: int = 5, seed: int = 0, num_workers: int = 1
+) -> dict[str, object]:
+    """The record of skip-gram with negative sampling (Mikolov et al., 2013) on the tokens of `data`.
+
+    By gensim, with the windows and the smoothing that the matrix was counted with, and no subsampling. Its
+    gap is null, for its factors are not of this matrix. Deterministic for a seed with one worker. Raises
+    ValueError if the corpus's words are no longer those of `data`, ImportError without gensim.
+    """
+    from gensim.models import Word2Vec
+    from gensim.models.word2vec import MAX_WORDS_IN_BATCH
+
+    used = data.summary
+    encoded = corpora.encode(
+        corpora.read_texts(used["corpus"]), min_count=used["min_count"], max_vocab=used["max_vocab"]
+    )
+    if encoded.words != data.words:
+        raise ValueError(f"corpus {used['corpus']!r} has changed: its words are not those of the data")
+    rank = len(data.optimum.singular_values)
+    model = Word2Vec(
+        sg=1,
+        vector_size=rank,
+        window=used["window_size"],
+        shrink_windows=used["distance_weighting"] != "flat",
+        negative=num_negative,
+        ns_exponent=used["context_smoothing"],
+        sample=0,
+        min_count=1,
+        sorted_vocab=0,  # so that row i is that of data.words[i]
+        seed=seed,
+        workers=num_workers,
+    )
+    model.build_vocab_from_freq(dict(zip(data.words, data.word_counts.tolist(), strict=True)))
+    tokens = np.array(data.words, dtype=object)[encoded.token_ids]
+    # gensim cuts off what a sentence has beyond its MAX_WORDS_IN_BATCH.
+    sentences = [
+        tokens[first : first + MAX_WORDS_IN_BATCH].tolist()
+        for first in range(0, len(tokens), MAX_WORDS_IN_BATCH)
+    ]
+    start = time.perf_counter()
+    model.train(sentences, total_examples=len(sentences), total_words=len(tokens), epochs=num_epochs)
+    seconds = time.perf_counter() - start
+    return {
+        "kind": "quality",
+        "table": "sgns",
+        "num_negative": num_negative,
+        "num_epochs": num_epochs,
+        "seed": seed,
+        "num_workers": num_workers,
+        "train_s": round(seconds, 3),
+        "embedding_dim": rank,
+        "num_parameters": 2 * len(data.words) * rank,
+        "all_cells_loss": None,
+        "gap": None,
+        **score_vectors(model.wv.vectors, model.syn1neg, data.words),
         **records.provenance(),
     }
 

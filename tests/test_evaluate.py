@@ -51,6 +51,95 @@ def test_optimum_equals_the_dense_svd(random_matrix):
     assert best.gap(np.square(random_matrix.data).sum()) == pytest.approx(1, rel=1e-5)
 
 
+def _weighted_problem(random_matrix):
+    rng = np.random.default_rng(1)
+    matrix = random_matrix.astype(np.float64)
+    a, b = rng.gamma(2.0, size=40), rng.gamma(2.0, size=30)
+    return matrix, a, b, np.outer(a, b)
+
+
+def test_weighted_loss_equals_the_dense_one(random_matrix):
+    matrix, a, b, weights = _weighted_problem(random_matrix)
+    objective = evaluate.WeightedLoss(matrix, a, b)
+    torch.manual_seed(0)
+    words = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+    contexts = torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
+    errors = (torch.from_numpy(matrix.toarray()) - words @ contexts.T).square()
+    dense = (torch.from_numpy(weights) * errors).sum()
+    loss = objective(words, contexts)
+    torch.testing.assert_close(loss, dense)
+    for got, expected in zip(
+        torch.autograd.grad(loss, (words, contexts)),
+        torch.autograd.grad(dense, (words, contexts)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradcheck(objective, (words, contexts))
+    plain = evaluate.WeightedLoss(random_matrix, np.ones(40), np.ones(30))
+    factors = words.detach().float(), contexts.detach().float()
+    assert plain(*factors) == evaluate.AllCellsLoss(random_matrix)(*factors)
+
+
+def test_weighted_optimum_is_where_descent_ends(random_matrix):
+    matrix, a, b, weights = _weighted_problem(random_matrix)
+    objective = evaluate.WeightedLoss(matrix, a, b)
+    best = objective.optimum(4)
+    # Alternating weighted least squares on the dense matrix, which knows nothing of the scaled SVD.
+    dense, contexts = matrix.toarray(), np.random.default_rng(0).normal(size=(30, 4))
+    for _ in range(500):
+        words = np.stack(
+            [
+                np.linalg.lstsq(np.sqrt(w)[:, None] * contexts, np.sqrt(w) * row)[0]
+                for w, row in zip(weights, dense, strict=True)
+            ]
+        )
+        contexts = np.stack(
+            [
+                np.linalg.lstsq(np.sqrt(w)[:, None] * words, np.sqrt(w) * column)[0]
+                for w, column in zip(weights.T, dense.T, strict=True)
+            ]
+        )
+    loss = objective(torch.from_numpy(words), torch.from_numpy(contexts)).item()
+    assert best.gap(loss) == pytest.approx(0, abs=1e-6)
+    assert best.gap((weights * dense**2).sum()) == pytest.approx(1)
+
+
+def test_frequency_weights():
+    np.testing.assert_allclose(evaluate.frequency_weights(np.array([4, 1, 1]), 0.5), [1.5, 0.75, 0.75])
+    np.testing.assert_allclose(evaluate.frequency_weights(np.array([4, 1, 1]), 0), 1)
+
+
+@pytest.mark.parametrize("bad", [np.ones(29), np.zeros(30), np.full(30, np.inf), np.ones((30, 1)), 1.0])
+def test_bad_weights_are_refused(bad, random_matrix):
+    with pytest.raises(ValueError, match="context_weights must be 30 positive numbers, got shape"):
+        evaluate.WeightedLoss(random_matrix, np.ones(40), bad)
+
+
+def test_balanced_vectors_do_not_depend_on_how_factors_share():
+    rng = np.random.default_rng(0)
+    words, contexts, mix = (rng.normal(size=shape) for shape in ((40, 6), (30, 6), (6, 6)))
+
+    def cosines(vectors):
+        unit = evaluate.normalized(vectors)
+        return unit @ unit.T
+
+    mixed = words @ mix, contexts @ np.linalg.inv(mix).T
+    expected = cosines(words @ contexts.T)
+    for factors in ((words, contexts), mixed):
+        np.testing.assert_allclose(cosines(evaluate.balanced(*factors)), expected, atol=1e-9)
+    assert np.abs(cosines(mixed[0]) - cosines(words)).max() > 0.1
+    single = evaluate.balanced(words.astype(np.float32), contexts.astype(np.float32))
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(cosines(single), expected, atol=1e-5)
+
+
+def test_balanced_vectors_of_an_svd_are_scaled_by_its_singular_values(random_matrix):
+    best = evaluate.optimum(random_matrix, 5)
+    for power in (0, 0.5, 1):
+        found = evaluate.balanced(*best.factors(power))
+        np.testing.assert_allclose(found, best.left * best.singular_values, rtol=1e-4, atol=1e-4)
+
+
 def test_bad_rank_is_refused(random_matrix):
     with pytest.raises(ValueError, match=r"rank must lie in \[1, 30\) .* got 30"):
         evaluate.optimum(random_matrix, 30)
@@ -89,10 +178,55 @@ def test_analogies_answers_a_built_vocabulary_and_not_noise():
     base |= {"bangkok": (0, 0, 1, 0), "thailand": (0, 0, 1, 1)}
     vectors = np.array(list(base.values()), float)
     found = evaluate.analogies(vectors, list(base), batch_size=2)
-    assert found["score"] == 100
+    assert found["score"] == found["mul_score"] == found["low"] == found["high"] == 100
     assert 0 < found["questions"] < found["questions_total"]
     assert evaluate.analogies(vectors, list(base), max_questions=2)["questions"] == 2
-    assert math.isnan(evaluate.analogies(np.eye(2), ["a", "b"])["score"])
+    none = evaluate.analogies(np.eye(2), ["a", "b"])
+    assert all(math.isnan(none[name]) for name in ("score", "mul_score", "low", "high"))
+
+
+@pytest.fixture(scope="module")
+def noisy_capitals():
+    """Capitals and countries, each pair's vectors alike and noisy, and the questions over them."""
+    lines = [line.casefold().split() for line in evaluate._test_data("questions-words.txt") if line[0] != ":"]
+    questions = lines[:506]
+    words = sorted({word for question in questions for word in question})
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(len(words), 12))
+    for capital, country in {(a, b) for a, b, *_ in questions}:
+        vectors[words.index(country)] = vectors[words.index(capital)] + 0.8 * rng.normal(size=12) + 0.5
+    return vectors, words, [question for question in lines if set(question) <= set(words)]
+
+
+@pytest.mark.parametrize("batch_size", [7, 512])
+def test_analogies_equal_the_formulas_word_by_word(noisy_capitals, batch_size):
+    vectors, words, questions = noisy_capitals
+
+    def cosine(x, y):
+        x, y = vectors[words.index(x)], vectors[words.index(y)]
+        return x @ y / math.sqrt((x @ x) * (y @ y))
+
+    table = {x: {y: cosine(x, y) for y in words} for x in words}
+    right = {"score": 0, "mul_score": 0}
+    for a, b, c, answer in questions:
+        best = {"score": (-math.inf, ""), "mul_score": (-math.inf, "")}
+        for x in set(words) - {a, b, c}:
+            to_a, to_b, to_c = table[x][a], table[x][b], table[x][c]
+            product = (to_b + 1) / 2 * (to_c + 1) / 2 / ((to_a + 1) / 2 + 0.001)
+            best["score"] = max(best["score"], (to_b - to_a + to_c, x))
+            best["mul_score"] = max(best["mul_score"], (product, x))
+        for name, (_, word) in best.items():
+            right[name] += word == answer
+    found = evaluate.analogies(vectors, words, batch_size=batch_size)
+    assert found["questions"] == len(questions)
+    for name, count in right.items():
+        assert found[name] == pytest.approx(100 * count / len(questions))
+    assert 10 < found["score"] != found["mul_score"] < 90
+    answers = np.arange(len(questions)) < right["score"]
+    samples = np.random.default_rng(0).choice(answers, (4000, len(questions))).mean(axis=1)
+    low, high = 100 * np.percentile(samples, [2.5, 97.5])
+    assert found["low"] == pytest.approx(low, abs=0.5)
+    assert found["high"] == pytest.approx(high, abs=0.5)
 
 
 def test_neighbours():

@@ -1,5 +1,7 @@
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import zipf_text
@@ -142,9 +144,82 @@ def test_quality_records(case, data):
     assert again["all_cells_loss"] == record["all_cells_loss"]
 
 
-def test_svd_record_is_the_optimum(data):
-    record = quality.svd_record(data)
+@pytest.fixture
+def scored(monkeypatch):
+    """The vectors of words and contexts that are scored from now on."""
+    seen = []
+    score_vectors = quality.score_vectors
+
+    def noted(words, contexts, vocabulary):
+        seen.append((words, contexts))
+        return score_vectors(words, contexts, vocabulary)
+
+    monkeypatch.setattr(quality, "score_vectors", noted)
+    return seen
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_svd_record_is_the_optimum(power, data, scored):
+    record = quality.svd_record(data, power)
     assert record["gap"] == pytest.approx(0, abs=1e-4)
+    assert record["singular_value_power"] == power
+    best = data.optimum
+    np.testing.assert_allclose(scored[0][0], best.left * best.singular_values**power, rtol=1e-5)
+    np.testing.assert_allclose(scored[0][1], best.right * best.singular_values ** (1 - power), rtol=1e-5)
+
+
+def test_scores_are_those_of_their_vectors():
+    rng = np.random.default_rng(0)
+    words = sorted(
+        {word for q in evaluate._test_data("wordsim353.tsv") for word in q.casefold().split("\t")[:2]}
+    )
+    vectors, contexts = rng.normal(size=(len(words), 5)), rng.normal(size=(20, 5)) * np.arange(1, 6)
+    fields = quality.score_vectors(vectors, contexts, words)
+    for name, scored in (("wordsim353", vectors), ("wordsim353_balanced", vectors @ contexts.T)):
+        expected = evaluate.similarity(scored, words, "wordsim353")
+        for field in ("score", "low", "high"):
+            assert fields[f"{name}_{field}"] == pytest.approx(expected[field])
+    assert fields["wordsim353_pairs"] == 353
+    assert {f"analogies_{name}" for name in ("score", "mul_score", "low", "high", "questions")} < set(fields)
+
+
+TOPICS = ("tiger cat", "money cash", "physics proton", "king queen", "professor doctor", "cabbage cucumber")
+
+
+@pytest.fixture
+def topical(tmp_path):
+    """Data of a text whose stretches of 18 tokens each keep to one topic; all words are as frequent."""
+    rng = np.random.default_rng(0)
+    topics = [[*topic.split(), *(f"filler{topic[0]}{chr(97 + i)}" for i in range(4))] for topic in TOPICS]
+    path = tmp_path / "topics.txt"
+    stretches = [word for i in rng.permutation(3000) for word in rng.permutation(topics[i % 6] * 3)]
+    path.write_text(" ".join(stretches))
+    return load_pmi(PmiConfig(corpus=str(path), min_count=2, rank=8)), topics
+
+
+def test_sgns_record_scores_vectors_of_the_same_words(topical, scored):
+    data, topics = topical
+    record = quality.sgns_record(data)
+    assert record["gap"] is record["all_cells_loss"] is None
+    assert record["num_parameters"] == 2 * len(data.words) * 8
+    assert record["wordsim353_score"] > 50
+    topic_of = np.array([next(i for i, topic in enumerate(topics) if word in topic) for word in data.words])
+    alike = topic_of[:, None] == topic_of
+    ((words, contexts),) = scored
+    unit = evaluate.normalized(words)
+    for products, margin in ((unit @ unit.T, 0.5), (words @ contexts.T, 1)):
+        assert products[alike].mean() > margin + products[~alike].mean()
+    quality.sgns_record(data)
+    quality.sgns_record(data, seed=1)
+    assert np.array_equal(words, scored[1][0])
+    assert not np.array_equal(words, scored[2][0])
+
+
+def test_sgns_of_a_changed_corpus_is_refused(topical):
+    data, _ = topical
+    Path(data.summary["corpus"]).write_text("other words other words")
+    with pytest.raises(ValueError, match="has changed: its words are not those of the data"):
+        quality.sgns_record(data)
 
 
 @pytest.mark.parametrize(
