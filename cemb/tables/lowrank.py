@@ -1,5 +1,7 @@
 """The table as a product of two thin matrices."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,8 +13,11 @@ from cemb.tables.sizes import check_budget, check_sizes
 class LowRankEmbedding(nn.Module):
     """Row i is ``rows[i] @ projection``, of ``[num_embeddings, rank]`` and ``[rank, embedding_dim]``.
 
-    The embedding factorization of ALBERT (Lan et al., ICLR 2020). Both factors start with one deviation,
-    such that the product's is `init_std`.
+    The embedding factorization of ALBERT (Lan et al., ICLR 2020). The projection starts as the first `rank`
+    rows of a cosine transform, orthogonal and of mean square 1, so that all tables start in the same
+    directions: the scores of two random subspaces' vectors are ill-conditioned. Steps of Adam, which are of
+    one size for all parameters, then are small beside the projection, and learning rates must be lower than
+    for other tables.
 
     Shape: ids of any shape, int32 or int64, to ``[*ids.shape, embedding_dim]``.
 
@@ -42,10 +47,14 @@ class LowRankEmbedding(nn.Module):
         return cls(num_embeddings, embedding_dim, rank)
 
     def reset_parameters(self) -> None:
-        """Draw both factors anew from torch's default generator."""
-        std = (self.init_std / self.rank**0.5) ** 0.5
-        nn.init.normal_(self.rows, std=std)
-        nn.init.normal_(self.projection, std=std)
+        """Draw the rows anew from torch's default generator and set the projection to cosines."""
+        nn.init.normal_(self.rows, std=self.init_std / self.rank**0.5)
+        frequencies = torch.arange(self.rank, dtype=torch.float64).unsqueeze(1)
+        places = (torch.arange(self.embedding_dim, dtype=torch.float64) + 0.5) / self.embedding_dim
+        cosines = 2**0.5 * torch.cos(math.pi * frequencies * places)
+        cosines[0] = 1
+        with torch.no_grad():
+            self.projection.copy_(cosines)
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)

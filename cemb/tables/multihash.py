@@ -58,8 +58,8 @@ class MultiHashEmbedding(nn.Module):
         return cls(num_embeddings, embedding_dim, num_components, num_hashes=num_hashes, hash_seed=seed)
 
     def reset_parameters(self) -> None:
-        """Draw components and importance weights anew from torch's default generator."""
-        nn.init.normal_(self.importance)
+        """Draw the components anew from torch's default generator and set the importance weights to 1."""
+        nn.init.ones_(self.importance)
         nn.init.normal_(self.components, std=self.init_std / self.spec.embedding_dim**0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
