@@ -149,7 +149,7 @@ class ClusteredEmbedding(nn.Module):
         return centroids + self._look_up(self.helper, self._hashes(ids))
 
     @torch.no_grad()
-    def recluster(self, *, num_steps: int = 5, max_samples: int = 32_768) -> None:
+    def recluster(self, *, num_steps: int = 3, max_samples: int = 16_384) -> None:
         """Set codes and centroids by k-means on the present vectors, the helper to 0 under a new hash.
 
         Each group has clusters of its own, found in `num_steps` iterations on at most `max_samples` rows, but
