@@ -70,7 +70,7 @@ class ClusteredEmbedding(nn.Module):
         num_embeddings: int,
         embedding_dim: int,
         num_clusters: int,
-        num_columns: int = 4,
+        num_columns: int,
         *,
         hash_seed: int = 0,
         init_std: float = 0.1,
@@ -105,26 +105,27 @@ class ClusteredEmbedding(nn.Module):
         seed: int = 0,
         num_columns: int | None = None,
     ) -> "ClusteredEmbedding":
-        """The table within `max_bytes` of the most clusters, in the number of columns that uses most of it.
+        """The table of `num_columns` groups and the most clusters within `max_bytes`.
 
-        Column groups are `num_columns`, or the divisor of `embedding_dim` up to 4, the paper's number, whose
-        table is the largest. Raises ValueError if not even one cluster in one column fits.
+        By default there are as many groups as codes have room for in a quarter of the bytes, of at least four
+        values each, since finer groups lose less when they are clustered. Raises ValueError if one cluster
+        in one group does not fit.
         """
-        groups = [num_columns] if num_columns else [g for g in (4, 3, 2, 1) if embedding_dim % g == 0]
+        groups = [g for g in range(1, embedding_dim + 1) if embedding_dim % g == 0 and embedding_dim >= 4 * g]
+        groups = [num_columns] if num_columns else groups or [1]
         fixed, per_cluster = torch.int64.itemsize, 2 * 4 * embedding_dim
-
-        def codes(num_columns: int, dtype: torch.dtype) -> int:
-            return num_embeddings * num_columns * dtype.itemsize
-
-        check_budget(max_bytes, fixed + codes(min(groups), torch.uint8) + per_cluster)
+        check_budget(max_bytes, fixed + num_embeddings * groups[0] + per_cluster)
         found = []
         for columns, dtype in itertools.product(groups, _CODES):
-            left = max_bytes - fixed - codes(columns, dtype)
-            clusters = min(left // per_cluster, torch.iinfo(dtype).max + 1, num_embeddings)
+            codes = num_embeddings * columns * dtype.itemsize
+            most = min(torch.iinfo(dtype).max + 1, num_embeddings)
+            clusters = min((max_bytes - fixed - codes) // per_cluster, most)
             if clusters > 0 and _code_dtype(clusters) == dtype:
-                found.append((codes(columns, dtype) + clusters * per_cluster, columns, clusters))
-        _, columns, clusters = max(found)
-        return cls(num_embeddings, embedding_dim, clusters, columns, hash_seed=seed)
+                is_used = fixed + codes + clusters * per_cluster >= 0.9 * max_bytes
+                is_lean = 4 * codes <= max_bytes
+                found.append((is_used, is_lean, columns if is_lean else -columns, clusters))
+        *_, columns, clusters = max(found)
+        return cls(num_embeddings, embedding_dim, clusters, abs(columns), hash_seed=seed)
 
     def reset_parameters(self) -> None:
         """Draw centroids and helper anew from torch's default generator; codes stay."""
