@@ -13,6 +13,7 @@ from cemb.tables import (
     MixedDimensionEmbedding,
     MultiHashEmbedding,
     QuotientRemainderEmbedding,
+    clustered,
     num_bytes,
 )
 
@@ -308,6 +309,15 @@ def test_reclustering_is_deterministic_changes_the_hash_and_lowers_the_error_of_
     assert error < make(num_steps=0)[1]
     # A sample serves nearly as well as all rows.
     assert error < make(max_samples=1000)[1] < 1.2 * error
+
+
+def test_empty_clusters_start_anew_where_the_error_is_largest(monkeypatch):
+    vectors = torch.randn(20, 3)
+    found = torch.zeros(20, dtype=torch.int64), torch.arange(20) - vectors.square().sum(1)
+    monkeypatch.setattr(clustered, "_nearest", lambda *arguments: found)
+    centroids = clustered._k_means(vectors, 4, 1, torch.Generator().manual_seed(0))
+    assert torch.allclose(centroids[0], vectors.mean(0), atol=1e-6)
+    assert torch.equal(centroids[1:], vectors[[19, 18, 17]])
 
 
 def test_codes_are_small():

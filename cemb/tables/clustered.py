@@ -38,7 +38,7 @@ def _k_means(vectors: Tensor, num_clusters: int, num_steps: int, generator: torc
     for _ in range(num_steps):
         codes, distances = _nearest(vectors, centroids)
         counts = codes.bincount(minlength=num_clusters)
-        # In float64 the mean of equal vectors is that vector.
+        # In float64 sums over large clusters lose nothing that matters.
         sums = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, codes, vectors.double())
         centroids = (sums / counts.clamp(min=1).unsqueeze(1)).to(vectors.dtype)
         empty = (counts == 0).nonzero().squeeze(1)
