@@ -1,10 +1,10 @@
 """Least squares, one side after the other: training without a gradient or an optimizer's state.
 
-With one factor given, the all-cells error is least squares in each row of the other, so alternating between the
-two solves is block coordinate descent; on an unweighted matrix it is subspace iteration, and converges to the
-truncated SVD (Golub and Van Loan, "Matrix computations", 4th ed., section 8.2). Each solve starts from the
-other factor alone, so factors may be *stored* in few bits between solves: what rounding loses in one is made
-good, as far as it can be, by the next solve of the other.
+With one factor given, the all-cells error is least squares in each row of the other, so alternating between
+the two solves is block coordinate descent; on an unweighted matrix it is subspace iteration, and converges to
+the truncated SVD (Golub and Van Loan, "Matrix computations", 4th ed., section 8.2). Each solve starts from
+the other factor alone, so factors may be *stored* in few bits between solves: what rounding loses in one is
+made good, as far as it can be, by the next solve of the other.
 """
 
 import time
@@ -35,9 +35,9 @@ STORES: dict[str, Store] = {
 
 
 def principal(words: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same product in its principal axes: ``U'``, ``C'`` with ``U'ᵀU' = C'ᵀC' = diag(s)``, and s, falling.
+    """The same product in its principal axes: ``U'`` and ``C'``, where ``U'ᵀU' = C'ᵀC' = diag(s)``; and s.
 
-    Computed from the Gram matrices in float64, so components below 1e-8 of the largest are noise.
+    s falls. Computed from the Gram matrices in float64, so components below 1e-8 of the largest are noise.
     """
     values, vectors = torch.linalg.eigh(contexts.T.double() @ contexts.double())
     values = values.clamp(min=values[-1] * 1e-16)
@@ -69,7 +69,7 @@ def train_alternating(
         The two tables, and ``{"step", "loss", "seconds"}`` after each step: the all-cells error of the stored
         tables, and the time since the start.
     """
-    num_words, num_contexts = objective.matrix.shape
+    _, num_contexts = objective.matrix.shape
     generator = torch.Generator().manual_seed(seed)
     contexts = torch.randn(num_contexts, rank, generator=generator)
     history = []

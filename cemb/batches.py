@@ -19,10 +19,14 @@ class PairBatches:
         matrix: CSR ``[words, contexts]`` with sorted columns.
         batch_size: pairs a batch; the last batch of an epoch may be smaller.
         negative_share: share of a batch that is negative samples, in [0, 1).
+        weighted: also yield weights, with which a batch's sum of squared errors has as its expectation the
+            error of all cells divided by the number of words. Negative samples that hit a stored cell
+            weigh 0, since those are all in the other part.
         seed: of the order and the negative samples; each epoch continues the sequence.
         device: where batches go.
 
-    Yields ``(pairs, values)``: int64 ``[batch, 2]`` and float32 ``[batch]``.
+    Yields ``(pairs, values)`` or ``(pairs, values, weights)``: int64 ``[batch, 2]``, float32 ``[batch]``.
+    ValueError for a `batch_size` or share that leaves no stored cell, or no negative sample where `weighted`.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class PairBatches:
         batch_size: int,
         *,
         negative_share: float = 0.5,
+        weighted: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
     ):
@@ -42,9 +47,15 @@ class PairBatches:
             raise ValueError(
                 f"batch_size={batch_size} with negative_share={negative_share} leaves no stored cell"
             )
+        if weighted and self.num_negative == 0:
+            raise ValueError(
+                f"batch_size={batch_size} with negative_share={negative_share} leaves no negative sample, "
+                "without which weights cannot stand for cells that are not stored"
+            )
         if matrix.nnz == 0:
             raise ValueError("the matrix stores no cell")
         self.matrix = matrix
+        self.weighted = weighted
         self.device = device
         self._rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
         self._rng = np.random.default_rng(seed)
@@ -52,13 +63,15 @@ class PairBatches:
     def __len__(self) -> int:
         return math.ceil(self.matrix.nnz / self.num_positive)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order = self._rng.permutation(self.matrix.nnz)
         for first in range(0, len(order), self.num_positive):
             yield self._batch(order[first : first + self.num_positive])
 
-    def _batch(self, cells: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _batch(self, cells: np.ndarray) -> tuple[Tensor, ...]:
         num_negative = self.num_negative * len(cells) // self.num_positive
+        if self.weighted:
+            num_negative = max(1, num_negative)
         pairs = np.empty((len(cells) + num_negative, 2), np.int64)
         pairs[: len(cells), 0] = self._rows[cells]
         pairs[: len(cells), 1] = self.matrix.indices[cells]
@@ -68,4 +81,11 @@ class PairBatches:
         values[: len(cells)] = self.matrix.data[cells]
         if num_negative:  # scipy gives a scalar for no indices
             values[len(cells) :] = self.matrix[tuple(pairs[len(cells) :].T)]
-        return torch.from_numpy(pairs).to(self.device), torch.from_numpy(values).to(self.device)
+        batch = [pairs, values]
+        if self.weighted:
+            num_words, num_contexts = self.matrix.shape
+            weights = np.full(len(pairs), self.matrix.nnz / len(cells) / num_words, np.float32)
+            share = np.float32(num_contexts / num_negative)
+            weights[len(cells) :] = np.where(values[len(cells) :] == 0, share, 0)
+            batch.append(weights)
+        return tuple(torch.from_numpy(array).to(self.device) for array in batch)

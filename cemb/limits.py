@@ -6,7 +6,7 @@ from cemb.evaluate import Optimum
 
 
 def water_filling(variances: np.ndarray, bits: float) -> float:
-    """Least mean squared error, summed over independent Gaussians, of a code of `bits` bits a value on average.
+    """Least squared error, summed over independent Gaussians, of a code of `bits` bits a value on average.
 
     Reverse water-filling (Cover and Thomas, "Elements of information theory", 2nd ed., theorem 10.3.3):
     ``Σ min(θ, σ²)`` where θ is such that the mean of ``max(0, ½ log₂(σ²/θ))`` is `bits`.

@@ -7,13 +7,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cemb import ops
-from cemb.tables import FullEmbedding, FusedFullEmbedding, HashedEmbedding, ReferenceHashedEmbedding
+from cemb.tables import (
+    ClusteredEmbedding,
+    FullEmbedding,
+    FusedFullEmbedding,
+    HashedEmbedding,
+    HybridEmbedding,
+    LowRankEmbedding,
+    MixedDimensionEmbedding,
+    MultiHashEmbedding,
+    QuotientRemainderEmbedding,
+    ReferenceHashedEmbedding,
+)
 
 TABLES = {
     "full": FullEmbedding,
     "full-fused": FusedFullEmbedding,
     "hashed": HashedEmbedding,
     "hashed-reference": ReferenceHashedEmbedding,
+}
+# Those of other papers, each sized by the bytes it may take.
+COMPRESSED_TABLES = {
+    "hybrid": HybridEmbedding,
+    "mixed-dimension": MixedDimensionEmbedding,
+    "quotient-remainder": QuotientRemainderEmbedding,
+    "multi-hash": MultiHashEmbedding,
+    "low-rank": LowRankEmbedding,
+    "clustered": ClusteredEmbedding,
 }
 BIASES = ("none", "shared", "separate")
 
@@ -155,6 +175,21 @@ def build_model(
     return PairModel(word_table, context_table, bias=bias, dropout=dropout).to(device)
 
 
+def build_compressed_model(table: str, num_embeddings: int, embedding_dim: int, max_bytes: int) -> PairModel:
+    """A `PairModel` over two tables of one of `COMPRESSED_TABLES`, each of half of `max_bytes`.
+
+    Hashes of the two differ. Raises ValueError for an unknown table and where none fits into the bytes.
+    """
+    if table not in COMPRESSED_TABLES:
+        raise ValueError(f"table must be one of {', '.join(COMPRESSED_TABLES)}, got {table!r}")
+    return PairModel(
+        *(
+            COMPRESSED_TABLES[table].within(num_embeddings, embedding_dim, max_bytes // 2, seed=seed)
+            for seed in (0, 1)
+        )
+    )
+
+
 def mse_loss(scores: Tensor, values: Tensor) -> Tensor:
     """Mean squared error between scores and matrix values, both ``[batch]``."""
     return F.mse_loss(scores, values)
@@ -179,4 +214,14 @@ def glove_loss(scores: Tensor, values: Tensor, value_max: float = 100.0) -> Tens
     return (glove_weight(values, value_max) * (scores - logs).square()).mean()
 
 
-LOSSES = {"mse": mse_loss, "weighted-mse": weighted_mse_loss, "glove": glove_loss}
+def all_cells_loss(scores: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """``Σ w (score − x)²``: with weights of `cemb.batches.PairBatches`, an estimate of all cells' error."""
+    return (weights * (scores - values).square()).sum()
+
+
+LOSSES = {
+    "all-cells": all_cells_loss,
+    "mse": mse_loss,
+    "weighted-mse": weighted_mse_loss,
+    "glove": glove_loss,
+}

@@ -10,13 +10,16 @@ from cemb import corpus as corpora
 from cemb import evaluate, records
 from cemb.batches import PairBatches
 from cemb.dataset import PmiDataset
-from cemb.model import LOSSES, TABLES, PairModel, build_model
+from cemb.model import COMPRESSED_TABLES, LOSSES, TABLES, PairModel, build_compressed_model, build_model
+from cemb.tables import num_bytes
 from cemb.train import (
     ADAM_BETAS,
-    FULL_BATCH_LEARNING_RATES,
-    MINI_BATCH_LEARNING_RATES,
+    FULL_BATCH_OPTIMIZERS,
     OPTIMIZERS,
+    DivergenceError,
+    default_learning_rate,
     halve_until_stable,
+    optimizer_bytes,
     train_full_batch,
     train_mini_batches,
 )
@@ -37,10 +40,11 @@ _PMI_FIELDS = (
 class QualityCase:
     """What one record of the quality study measures.
 
-    `compression_ratio` is table values (words' and contexts' together) per pool value and sets the pool's
-    size; `pool_size` sets it directly. A full table has neither. `num_steps` is for full batches,
-    `num_epochs`, `batch_size`, `negative_share` and `loss` for mini-batches. A `learning_rate` of None takes
-    the training's default, which for SGD is divided by the compression ratio.
+    `compression_ratio` is bytes of the full tables (words' and contexts' together) per byte of these,
+    and sets their sizes; `pool_size` sets a hashed one's directly. A full table has neither. `num_steps` is
+    for full batches, `num_epochs`, `batch_size`, `negative_share` and `loss` for mini-batches; `seed` is of
+    initial values, hashes and batches. A `learning_rate` of None takes the training's default, which for
+    SGD is divided by the compression ratio.
     """
 
     table: str
@@ -59,7 +63,12 @@ class QualityCase:
     seed: int = 0
 
     def __post_init__(self):
-        choices = {"table": TABLES, "optimizer": OPTIMIZERS, "training": TRAININGS, "loss": LOSSES}
+        choices = {
+            "table": (*TABLES, *COMPRESSED_TABLES),
+            "optimizer": FULL_BATCH_OPTIMIZERS if self.training == "full-batch" else OPTIMIZERS,
+            "training": TRAININGS,
+            "loss": LOSSES,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -70,6 +79,8 @@ class QualityCase:
             )
         if self.compression_ratio is not None and not self.compression_ratio > 0:
             raise ValueError(f"compression_ratio must be positive, got {self.compression_ratio}")
+        if self.table in COMPRESSED_TABLES and self.pool_size is not None:
+            raise ValueError(f"a {self.table} table has no pool; got pool_size={self.pool_size}")
         if self.table == "full" and not self.pool_size is self.compression_ratio is None:
             raise ValueError(
                 f"a full table has no pool; got pool_size={self.pool_size}, "
@@ -77,10 +88,28 @@ class QualityCase:
             )
 
     def resolved_pool_size(self, table_values: int) -> int | None:
-        """Values in the pool, for a table of `table_values` in all."""
-        if self.compression_ratio is None:
+        """Values in the pool, for a table of `table_values` in all; None without a pool."""
+        if self.compression_ratio is None or self.table in COMPRESSED_TABLES:
             return self.pool_size
         return max(1, round(table_values / self.compression_ratio))
+
+    def build(self, num_words: int, embedding_dim: int) -> PairModel:
+        """The untrained model, words and contexts with tables of their own, which read one pool if hashed."""
+        torch.manual_seed(self.seed)
+        values = 2 * num_words * embedding_dim
+        if self.table in COMPRESSED_TABLES:
+            max_bytes = int(4 * values / self.compression_ratio)
+            return build_compressed_model(self.table, num_words, embedding_dim, max_bytes)
+        return build_model(
+            self.table,
+            num_words,
+            embedding_dim,
+            pool_size=self.resolved_pool_size(values),
+            block_size=self.block_size,
+            signed=self.signed,
+            hash_seed=self.seed,
+            shared_table=False,
+        )
 
 
 def score(
@@ -187,31 +216,22 @@ def sgns_record(
     }
 
 
-def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, object], PairModel]:
+def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, object], PairModel | None]:
     """Train the case on the data; its record, with the learning curve as ``history``, and the model.
 
-    Words and contexts have tables of their own, which read one pool if hashed. Deterministic for a seed and
-    a number of threads.
+    If training diverges at every rate tried, the record says so in ``failure``, its scores are null and there
+    is no model. Deterministic for a seed and a number of threads.
     """
     num_words, rank = data.matrix.shape[0], len(data.optimum.singular_values)
-    pool_size = case.resolved_pool_size(2 * num_words * rank)
+    table_values = 2 * num_words * rank
+    pool_size = case.resolved_pool_size(table_values)
     objective = evaluate.AllCellsLoss(data.matrix)
     is_full_batch = case.training == "full-batch"
-    rates = FULL_BATCH_LEARNING_RATES if is_full_batch else MINI_BATCH_LEARNING_RATES
     model = None
 
     def train(learning_rate: float):
         nonlocal model
-        torch.manual_seed(case.seed)
-        model = build_model(
-            case.table,
-            num_words,
-            rank,
-            pool_size=pool_size,
-            block_size=case.block_size,
-            signed=case.signed,
-            shared_table=False,
-        )
+        model = case.build(num_words, rank)
         if is_full_batch:
             return train_full_batch(
                 model,
@@ -221,7 +241,11 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
                 num_steps=case.num_steps,
             )
         batches = PairBatches(
-            data.matrix, case.batch_size, negative_share=case.negative_share, seed=case.seed
+            data.matrix,
+            case.batch_size,
+            negative_share=case.negative_share,
+            weighted=case.loss == "all-cells",
+            seed=case.seed,
         )
         return train_mini_batches(
             model,
@@ -234,15 +258,26 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
 
     asked = case.learning_rate
     if asked is None:
-        asked = rates[case.optimizer]
+        asked = default_learning_rate(case.table, case.optimizer, case.training)
         if case.optimizer == "sgd" and pool_size is not None:
             # A pool value's gradient sums those of the table's values that read it; only SGD minds.
-            asked *= min(1, pool_size / (2 * num_words * rank))
-    history, learning_rate = halve_until_stable(train, asked)
+            asked *= min(1, pool_size / table_values)
+    failure, history, learning_rate = None, [], asked
+    start = time.perf_counter()
+    try:
+        history, learning_rate = halve_until_stable(train, asked)
+    except DivergenceError as error:
+        failure = str(error)
+    seconds = time.perf_counter() - start
     if is_full_batch:
         history = [{**entry, "gap": data.optimum.gap(entry["loss"])} for entry in history]
-    with torch.no_grad():
-        words, contexts = model.factors()
+    if failure:
+        scores = dict.fromkeys(("all_cells_loss", "gap"))
+    else:
+        with torch.no_grad():
+            words, contexts = model.factors()
+        scores = score(words, contexts, data, objective)
+    inference_bytes = num_bytes(model)
     record = {
         "kind": "quality",
         **asdict(case),
@@ -253,9 +288,13 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
         "num_words": num_words,
         "embedding_dim": rank,
         "num_parameters": model.num_parameters,
-        "compression_ratio": 2 * num_words * rank / model.num_parameters,
+        "inference_bytes": inference_bytes,
+        "training_bytes": inference_bytes + optimizer_bytes(model, case.optimizer),
+        "compression_ratio": 4 * table_values / inference_bytes,
+        "train_s": seconds,
+        "failure": failure,
         "history": history,
-        **score(words, contexts, data, objective),
+        **scores,
         **records.provenance(),
     }
-    return record, model
+    return record, None if failure else model

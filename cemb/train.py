@@ -1,6 +1,7 @@
 """Training a pair model: on mini-batches of pairs, or exactly on all cells at once."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -14,11 +15,21 @@ from cemb.model import PairModel
 
 OPTIMIZERS = ("sgd", "adagrad", "adam")
 FULL_BATCH_OPTIMIZERS = (*OPTIMIZERS, "lbfgs")
+LBFGS_HISTORY = 8
 
 # Chosen by trial on the default corpus's full table; where training diverges, `halve_until_stable` lowers
 # them. The 2021 project's rates (0.01, 0.05, 0.001) are the speed study's.
-FULL_BATCH_LEARNING_RATES = {"sgd": 20.0, "adagrad": 0.07, "adam": 0.2}
+FULL_BATCH_LEARNING_RATES = {"sgd": 20.0, "adagrad": 0.07, "adam": 0.2, "lbfgs": 1.0}
 MINI_BATCH_LEARNING_RATES = {"sgd": 160.0, "adagrad": 0.2, "adam": 0.02}
+# Adam's on full batches for tables of another make, whose values do not stand for one entry each.
+TABLE_LEARNING_RATES = {
+    "hybrid": 0.1,
+    "mixed-dimension": 0.02,
+    "quotient-remainder": 0.1,
+    "multi-hash": 0.05,
+    "low-rank": 0.02,
+    "clustered": 0.02,
+}
 # Adam's moments decay faster than its defaults, since runs here last tens to hundreds of steps.
 ADAM_BETAS = (0.8, 0.85)
 
@@ -56,6 +67,60 @@ def make_optimizer(
     if sparse:
         return torch.optim.SparseAdam(parameters, lr=learning_rate, betas=ADAM_BETAS)
     return torch.optim.Adam(parameters, lr=learning_rate, betas=ADAM_BETAS, **fused)
+
+
+def default_learning_rate(table: str, optimizer: str, training: str) -> float:
+    """The rate a quality run starts with if it is given none."""
+    if training == "mini-batch":
+        return MINI_BATCH_LEARNING_RATES[optimizer]
+    if optimizer == "adam":
+        return TABLE_LEARNING_RATES.get(table, FULL_BATCH_LEARNING_RATES["adam"])
+    return FULL_BATCH_LEARNING_RATES[optimizer]
+
+
+def optimizer_bytes(model: PairModel, optimizer: str) -> int:
+    """Bytes of an optimizer's state for a model, measured on a step of zero gradients at rate 0.
+
+    L-BFGS keeps its last moves and changes of gradient, and makes no step where there is no gradient: its
+    bytes are counted, not measured.
+    """
+    if optimizer == "lbfgs":
+        return 2 * LBFGS_HISTORY * sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = [torch.nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
+    step_of = make_optimizer(optimizer, parameters, 0.0)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    step_of.step()
+    state = [value for entry in step_of.state.values() for value in entry.values()]
+    return sum(value.numel() * value.element_size() for value in state if torch.is_tensor(value))
+
+
+def search_learning_rate(
+    final_loss: Callable[[float], float], start: float, *, factor: float = 2.0, max_trials: int = 12
+) -> dict[float, float]:
+    """Rates tried, rising, and what ``final_loss(rate)`` says of each; the best is neither first nor last.
+
+    Goes from `start` in steps of `factor` until losses rise on both sides. Infinite and NaN losses are
+    as bad as any. Raises RuntimeError if `max_trials` do not suffice.
+    """
+    found: dict[float, float] = {}
+
+    def try_rate(rate: float) -> None:
+        loss = final_loss(rate)
+        found[rate] = loss if math.isfinite(loss) else math.inf
+
+    try_rate(start)
+    while True:
+        rates = sorted(found)
+        best = min(rates, key=found.__getitem__)
+        if len(found) >= max_trials:
+            raise RuntimeError(f"no best learning rate within {rates[0]:g} to {rates[-1]:g}: {found}")
+        if best == rates[0]:
+            try_rate(best / factor)
+        elif best == rates[-1]:
+            try_rate(best * factor)
+        else:
+            return {rate: found[rate] for rate in rates}
 
 
 def _decay(optimizer: torch.optim.Optimizer, learning_rate: float, progress: float) -> None:
@@ -138,7 +203,7 @@ def train_full_batch(
 def _run_lbfgs(
     model: PairModel, evaluate: Callable[[int], Tensor], learning_rate: float, num_steps: int
 ) -> None:
-    """L-BFGS (Liu and Nocedal, 1989) with a line search for Wolfe's conditions, for `num_steps` evaluations."""
+    """`num_steps` evaluations of L-BFGS (Liu and Nocedal, 1989), its line searches for Wolfe's conditions."""
     optimizer = torch.optim.LBFGS(
         model.parameters(),
         learning_rate,
@@ -146,7 +211,7 @@ def _run_lbfgs(
         max_eval=num_steps,
         tolerance_grad=0,
         tolerance_change=0,
-        history_size=8,
+        history_size=LBFGS_HISTORY,
         line_search_fn="strong_wolfe",
     )
     steps = iter(itertools.count())
@@ -160,8 +225,8 @@ def _run_lbfgs(
 
 def train_mini_batches(
     model: PairModel,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss_function: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, ...]],
+    loss_function: Callable[..., Tensor],
     *,
     optimizer: str,
     learning_rate: float,
@@ -172,7 +237,8 @@ def train_mini_batches(
     """Train on batches of pairs.
 
     Args:
-        batches: iterated once an epoch; needs a length.
+        batches: pairs, values and what else `loss_function` takes after the scores; iterated once an epoch;
+            needs a length.
         reports_per_epoch: entries of the history an epoch.
         sparse: the model's full tables have sparse gradients.
 
@@ -190,9 +256,9 @@ def train_mini_batches(
     model.train()
     with tqdm(total=total, desc=f"mini-batches, {optimizer}", unit="step") as progress:
         for _ in range(num_epochs):
-            for pairs, values in batches:
+            for pairs, *cells in batches:
                 _decay(step_of, learning_rate, step / total)
-                loss = loss_function(model(pairs), values)
+                loss = loss_function(model(pairs), *cells)
                 losses.append(loss.item())
                 first_loss = losses[0] if first_loss is None else first_loss
                 _check(losses[-1], first_loss, step, learning_rate)

@@ -1,27 +1,43 @@
 """Embedding tables under one protocol.
 
 A table is an `nn.Module` with the integers `num_embeddings` and `embedding_dim` whose forward takes ids of
-any shape to ``[*ids.shape, embedding_dim]``. All its parameters are what it costs to store. Tables that score
-pairs of ids without making vectors have a `pair_scores`, see `cemb.ops.pair_scores`.
+any shape to ``[*ids.shape, embedding_dim]``. All its parameters and buffers are what it costs to store, see
+`num_bytes`. Tables that score pairs of ids without making vectors have a `pair_scores`, see
+`cemb.ops.pair_scores`. Those of other papers have a `within`, which builds the largest table of a kind that
+a number of bytes allows.
 """
 
 import torch
 from torch import Tensor, nn
 
+from cemb.tables.clustered import ClusteredEmbedding
 from cemb.tables.full import FullEmbedding, FusedFullEmbedding
 from cemb.tables.hashed import HashedEmbedding, ReferenceHashedEmbedding
+from cemb.tables.hybrid import HybridEmbedding
+from cemb.tables.lowrank import LowRankEmbedding
+from cemb.tables.mixed import MixedDimensionEmbedding
+from cemb.tables.multihash import MultiHashEmbedding
 from cemb.tables.quantized import ProductQuantizedEmbedding, RowQuantizedEmbedding
+from cemb.tables.quotient import QuotientRemainderEmbedding
+from cemb.tables.sizes import num_bytes
 from cemb.tables.transform_coded import TransformCodedEmbedding
 
 __all__ = [
+    "ClusteredEmbedding",
     "FullEmbedding",
     "FusedFullEmbedding",
     "HashedEmbedding",
+    "HybridEmbedding",
+    "LowRankEmbedding",
+    "MixedDimensionEmbedding",
+    "MultiHashEmbedding",
     "ProductQuantizedEmbedding",
+    "QuotientRemainderEmbedding",
     "ReferenceHashedEmbedding",
     "RowQuantizedEmbedding",
     "TransformCodedEmbedding",
     "all_rows",
+    "num_bytes",
 ]
 
 

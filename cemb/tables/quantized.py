@@ -7,13 +7,7 @@ import scipy.cluster.vq
 import torch
 from torch import Tensor, nn
 
-
-def check_rows(ids: Tensor, num_embeddings: int) -> None:
-    """IndexError unless all ids are row numbers."""
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_embeddings:
-        raise IndexError(
-            f"ids must lie in [0, {num_embeddings}), got values from {int(ids.min())} to {int(ids.max())}"
-        )
+from cemb.reference import check_ids
 
 
 class RowQuantizedEmbedding(nn.Module):
@@ -42,7 +36,7 @@ class RowQuantizedEmbedding(nn.Module):
         return cls(codes, scales, vectors.shape[1], bits)
 
     def forward(self, ids: Tensor) -> Tensor:
-        check_rows(ids, self.num_embeddings)
+        check_ids(ids, self.num_embeddings)
         codes = self.codes[ids]
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., : self.embedding_dim]
@@ -89,7 +83,7 @@ class ProductQuantizedEmbedding(nn.Module):
         return cls(torch.from_numpy(codes), books, [part.shape[1] for part in parts])
 
     def forward(self, ids: Tensor) -> Tensor:
-        check_rows(ids, self.num_embeddings)
+        check_ids(ids, self.num_embeddings)
         codes = self.codes[ids].long()
         books = self.codebooks.float().split(self.widths, dim=1)
         return torch.cat([book[codes[..., group]] for group, book in enumerate(books)], dim=-1)

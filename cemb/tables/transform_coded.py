@@ -2,10 +2,10 @@
 
 Transform coding (Huang and Schultheiss, "Block quantization of correlated Gaussian random variables", IEEE
 Trans. Commun. Syst. 1963; Goyal, "Theoretical foundations of transform coding", 2001) of a factorization
-in its principal axes: rows are divided by scales of their own, and each value is rounded to one of 2^b levels,
-those of Lloyd ("Least squares quantization in PCM", 1982). b depends on the column and on the tier of the
-row: rows come by falling frequency, and tiers are runs of rows. Bits go, one by one, to where they lower the
-loss most.
+in its principal axes: rows are divided by scales of their own, and each value is rounded to one of 2^b
+levels, those of Lloyd ("Least squares quantization in PCM", 1982). b depends on the column and on the tier
+of the row: rows come by falling frequency, and tiers are runs of rows. Bits go, one by one, to where they
+lower the loss most.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cemb.tables.quantized import check_rows
+from cemb.reference import check_ids
+from cemb.tables.sizes import check_budget
 
 MAX_BITS = 8
 NUM_TIERS = 24
@@ -105,7 +106,7 @@ class TransformCodedEmbedding(nn.Module):
         return cls(_Normalized.of(vectors, importance), bits)
 
     def forward(self, ids: Tensor) -> Tensor:
-        check_rows(ids, self.num_embeddings)
+        check_ids(ids, self.num_embeddings)
         flat = ids.reshape(-1).long()
         tier_of = torch.bucketize(flat, self._borders[1:], right=True)
         out = torch.empty(flat.numel(), self.embedding_dim)
@@ -174,8 +175,7 @@ def allocate_bits(sides: list[tuple[Tensor, Tensor]], max_bytes: int) -> list[Te
     the scales fit.
     """
     overhead = sum(overhead_bytes(*vectors.shape) + 1 for vectors, _ in sides)
-    if max_bytes < overhead:
-        raise ValueError(f"max_bytes must be at least {overhead}, the tables without codes; got {max_bytes}")
+    check_budget(max_bytes, overhead)
     gains, sizes, shapes = [], [], []
     for vectors, importance in sides:
         normalized = _Normalized.of(vectors, importance)

@@ -1,0 +1,175 @@
+"""Rows quantized while they are learned: clusters of vectors plus hashed corrections."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cemb import reference
+from cemb.hashing import HashSpec
+from cemb.tables.sizes import check_budget, check_sizes
+
+_CODES = (torch.uint8, torch.int16, torch.int32)
+
+
+def _code_dtype(num_clusters: int) -> torch.dtype:
+    return next(dtype for dtype in _CODES if num_clusters - 1 <= torch.iinfo(dtype).max)
+
+
+def _nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of the nearest centroid of each vector, and the squared distance less the vector's own norm."""
+    norms = centroids.square().sum(1)
+    chunks = vectors.split(max(1, 2**18 // len(centroids)))
+    found = [torch.addmm(norms, chunk, centroids.T, alpha=-2).min(dim=1) for chunk in chunks]
+    return torch.cat([nearest.indices for nearest in found]), torch.cat([nearest.values for nearest in found])
+
+
+def _k_means(vectors: Tensor, num_clusters: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """Centroids ``[num_clusters, width]`` of the vectors ``[n, width]`` by Lloyd's iterations.
+
+    They start at different vectors, as far as there are any. Clusters that become empty start anew at the
+    vectors which are worst served.
+    """
+    distinct = vectors.unique(dim=0)
+    centroids = distinct[torch.randperm(len(distinct), generator=generator)[:num_clusters]]
+    if len(distinct) <= num_clusters:
+        return torch.cat((centroids, centroids[:1].expand(num_clusters - len(centroids), -1)))
+    for _ in range(num_steps):
+        codes, distances = _nearest(vectors, centroids)
+        counts = codes.bincount(minlength=num_clusters)
+        # In float64 sums over large clusters lose nothing that matters.
+        sums = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, codes, vectors.double())
+        centroids = (sums / counts.clamp(min=1).unsqueeze(1)).to(vectors.dtype)
+        empty = (counts == 0).nonzero().squeeze(1)
+        worst = (distances + vectors.square().sum(1)).topk(len(empty)).indices
+        centroids[empty] = vectors[worst]
+    return centroids
+
+
+class ClusteredEmbedding(nn.Module):
+    """A row is `num_columns` runs of values, each the sum of a cluster's centroid and a hashed helper's row.
+
+    Tsang and Ahle, "Clustering the sketch: dynamic compression for embedding tables", NeurIPS 2023. Clusters
+    start as hashed ones; `recluster`, called from time to time in training, makes them those of the vectors
+    learned so far. Codes are stored in the smallest integers, and the seed of the helper's hash with them,
+    since it changes.
+
+    Args:
+        num_clusters: rows of the table of centroids, and of the helper, in each column group.
+        num_columns: column groups, a divisor of `embedding_dim`.
+        hash_seed: picks the first hashes, in [0, 2^62).
+
+    Shape: ids of any shape, int32 or int64, to ``[*ids.shape, embedding_dim]``.
+
+    Raises ValueError for impossible sizes and IndexError for ids out of range.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        num_clusters: int,
+        num_columns: int,
+        *,
+        hash_seed: int = 0,
+        init_std: float = 0.1,
+    ):
+        super().__init__()
+        check_sizes(
+            num_embeddings=num_embeddings,
+            embedding_dim=embedding_dim,
+            num_clusters=num_clusters,
+            num_columns=num_columns,
+        )
+        if embedding_dim % num_columns:
+            raise ValueError(f"num_columns must divide embedding_dim={embedding_dim}, got {num_columns}")
+        self.num_embeddings, self.embedding_dim, self.init_std = num_embeddings, embedding_dim, init_std
+        self.num_clusters, self.num_columns = num_clusters, num_columns
+        shape = num_columns, num_clusters, embedding_dim // num_columns
+        self.centroids = nn.Parameter(torch.empty(shape))
+        self.helper = nn.Parameter(torch.empty(shape))
+        self.register_buffer("hash_seed", torch.tensor(hash_seed))
+        codes = self._hashes(torch.arange(num_embeddings))
+        self.register_buffer("codes", codes.to(_code_dtype(num_clusters)))
+        self.hash_seed += 1
+        self.reset_parameters()
+
+    @classmethod
+    def within(
+        cls,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_bytes: int,
+        *,
+        seed: int = 0,
+        num_columns: int | None = None,
+    ) -> "ClusteredEmbedding":
+        """The table of `num_columns` groups and the most clusters within `max_bytes`.
+
+        By default there are as many groups as codes have room for in a quarter of the bytes, of at least four
+        values each, since finer groups lose less when they are clustered. Raises ValueError if one cluster
+        in one group does not fit.
+        """
+        groups = [g for g in range(1, embedding_dim + 1) if embedding_dim % g == 0 and embedding_dim >= 4 * g]
+        groups = [num_columns] if num_columns else groups or [1]
+        fixed, per_cluster = torch.int64.itemsize, 2 * 4 * embedding_dim
+        check_budget(max_bytes, fixed + num_embeddings * groups[0] + per_cluster)
+        found = []
+        for columns, dtype in itertools.product(groups, _CODES):
+            codes = num_embeddings * columns * dtype.itemsize
+            most = min(torch.iinfo(dtype).max + 1, num_embeddings)
+            clusters = min((max_bytes - fixed - codes) // per_cluster, most)
+            if clusters > 0 and _code_dtype(clusters) == dtype:
+                is_used = fixed + codes + clusters * per_cluster >= 0.9 * max_bytes
+                is_lean = 4 * codes <= max_bytes
+                found.append((is_used, is_lean, columns if is_lean else -columns, clusters))
+        *_, columns, clusters = max(found)
+        return cls(num_embeddings, embedding_dim, clusters, abs(columns), hash_seed=seed)
+
+    def reset_parameters(self) -> None:
+        """Draw centroids and helper anew from torch's default generator; codes stay."""
+        nn.init.normal_(self.centroids, std=self.init_std / 2**0.5)
+        nn.init.normal_(self.helper, std=self.init_std / 2**0.5)
+
+    def _hashes(self, ids: Tensor) -> Tensor:
+        """Rows of the helper ``[..., num_columns]``, as hash seed and ids have them."""
+        seed = int(self.hash_seed)
+        spec = HashSpec(self.num_embeddings, self.num_columns, self.num_clusters, hash_seed=seed)
+        return reference.locate(ids, spec)[0]
+
+    def _look_up(self, table: Tensor, codes: Tensor) -> Tensor:
+        """Rows `codes` ``[..., num_columns]`` of each group's part of the table, joined."""
+        offsets = self.num_clusters * torch.arange(self.num_columns, device=codes.device)
+        return F.embedding(codes + offsets, table.flatten(0, 1)).flatten(-2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        reference.check_ids(ids, self.num_embeddings)
+        ids = ids.long()
+        centroids = self._look_up(self.centroids, self.codes[ids].long())
+        return centroids + self._look_up(self.helper, self._hashes(ids))
+
+    @torch.no_grad()
+    def recluster(self, *, num_steps: int = 3, max_samples: int = 16_384) -> None:
+        """Set codes and centroids by k-means on the present vectors, the helper to 0 under a new hash.
+
+        Each group has clusters of its own, found in `num_steps` iterations on at most `max_samples` rows, but
+        no fewer than there are clusters. Deterministic for the table's state and a number of threads. An
+        optimizer's moments for the table are about what was there before.
+        """
+        seed = int(self.hash_seed) + 1
+        generator = torch.Generator().manual_seed(seed)
+        vectors = self(torch.arange(self.num_embeddings, device=self.codes.device))
+        num_samples = min(self.num_embeddings, max(max_samples, self.num_clusters))
+        sample = torch.randperm(self.num_embeddings, generator=generator)[:num_samples]
+        for column, group in enumerate(vectors.chunk(self.num_columns, dim=1)):
+            self.centroids[column] = _k_means(group[sample], self.num_clusters, num_steps, generator)
+            self.codes[:, column] = _nearest(group, self.centroids[column])[0]
+        self.helper.zero_()
+        self.hash_seed.fill_(seed)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, num_clusters={self.num_clusters}, "
+            f"num_columns={self.num_columns}"
+        )

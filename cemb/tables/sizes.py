@@ -1,0 +1,24 @@
+"""What tables cost to store, and checks of what is asked of them."""
+
+import itertools
+
+from torch import nn
+
+
+def num_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a module; those that share their memory count once."""
+    tensors = {t.data_ptr() or id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def check_sizes(**sizes: float) -> None:
+    """Raise ValueError, naming the first of `sizes` that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_budget(max_bytes: int, least: int) -> None:
+    """Raise ValueError if `max_bytes` is below `least`, the bytes of the smallest table of its kind."""
+    if max_bytes < least:
+        raise ValueError(f"max_bytes must be at least {least}, the least for such a table, got {max_bytes}")
