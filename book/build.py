@@ -47,7 +47,7 @@ def stage(runs: list[study.Run], found: list[dict], source: Path) -> None:
     for run in runs:
         shutil.copy(study.run_dir(run) / "run.ipynb", source / "runs" / f"{run.name}.ipynb")
     (source / "data").mkdir()
-    for kind in ("pmi", "speed", "quality"):
+    for kind in ("pmi", "speed", "quality", "frontier"):
         (source / "data" / f"{kind}.csv").write_text(report.csv_text(found, kind), encoding="utf-8")
 
 

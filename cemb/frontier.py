@@ -7,7 +7,7 @@ Gradients and other temporary memory are counted for no method.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from cemb import records
 from cemb.alternating import STORES, Store, train_alternating, transform_code
 from cemb.dataset import PmiDataset
 from cemb.evaluate import AllCellsLoss
+from cemb.limits import gap_limit
 from cemb.model import COMPRESSED_TABLES
 from cemb.quality import QualityCase, measure_quality, score
 from cemb.tables import (
@@ -115,6 +116,34 @@ def _record(
         "corpus_fingerprint": data.summary["corpus_fingerprint"],
         **records.provenance(),
     }
+
+
+def cases(
+    methods: Iterable[str], compression_ratios: Iterable[float], seeds: Iterable[int]
+) -> list[tuple[str, float, int]]:
+    """Arguments of `measure`: each method at each ratio, if it has any, with each seed, if it draws any."""
+    compression_ratios, seeds = list(compression_ratios), list(seeds)
+    return [
+        (method, ratio, seed)
+        for method in methods
+        for ratio in (compression_ratios[:1] if method in FIXED_RATIO else compression_ratios)
+        for seed in (seeds[:1] if method in COMPRESSED_AFTER else seeds)
+    ]
+
+
+def limits(data: PmiDataset) -> list[dict[str, float]]:
+    """Rate-distortion limits of the data's optimum: ``ratio``, ``components`` and ``rows``, gaps both.
+
+    Bits are those of both factors' values, and of nothing else; see `cemb.limits.gap_limit`.
+    """
+    return [
+        {
+            "ratio": ratio,
+            "components": gap_limit(data.optimum, 32 / ratio, by_row=False),
+            "rows": gap_limit(data.optimum, 32 / ratio, by_row=True),
+        }
+        for ratio in (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+    ]
 
 
 def measure(

@@ -40,4 +40,4 @@ def gap_limit(optimum: Optimum, bits: float, *, by_row: bool) -> float:
         weighted = np.square(side, dtype=np.float64) * s
         rows = weighted.sum(axis=1) if by_row else np.full(len(side), weighted.sum() / len(side))
         energies.append(np.outer(rows / rows.sum(), np.square(s)))
-    return water_filling(np.concatenate(energies), bits) / np.square(s).sum()
+    return float(water_filling(np.concatenate(energies), bits) / np.square(s).sum())

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cemb import ops
+from cemb.reference import check_ids
 from cemb.tables import (
     ClusteredEmbedding,
     FullEmbedding,
@@ -46,6 +47,8 @@ class PairModel(nn.Module):
         context_table: table of the contexts; None shares the words' table, as the 2021 project did.
         bias: ``"none"``, ``"shared"`` (one value per id, used on both sides) or ``"separate"``.
         dropout: share of vector components zeroed in training, see `cemb.ops.vector_scores`.
+        first_context: row of a shared table where contexts begin. With half of its rows, words and contexts
+            have separate vectors in one parameter, so that one optimizer step and one kernel serve both.
     """
 
     def __init__(
@@ -55,8 +58,13 @@ class PairModel(nn.Module):
         *,
         bias: str = "none",
         dropout: float = 0.0,
+        first_context: int = 0,
     ):
         super().__init__()
+        if first_context and (context_table is not None or bias != "none"):
+            raise ValueError("first_context is for one shared table without biases")
+        if not 0 <= first_context < word_table.num_embeddings:
+            raise ValueError(f"first_context must be a row of the table, got {first_context}")
         if bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {bias!r}")
         if not 0 <= dropout < 1:
@@ -69,6 +77,7 @@ class PairModel(nn.Module):
                 f"{self.word_table.embedding_dim} and {self.context_table.embedding_dim}"
             )
         self.dropout = dropout
+        self.first_context = first_context
         self.word_bias = self.context_bias = None
         if bias != "none":
             self.word_bias = nn.Parameter(torch.zeros(self.word_table.num_embeddings))
@@ -91,12 +100,20 @@ class PairModel(nn.Module):
         )
 
     @property
+    def num_words(self) -> int:
+        return self.first_context or self.word_table.num_embeddings
+
+    @property
     def num_parameters(self) -> int:
         """Trainable scalars, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Scores ``[batch]`` of the (word, context) id pairs ``[batch, 2]``."""
+        if self.first_context:
+            check_ids(pairs[:, 0], self.first_context)
+            check_ids(pairs[:, 1], self.word_table.num_embeddings - self.first_context)
+            pairs = pairs + torch.tensor([0, self.first_context], device=pairs.device)
         word_ids, context_ids = pairs.unbind(-1)
         dropout = self.dropout if self.training else 0.0
         if self._is_fused:
@@ -115,6 +132,8 @@ class PairModel(nn.Module):
         """All word vectors ``[num_words, dim]`` and context vectors ``[num_contexts, dim]``."""
         device = next(self.parameters()).device
         words = self.word_table(torch.arange(self.word_table.num_embeddings, device=device))
+        if self.first_context:
+            return words[: self.first_context], words[self.first_context :]
         if self.context_table is self.word_table:
             return words, words
         return words, self.context_table(torch.arange(self.context_table.num_embeddings, device=device))
@@ -139,7 +158,8 @@ def build_model(
     ``hashed-reference``.
 
     A hashed model has one pool of `pool_size` values whether or not words and contexts share their table:
-    separate tables read the same pool under different hashes. `sparse_gradients` is for full tables.
+    separate tables read the same pool under different hashes. A ``full-fused`` model too
+    keeps both sides in one parameter. `sparse_gradients` is for full tables of torch.
     """
     if table not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
@@ -148,6 +168,10 @@ def build_model(
             raise ValueError(f"table {table!r} has no sparse gradients; cemb.optim updates what was touched")
         if pool_size is not None:
             raise ValueError(f"a full table has no pool; got pool_size={pool_size}")
+
+        if table == "full-fused" and not shared_table:
+            both = FusedFullEmbedding(2 * num_embeddings, embedding_dim, device=device)
+            return PairModel(both, bias=bias, dropout=dropout, first_context=num_embeddings).to(device)
 
         def make(offset, weight):
             return TABLES[table](num_embeddings, embedding_dim, sparse=sparse_gradients, device=device)

@@ -161,10 +161,12 @@ def benchmark(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def quality_overview(quality: pd.DataFrame) -> Figure:
-    """Gap and WordSim-353 against compression (log axis) for each optimizer, full-batch training."""
-    trained = quality[quality.training == "full-batch"]
-    svd = quality[quality.table == "svd"].iloc[0]
+def quality_overview(quality: pd.DataFrame, svd: dict) -> Figure:
+    """Gap and WordSim-353 against compression (log axis) for each optimizer, full-batch training.
+
+    `quality` is `report.quality_frame`, `svd` the record of the optimum.
+    """
+    trained = quality[(quality.training == "full-batch") & (quality.weight_power == 0)]
     figure, (left, right) = _figure(1, 2, size=(7.4, 3.3))
     for optimizer, (colour, marker, name) in OPTIMIZER_STYLES.items():
         rows = trained[trained.optimizer == optimizer]
@@ -181,14 +183,122 @@ def quality_overview(quality: pd.DataFrame) -> Figure:
     left.axhline(0, color=GREY, linestyle="--", label="SVD, the optimum")
     left.axhline(1, color=GREY, linestyle=":", label="predicting zero")
     left.plot([], [], color="k", marker="o", markerfacecolor="white", linestyle="none", label="full tables")
-    right.axhline(svd.wordsim353_score, color=GREY, linestyle="--")
-    right.axhspan(svd.wordsim353_low, svd.wordsim353_high, color=GREY, alpha=0.12)
+    right.axhline(svd["wordsim353_score"], color=GREY, linestyle="--")
+    right.axhspan(svd["wordsim353_low"], svd["wordsim353_high"], color=GREY, alpha=0.12)
     left.set(ylabel="gap to the optimum")
     right.set(ylabel="WordSim-353 (Spearman × 100)")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("table values per pool value (log)")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+FRONTIER_STYLES = {
+    # colour, marker, line
+    "full": ("#000000", "s", ""),
+    "hashed": (BLUE, "o", "-"),
+    "hashed, blocks of 25": (SKY, "^", ":"),
+    "hashed, blocks of 100": (SKY, "v", ":"),
+    "hashed, signed": (BLUE, "x", "--"),
+    "hybrid": (ORANGE, "o", "-"),
+    "mixed-dimension": (ORANGE, "^", ":"),
+    "quotient-remainder": (ORANGE, "v", "--"),
+    "multi-hash": (ORANGE, "x", "-."),
+    "clustered": (ORANGE, "D", ":"),
+    "low-rank": (GREY, "o", "-"),
+    "lower rank": (GREY, "x", "--"),
+    "int8": (GREEN, "s", ""),
+    "int4": (GREEN, "D", ""),
+    "product quantization": (GREEN, "^", ":"),
+    "transform coding": (GREEN, "o", "-"),
+    "alternating, float32": (PURPLE, "s", ""),
+    "alternating, bfloat16": (PURPLE, "^", ""),
+    "alternating, int8": (PURPLE, "v", ""),
+    "alternating, int4": (PURPLE, "D", ""),
+    "alternating, transform coding": (PURPLE, "o", "-"),
+}
+
+
+def frontier(points: pd.DataFrame, limits: list[dict] | None = None) -> Figure:
+    """Gap (log) against how much smaller than the full table (log), at inference and in training.
+
+    `points` are frontier records or `report.frontier_frame`; bars are the range over seeds where that has
+    several. `limits` are those of `cemb.frontier.limits`.
+    """
+    points = points[points.failure.isna()]
+    figure, panels = _figure(2, 1, size=(7.4, 8.6))
+    for panel, budget in zip(panels, ("inference", "training"), strict=True):
+        for method, (colour, marker, line) in FRONTIER_STYLES.items():
+            rows = points[points.method == method].sort_values(f"{budget}_ratio")
+            if rows.empty:
+                continue
+            # The optimum itself has no place on a log axis.
+            gaps = rows.gap.clip(lower=1e-4)
+            spread = None
+            if "gap_low" in rows:
+                spread = [gaps - rows.gap_low.clip(lower=1e-4), rows.gap_high.clip(lower=1e-4) - gaps]
+            panel.errorbar(
+                rows[f"{budget}_ratio"],
+                gaps,
+                yerr=spread,
+                color=colour,
+                marker=marker,
+                linestyle=line or "none",
+                markersize=5,
+                linewidth=1.2,
+                label=method,
+            )
+        if limits is not None and budget == "inference":
+            lines = pd.DataFrame(limits)
+            lines = lines[lines.rows >= 1e-4]
+            panel.plot(lines.ratio, lines.components, color=RED, linestyle="--", label="limit, by component")
+            panel.plot(lines.ratio, lines.rows, color=RED, label="limit, by component and row")
+        panel.set(xscale="log", yscale="log")
+        panel.set_xticks([1, 2, 4, 8, 16, 32, 64])
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        panel.xaxis.set_minor_formatter(lambda value, _: "")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set(ylabel="gap to the optimum (log)")
+    panels[0].set_xlabel("fewer bytes at inference than a full float32 table (log)")
+    panels[1].set_xlabel("fewer bytes in training than a full table with Adam (log)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def frontier_similarity(points: pd.DataFrame, full: dict) -> Figure:
+    """WordSim-353 score, with its bootstrap interval, against fewer bytes at inference (log).
+
+    The band is the interval of `full`, a record of the full table's scores.
+    """
+    points = points[points.failure.isna() & points.wordsim353_score.notna()]
+    figure, axes = _figure(size=(7.4, 4.2))
+    chosen = ("hashed", "hybrid", "low-rank", "product quantization", "transform coding")
+    for k, method in enumerate(name for name in chosen if name in set(points.method)):
+        colour, marker, line = FRONTIER_STYLES[method]
+        rows = points[points.method == method].sort_values("inference_ratio")
+        score = rows.wordsim353_score
+        axes.errorbar(
+            rows.inference_ratio * 1.02 ** (k - 2),
+            score,
+            yerr=[score - rows.wordsim353_low, rows.wordsim353_high - score],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            capsize=2,
+            label=method,
+        )
+    axes.axhspan(full["wordsim353_low"], full["wordsim353_high"], color=GREY, alpha=0.15, label="full table")
+    axes.set_xscale("log")
+    axes.set_xticks([2, 4, 8, 16, 32, 64])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set(
+        xlabel="fewer bytes at inference than a full float32 table (log)",
+        ylabel="WordSim-353 (Spearman × 100)",
+    )
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -207,14 +317,14 @@ def learning_curve(record: dict) -> Figure:
 
 def learning_curves(quality: pd.DataFrame, training: str) -> Figure:
     """Learning curves side by side, a panel for each optimizer, a line for each table."""
-    rows = quality[quality.training == training]
+    rows = quality[(quality.training == training) & (quality.weight_power == 0)]
     figure, panels = _figure(1, 3, size=(7.4, 3.2), sharey=True)
     tables = sorted(rows[rows.table == "hashed"].compression_ratio.round(2).unique())
     colours = dict(zip(tables, (SKY, BLUE, PURPLE, RED) if len(tables) > 1 else (RED,), strict=False))
     for panel, (optimizer, (_, _, name)) in zip(panels, OPTIMIZER_STYLES.items(), strict=True):
         for row in rows[rows.optimizer == optimizer].to_dict("records"):
             history = pd.DataFrame(row["history"])
-            is_full = row["table"] == "full"
+            is_full = row["table"] != "hashed"
             panel.plot(
                 history.step,
                 history["gap" if training == "full-batch" else "loss"],

@@ -15,6 +15,7 @@ from cemb.tables import num_bytes
 from cemb.train import (
     ADAM_BETAS,
     FULL_BATCH_OPTIMIZERS,
+    MINI_BATCH_ADAM_BETAS,
     OPTIMIZERS,
     DivergenceError,
     default_learning_rate,
@@ -60,6 +61,7 @@ class QualityCase:
     batch_size: int = 32_768
     negative_share: float = 0.5
     loss: str = "mse"
+    weight_power: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -72,16 +74,19 @@ class QualityCase:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.table != "full" and (self.pool_size is None) == (self.compression_ratio is None):
+        is_full = self.table in ("full", "full-fused")
+        if not is_full and (self.pool_size is None) == (self.compression_ratio is None):
             raise ValueError(
                 f"a {self.table} table needs pool_size or compression_ratio, not both; got "
                 f"pool_size={self.pool_size}, compression_ratio={self.compression_ratio}"
             )
+        if self.weight_power and self.training != "full-batch":
+            raise ValueError(f"weight_power is for full batches, got training={self.training!r}")
         if self.compression_ratio is not None and not self.compression_ratio > 0:
             raise ValueError(f"compression_ratio must be positive, got {self.compression_ratio}")
         if self.table in COMPRESSED_TABLES and self.pool_size is not None:
             raise ValueError(f"a {self.table} table has no pool; got pool_size={self.pool_size}")
-        if self.table == "full" and not self.pool_size is self.compression_ratio is None:
+        if is_full and not self.pool_size is self.compression_ratio is None:
             raise ValueError(
                 f"a full table has no pool; got pool_size={self.pool_size}, "
                 f"compression_ratio={self.compression_ratio}"
@@ -113,13 +118,17 @@ class QualityCase:
 
 
 def score(
-    words: torch.Tensor, contexts: torch.Tensor, data: PmiDataset, objective: evaluate.AllCellsLoss
+    words: torch.Tensor,
+    contexts: torch.Tensor,
+    data: PmiDataset,
+    objective: evaluate.AllCellsLoss | evaluate.WeightedLoss,
+    optimum: evaluate.Optimum | None = None,
 ) -> dict[str, object]:
-    """Record fields of a factorization: gap to the optimum and the scores of its word vectors."""
+    """Record fields of a factorization: gap to its loss's optimum, and the scores of its word vectors."""
     loss = objective(words, contexts).item()
     return {
         "all_cells_loss": loss,
-        "gap": data.optimum.gap(loss),
+        "gap": (optimum or data.optimum).gap(loss),
         **score_vectors(words.numpy(), contexts.numpy(), data.words),
     }
 
@@ -225,7 +234,11 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
     num_words, rank = data.matrix.shape[0], len(data.optimum.singular_values)
     table_values = 2 * num_words * rank
     pool_size = case.resolved_pool_size(table_values)
-    objective = evaluate.AllCellsLoss(data.matrix)
+    objective, optimum = evaluate.AllCellsLoss(data.matrix), data.optimum
+    if case.weight_power:
+        weights = evaluate.frequency_weights(data.word_counts, case.weight_power)
+        objective = evaluate.WeightedLoss(data.matrix, weights, weights)
+        optimum = objective.optimum(rank)
     is_full_batch = case.training == "full-batch"
     model = None
 
@@ -254,6 +267,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
             optimizer=case.optimizer,
             learning_rate=learning_rate,
             num_epochs=case.num_epochs,
+            touched=case.table == "full-fused",
         )
 
     asked = case.learning_rate
@@ -262,6 +276,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
         if case.optimizer == "sgd" and pool_size is not None:
             # A pool value's gradient sums those of the table's values that read it; only SGD minds.
             asked *= min(1, pool_size / table_values)
+    betas = ADAM_BETAS if is_full_batch else MINI_BATCH_ADAM_BETAS
     failure, history, learning_rate = None, [], asked
     start = time.perf_counter()
     try:
@@ -270,20 +285,20 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
         failure = str(error)
     seconds = time.perf_counter() - start
     if is_full_batch:
-        history = [{**entry, "gap": data.optimum.gap(entry["loss"])} for entry in history]
+        history = [{**entry, "gap": optimum.gap(entry["loss"])} for entry in history]
     if failure:
         scores = dict.fromkeys(("all_cells_loss", "gap"))
     else:
         with torch.no_grad():
             words, contexts = model.factors()
-        scores = score(words, contexts, data, objective)
+        scores = score(words, contexts, data, objective, optimum)
     inference_bytes = num_bytes(model)
     record = {
         "kind": "quality",
         **asdict(case),
         "pool_size": pool_size,
         "learning_rate": learning_rate,
-        "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
+        "adam_betas": betas if case.optimizer == "adam" else None,
         **{f"pmi_{name}": data.summary[name] for name in _PMI_FIELDS},
         "num_words": num_words,
         "embedding_dim": rank,

@@ -7,6 +7,7 @@ the interval holds 1, the two are called a tie.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -16,6 +17,8 @@ import pandas as pd
 from cemb import corpus, records, study, targets
 from cemb.study import OPTIMIZER_NAMES
 
+# Ratios of bytes that the frontier's decisions are for.
+BUDGETS = {"inference": (4, 8, 16, 32, 64), "training": (3, 6, 12, 24, 48)}
 PHASES = ("forward", "gradient", "step")
 
 
@@ -261,35 +264,164 @@ def speed_table(found: list[dict]) -> pd.DataFrame:
 def compression_name(record: dict) -> str:
     """How a quality record's table is named in the book."""
     if record["table"] == "svd":
-        return "SVD (the optimum)"
-    if record["table"] == "full":
+        power = {0: "U", 0.5: "U·√S", 1: "U·S"}[record["singular_value_power"]]
+        return f"SVD, the optimum, {power}"
+    if record["table"] == "sgns":
+        return f"word2vec, {record['num_epochs']} epochs"
+    if record["table"] in ("full", "full-fused"):
         return "full table"
     if record["compression_ratio"] == 1:
         return "hashed, same size"
     return f"hashed, {record['compression_ratio']:.3g}× smaller"
 
 
-def quality_table(found: list[dict], training: str) -> pd.DataFrame:
-    """Quality records of one training, with the optimum first."""
-    rows = [r for r in found if r["kind"] == "quality" and r.get("training") in (None, training)]
+def median_seeds(found: list[dict], *names: str) -> list[dict]:
+    """Of records that agree in the fields `names`, the one of the median gap, with ``gap_low``, ``gap_high``.
+
+    Those are the least and the largest gap of all seeds. Failed runs count as worse than any.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for record in found:
+        groups.setdefault(tuple(str(record.get(name)) for name in names), []).append(record)
+    chosen = []
+    for group in groups.values():
+        group.sort(key=lambda r: float("inf") if r["gap"] is None else r["gap"])
+        spread = {"gap_low": group[0]["gap"], "gap_high": group[-1]["gap"], "num_seeds": len(group)}
+        chosen.append({**group[(len(group) - 1) // 2], **spread})
+    return chosen
+
+
+def quality_frame(found: list[dict]) -> pd.DataFrame:
+    """The quality records of trained tables, a row for each run: that of the median seed."""
+    return pd.DataFrame(
+        median_seeds([r for r in found if r["kind"] == "quality" and r.get("training")], "run")
+    )
+
+
+def gap_text(record: dict) -> str:
+    """A gap, with the range over seeds if there were several; or how the run failed."""
+    if record["gap"] is None:
+        return "none" if record.get("failure") is None else "failed"
+    text = _signed(record["gap"], 3)
+    if record.get("num_seeds", 1) > 1:
+        text += f" ({_signed(record['gap_low'], 3)} to {_signed(record['gap_high'], 3)})"
+    return text
+
+
+def quality_table(found: list[dict], training: str, *, weighted: bool = False) -> pd.DataFrame:
+    """Quality records of one training, with what the matrix and the corpus give otherwise first."""
+    rows = [r for r in found if r["kind"] == "quality" and r.get("training") == training]
+    rows = [r for r in rows if bool(r["weight_power"]) == weighted]
+    baselines = [] if weighted else [r for r in found if r["kind"] == "quality" and "training" not in r]
+    rows = [*baselines, *median_seeds(rows, "run")]
     return pd.DataFrame(
         {
             "table": [compression_name(r) for r in rows],
             "optimizer": [OPTIMIZER_NAMES.get(r.get("optimizer"), "") for r in rows],
             "parameters": [f"{r['num_parameters']:,}" for r in rows],
-            "gap": [_signed(r["gap"], 3) for r in rows],
+            "gap": [gap_text(r) for r in rows],
             "WordSim-353": [score_text(r, "wordsim353") for r in rows],
             "SimLex-999": [score_text(r, "simlex999") for r in rows],
-            "analogies (%)": [
-                "none" if r["analogies_score"] is None else f"{r['analogies_score']:.1f}" for r in rows
-            ],
+            "analogies (%)": [analogies_text(r) for r in rows],
         }
     )
 
 
+def analogies_text(record: dict) -> str:
+    """Shares of analogies answered, by 3CosAdd and by 3CosMul."""
+    if record.get("analogies_score") is None:
+        return "none"
+    return f"{record['analogies_score']:.1f} / {record['analogies_mul_score']:.1f}"
+
+
+def seconds_to_gap(history: list[dict], gap: float) -> float | None:
+    """Seconds until a history's gap is at most `gap`, or None if it never is."""
+    return next((entry["seconds"] for entry in history if entry["gap"] <= gap), None)
+
+
+def time_table(found: list[dict], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0.01)) -> pd.DataFrame:
+    """Seconds of exact training until a full table's gap is small, by optimizer and by alternation."""
+    rows = [r for r in found if r["kind"] == "quality" and r.get("training") == "full-batch"]
+    rows = [r for r in rows if r["table"] == "full" and not r["weight_power"]]
+    named = [(OPTIMIZER_NAMES[r["optimizer"]], r) for r in median_seeds(rows, "run")]
+    stored = [r for r in found if r["kind"] == "frontier" and r["method"] == "alternating, float32"]
+    named += [("alternating least squares", r) for r in median_seeds(stored, "method")]
+    table = {"optimizer": [name for name, _ in named]}
+    for gap in gaps:
+        seconds = [seconds_to_gap(record["history"], gap) for _, record in named]
+        table[f"gap {gap:g} (s)"] = ["not reached" if s is None else f"{s:.1f}" for s in seconds]
+    table["final gap"] = [gap_text(record) for _, record in named]
+    return pd.DataFrame(table)
+
+
+def frontier_frame(found: list[dict]) -> pd.DataFrame:
+    """The frontier's records, a row for each method and ratio asked for: that of the median seed."""
+    rows = [r for r in found if r["kind"] == "frontier"]
+    if not rows:
+        raise LookupError("no record of kind 'frontier'")
+    return pd.DataFrame(median_seeds(rows, "method", "asked_ratio"))
+
+
+def frontier_table(found: list[dict]) -> tuple[pd.DataFrame, list[str]]:
+    """Every point of the frontier, by method; and of those which failed, why."""
+    rows = frontier_frame(found).to_dict("records")
+    failed = [r for r in rows if r["failure"]]
+    rows = [r for r in rows if not r["failure"]]
+    table = pd.DataFrame(
+        {
+            "table": [r["method"] for r in rows],
+            "× smaller": [f"{r['inference_ratio']:.1f}" for r in rows],
+            "× in training": [f"{r['training_ratio']:.1f}" for r in rows],
+            "gap": [gap_text(r) for r in rows],
+            "WordSim-353": [score_text(r, "wordsim353") for r in rows],
+            "SimLex-999": [score_text(r, "simlex999") for r in rows],
+            "seconds": [f"{r['train_s']:.1f}" for r in rows],
+        }
+    )
+    return table, [f"{r['method']} at {r['asked_ratio']:g}: {r['failure']}" for r in failed]
+
+
+def best_point(found: list[dict], budget: str, ratio: float, methods: Sequence[str] | None = None) -> dict:
+    """The record of the smallest gap that is at least `ratio` times smaller in a budget.
+
+    `budget` is ``"inference"`` or ``"training"``; `methods` are all unless given. LookupError if none is as
+    small.
+    """
+    rows = frontier_frame(found)
+    if methods is not None:
+        rows = rows[rows.method.isin(methods)]
+    # A codec stops short of its budget by less than a byte a row.
+    rows = rows[rows.failure.isna() & (rows[f"{budget}_ratio"] >= 0.98 * ratio)]
+    if rows.empty:
+        raise LookupError(f"no table is {ratio} times smaller in {budget} bytes")
+    return rows.sort_values("gap", kind="stable").iloc[0].to_dict()
+
+
+def decisions(found: list[dict]) -> pd.DataFrame:
+    """What to use at which budget: the smallest gap there is, and the smallest of hashing."""
+    rows = []
+    hashed = study.FRONTIER["hashed"][1:]
+    for budget, ratios in BUDGETS.items():
+        for ratio in ratios:
+            cells = {"what": f"{ratio} times fewer bytes {'at' if budget == 'inference' else 'in'} {budget}"}
+            for name, methods in (("use", None), ("by hashing", hashed)):
+                try:
+                    best = best_point(found, budget, ratio, methods)
+                except LookupError:
+                    cells |= {name: "not measured", f"{name}: gap": "", f"{name}: WordSim-353": ""}
+                    continue
+                cells |= {
+                    name: f"{best['method']} ({best[f'{budget}_ratio']:.1f}×)",
+                    f"{name}: gap": gap_text(best),
+                    f"{name}: WordSim-353": score_text(best, "wordsim353"),
+                }
+            rows.append(cells)
+    return pd.DataFrame(rows)
+
+
 def score_text(record: dict, name: str) -> str:
     """A similarity score with its bootstrap interval."""
-    if record[f"{name}_score"] is None:
+    if record.get(f"{name}_score") is None:
         return "no pairs"
     score, low, high = (_signed(record[f"{name}_{field}"]) for field in ("score", "low", "high"))
     return f"{score} ({low} to {high})"
@@ -308,12 +440,16 @@ def quality_record(found: list[dict], optimizer: str, training: str = "full-batc
         name = f"quality-{optimizer}-hashed-{size['compression_ratio']}-times-{training}"
     else:
         name = f"quality-{optimizer}-hashed-{size['pool_size']}-{training}"
-    return pick(found, kind="quality", run=name)
+    matching = [r for r in found if r["kind"] == "quality" and r["run"] == name]
+    if not matching:
+        raise LookupError(f"no quality record of run {name!r}")
+    return median_seeds(matching, "run")[0]
 
 
 def best_quality(found: list[dict], **size: object) -> dict:
     """The full-batch quality record with the smallest gap over the optimizers."""
-    return min((quality_record(found, o, **size) for o in study.OPTIMIZERS), key=lambda r: r["gap"])
+    runs = [quality_record(found, o, **size) for o in study.OPTIMIZERS]
+    return min((r for r in runs if r["gap"] is not None), key=lambda r: r["gap"])
 
 
 def machine(found: list[dict]) -> str:
@@ -337,7 +473,11 @@ def show(table: pd.DataFrame):
     """A table as the book shows it: no index, text cells left, figures right, the same markup each time."""
     # The style's rules are global to a page, so tables of other columns need names of their own.
     name = hashlib.sha256(" ".join(table.columns).encode()).hexdigest()[:8]
-    numeric = [c for c in table.columns if c not in ("optimizer", "table", "run", "word", "what")]
+    numeric = [
+        c
+        for c in table.columns
+        if c not in ("optimizer", "table", "run", "word", "what", "use", "by hashing")
+    ]
     return (
         table.style.hide(axis="index")
         .set_uuid(name)

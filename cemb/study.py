@@ -6,7 +6,6 @@ an interrupted study goes on where it stopped. Runs are published whole, by one 
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -20,10 +19,14 @@ from cemb import corpus as corpora
 from cemb import records, targets
 
 NOTEBOOKS = records.ROOT / "notebooks"
-OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
-OPTIMIZERS = tuple(OPTIMIZER_NAMES)
+OPTIMIZERS = targets.OPTIMIZERS
+OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam", "lbfgs": "L-BFGS"}
+GRIDS = ("default", "full", "smoke")
 POOL_SIZES = (targets.SMALL, targets.LARGE)
 COMPRESSION_RATIOS = (1, 4, 16)
+# Mini-batches whose expected loss is that of all cells; most samples go where most cells are.
+MINI_BATCH = {"training": "mini-batch", "loss": "all-cells", "negative_share": 0.8, "num_epochs": 1}
+WEIGHT_POWER = 0.5
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -62,62 +65,99 @@ def _speed_runs(repeats: int, **sizes) -> list[Run]:
     ]
 
 
-def _quality_runs(**settings) -> list[Run]:
-    pools = [{"table": "full"}]
-    pools += [{"table": "hashed", "compression_ratio": ratio} for ratio in COMPRESSION_RATIOS]
-    pools += [{"table": "hashed", "pool_size": POOL_SIZES[0]}]
-    full_batch = [{**pool, "training": "full-batch"} for pool in pools]
-    # The original's training. Few negatives, so that a pass over the stored cells is short.
-    mini_batch = [{**pools[0], "training": "mini-batch", "negative_share": 0.2}]
-    runs = []
+def _quality_runs(seeds: list[int], **settings) -> list[Run]:
+    """The mission's grid, optimizer by pool, and beside it L-BFGS, mini-batches and a weighted loss."""
+    pools = [("full", {"table": "full"})]
+    pools += [
+        (f"hashed-{ratio}-times", {"table": "hashed", "compression_ratio": ratio})
+        for ratio in COMPRESSION_RATIOS
+    ]
+    pools += [(f"hashed-{POOL_SIZES[0]}", {"table": "hashed", "pool_size": POOL_SIZES[0]})]
     # The longest first, so that none is left running alone at the end.
-    for cases in (mini_batch, full_batch):
-        for optimizer, case in itertools.product(OPTIMIZERS, cases):
-            size = {
-                "compression_ratio": lambda ratio: f"{ratio}-times",
-                "pool_size": lambda size: f"{size}",
-            }
-            parts = [case["table"], *(size[key](case[key]) for key in size if key in case), case["training"]]
-            runs.append(
-                Run(
-                    "-".join(["quality", optimizer, *parts]),
-                    f"Quality: {OPTIMIZER_NAMES[optimizer]}, {' '.join(parts)}",
-                    "quality.ipynb",
-                    {"optimizer": optimizer, **case, **settings},
-                )
-            )
-    return runs
+    cases = [(o, "full-mini-batch", {"table": "full-fused", **MINI_BATCH}) for o in OPTIMIZERS]
+    cases += [(o, f"{name}-full-batch", {**pool, "seeds": seeds}) for o in OPTIMIZERS for name, pool in pools]
+    cases += [("lbfgs", "full-full-batch", {"table": "full", "seeds": seeds})]
+    cases += [
+        ("adam", f"{name}-weighted", {**pool, "weight_power": WEIGHT_POWER}) for name, pool in pools[:-1]
+    ]
+    return [
+        Run(
+            f"quality-{optimizer}-{name}",
+            f"Quality: {OPTIMIZER_NAMES[optimizer]}, {name.replace('-', ' ')}",
+            "quality.ipynb",
+            {"optimizer": optimizer, **case, **settings},
+        )
+        for optimizer, name, case in cases
+    ]
+
+
+# Methods of `cemb.frontier` that share a run, since loading takes as long as one of them.
+FRONTIER = {
+    "hashed": ["full", "hashed", "hashed, blocks of 25", "hashed, blocks of 100", "hashed, signed"],
+    "tiers": ["hybrid", "mixed-dimension", "low-rank"],
+    "composed": ["quotient-remainder", "multi-hash", "clustered"],
+    "after": ["lower rank", "int8", "int4", "product quantization", "transform coding"],
+    "alternating": [f"alternating, {store}" for store in ("float32", "bfloat16", "int8", "int4")]
+    + ["alternating, transform coding"],
+}
+
+
+def _frontier_runs(trained_ratios: list[int], ratios: list[int], seeds: list[int], **settings) -> list[Run]:
+    return [
+        Run(
+            f"frontier-{group}",
+            f"Frontier: {group}",
+            "frontier.ipynb",
+            {
+                "methods": methods,
+                "compression_ratios": ratios if group in ("after", "alternating") else trained_ratios,
+                "seeds": seeds,
+                **settings,
+            },
+        )
+        for group, methods in FRONTIER.items()
+    ]
 
 
 def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> list[Run]:
-    """The runs of a grid: ``"default"``, the published study, or ``"smoke"``, the same made small.
+    """The runs of a grid: ``"default"``; ``"full"``, with more ratios, seeds and baselines; or ``"smoke"``.
 
-    `corpus` is the default corpus or a path from the working directory. Raises ValueError for an unknown
-    grid, and what `cemb.corpus.fingerprint` does.
+    The last is the default made small. `corpus` is the default corpus or a path from the working directory.
+    Raises ValueError for an unknown grid, and what `cemb.corpus.fingerprint` does.
     """
+    if grid not in GRIDS:
+        raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {grid!r}")
     corpora.fingerprint(corpus)  # refuses one that cannot be read, by the name it was given
     if corpus != corpora.DEFAULT_CORPUS:
         corpus = os.path.relpath(corpus, NOTEBOOKS)  # kernels work there
-    if grid == "default":
-        data = {"corpus": corpus}
-        speed, repeats = {}, 6  # what the 2021 project averaged
-        quality = data
+    data, speed, quality = {"corpus": corpus}, {}, {"corpus": corpus}
+    pmi, frontier_settings = data, data
+    repeats, seeds = 6, [0]  # the 2021 project averaged as many repeats
+    trained_ratios, ratios = [4, 16], [4, 8, 16, 32, 64]
+    if grid == "full":
+        seeds = [0, 1, 2]
+        trained_ratios = [2, 4, 8, 16, 32]
+        pmi = {**data, "sgns_epochs": 5}
     elif grid == "smoke":
-        data = {"corpus": corpus, "min_count": 2, "rank": 8}
+        data = pmi = {"corpus": corpus, "min_count": 2, "rank": 8}
         speed = {"num_embeddings": 3000, "embedding_dim": 32, "batch_size": 256}
         repeats = 2
         quality = {**data, "num_steps": 30, "batch_size": 2048}
-    else:
-        raise ValueError(f"grid must be default or smoke, got {grid!r}")
-    speed_runs = _speed_runs(repeats, **speed)
+        frontier_settings = {**data, "num_steps": 6}
+        trained_ratios, ratios = [2], [2, 4]
+    runs = [
+        Run("pmi", "Data: the PMI matrix", "pmi.ipynb", pmi),
+        *_speed_runs(repeats, **speed),
+        *_frontier_runs(trained_ratios, ratios, seeds, **frontier_settings),
+        *_quality_runs(seeds, **quality),
+    ]
     if grid == "smoke":
         # Nobody reads these times, so they need not wait for each other.
-        speed_runs = [replace(run, is_timed=False) for run in speed_runs]
-    return [
-        Run("pmi", "Data: the PMI matrix", "pmi.ipynb", data),
-        *speed_runs,
-        *_quality_runs(**quality),
-    ]
+        runs = [replace(run, is_timed=False) for run in runs]
+        # One run of each kind is enough to try its page's code.
+        kept = {"frontier-tiers", "frontier-after", "frontier-alternating"}
+        runs = [run for run in runs if not run.name.startswith("frontier") or run.name in kept]
+    return runs
 
 
 def select(runs: list[Run], optimizers: Iterable[str] | None, pool_sizes: Iterable[int] | None) -> list[Run]:

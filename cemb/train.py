@@ -32,6 +32,8 @@ TABLE_LEARNING_RATES = {
 }
 # Adam's moments decay faster than its defaults, since runs here last tens to hundreds of steps.
 ADAM_BETAS = (0.8, 0.85)
+# Those of mini-batches must average the noise of their negative samples.
+MINI_BATCH_ADAM_BETAS = (0.9, 0.99)
 
 
 def make_optimizer(
@@ -41,18 +43,19 @@ def make_optimizer(
     *,
     sparse: bool = False,
     touched: bool = False,
+    betas: tuple[float, float] = ADAM_BETAS,
 ) -> torch.optim.Optimizer:
     """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s if `touched`.
 
     Over sparse and touched gradients Adam is lazy: what a step does not touch keeps its moments and does
-    not move. Adam's betas are `ADAM_BETAS`.
+    not move. `betas` are Adam's.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     parameters = list(parameters)
     if touched:
         if name == "adam":
-            return optim.LazyAdam(parameters, learning_rate, ADAM_BETAS)
+            return optim.LazyAdam(parameters, learning_rate, betas)
         return {"sgd": optim.SGD, "adagrad": optim.Adagrad}[name](parameters, learning_rate)
     if sparse:
         # torch's default; where it is not asked for, some optimizers warn of it at their first step.
@@ -65,8 +68,8 @@ def make_optimizer(
         fused = fused if all(p.device.type == "cpu" for p in parameters) else {}
         return torch.optim.Adagrad(parameters, lr=learning_rate, **fused)
     if sparse:
-        return torch.optim.SparseAdam(parameters, lr=learning_rate, betas=ADAM_BETAS)
-    return torch.optim.Adam(parameters, lr=learning_rate, betas=ADAM_BETAS, **fused)
+        return torch.optim.SparseAdam(parameters, lr=learning_rate, betas=betas)
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, **fused)
 
 
 def default_learning_rate(table: str, optimizer: str, training: str) -> float:
@@ -164,7 +167,7 @@ def train_full_batch(
     Raises:
         DivergenceError: the loss grew tenfold or is not finite.
     """
-    num_words = model.word_table.num_embeddings
+    num_words = model.num_words
     history: list[dict[str, float]] = []
     start = time.perf_counter()
     tables = [t for t in (model.word_table, model.context_table) if hasattr(t, "recluster")]
@@ -233,6 +236,7 @@ def train_mini_batches(
     num_epochs: int,
     reports_per_epoch: int = 4,
     sparse: bool = False,
+    touched: bool = False,
 ) -> list[dict[str, float]]:
     """Train on batches of pairs.
 
@@ -241,15 +245,25 @@ def train_mini_batches(
             needs a length.
         reports_per_epoch: entries of the history an epoch.
         sparse: the model's full tables have sparse gradients.
+        touched: an optimizer of `cemb.optim` updates them.
 
     Returns:
-        ``{"step", "epoch", "loss"}`` for each report: steps and epochs done, the latter in fractions, and
-        the mean loss of the batches since the last report, each taken before its own step.
+        ``{"step", "epoch", "loss", "seconds"}`` for each report: steps and epochs done, the latter in
+        fractions, the mean loss of the batches since the last report, each taken before its own step, and
+        the time since the start.
 
     Raises:
         DivergenceError: a batch's loss is ten times the first batch's or not finite.
     """
-    step_of = make_optimizer(optimizer, model.parameters(), learning_rate, sparse=sparse)
+    step_of = make_optimizer(
+        optimizer,
+        model.parameters(),
+        learning_rate,
+        sparse=sparse,
+        touched=touched,
+        betas=MINI_BATCH_ADAM_BETAS,
+    )
+    start = time.perf_counter()
     total = num_epochs * len(batches)
     report_every = max(1, len(batches) // reports_per_epoch)
     history, losses, first_loss, step = [], [], None, 0
@@ -268,7 +282,9 @@ def train_mini_batches(
                 step += 1
                 if step % report_every == 0 or step == total:
                     epoch = step / len(batches)
-                    history.append({"step": step, "epoch": epoch, "loss": sum(losses) / len(losses)})
+                    seconds = time.perf_counter() - start
+                    mean = sum(losses) / len(losses)
+                    history.append({"step": step, "epoch": epoch, "loss": mean, "seconds": seconds})
                     losses = []
                 progress.update()
     model.eval()
