@@ -2,7 +2,7 @@
 
     python book/publish.py NAME
 
-The study must be up to date. A benchmark that `make bench` left in results/local goes with it.
+The study must be up to date. What `python -m cemb bench` and `rates` left in results/local goes with it.
 `results/reference/NAME` is what gets committed.
 """
 
@@ -39,9 +39,9 @@ def main() -> int:
         return 1
     folder = REFERENCES / name
     records.write(found, folder / "records.jsonl")
-    benchmark = records.results_dir() / "local" / "bench.jsonl"
-    if benchmark.exists():
-        records.write(records.read(benchmark), folder / "bench.jsonl")
+    for other in ("bench.jsonl", "rates.jsonl"):
+        if (local := records.results_dir() / "local" / other).exists():
+            records.write(records.read(local), folder / other)
     figure = plots.answer(report.answer_frame(found))
     figure.savefig(folder / "answer.svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)

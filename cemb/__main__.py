@@ -1,4 +1,4 @@
-"""Command line: ``python -m cemb speed|bench|pmi|train|study``; see ``--help`` of each."""
+"""Command line: ``python -m cemb speed|bench|pmi|train|rates|study``; see ``--help`` of each."""
 
 import argparse
 import json
@@ -121,6 +121,31 @@ def _train(arguments: argparse.Namespace) -> None:
         torch.save(model.state_dict(), save)
 
 
+def _rates(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from cemb import quality, records
+    from cemb.dataset import load_pmi
+
+    out = _output(arguments.out)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    data = load_pmi(_pmi_config(arguments))
+    found = []
+    for case in quality.rate_cases():
+        found.append(quality.search_rates(case, data))
+        tried = ", ".join(
+            f"{rate:g}: {'diverges' if gap is None else f'{gap:.4f}'}"
+            for rate, gap in zip(found[-1]["rates"], found[-1]["gaps"], strict=True)
+        )
+        print(f"{case.table}, {case.training}, {case.optimizer}: {tried}", file=sys.stderr)
+        if out:  # after each case, so that stopping loses none
+            records.write(found, out)
+    if not out:
+        for record in found:
+            _print_record(record)
+
+
 def _study(arguments: argparse.Namespace) -> int:
     from cemb import study
 
@@ -215,6 +240,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--threads", type=int, default=None)
     train.add_argument("--save", help="write the model's state_dict here")
+
+    rates = command("rates", _rates, "search the learning rates that quality runs start with; half an hour")
+    corpus_options(rates)
+    rates.add_argument("--threads", type=int, default=None)
+    rates.add_argument("--out", help="file for the records, one JSON object a line")
 
     study = command("study", _study, "run the notebooks that are not up to date")
     study.add_argument("--grid", default="default", help="default or smoke")

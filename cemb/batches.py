@@ -13,12 +13,14 @@ class PairBatches:
     """Batches of (word, context) pairs with their matrix values; one iteration is one epoch.
 
     Every stored cell comes once an epoch, in random order. A share of each batch are negative samples:
-    cells drawn uniformly from the whole matrix, almost all of them zero, with the value they hold.
+    cells drawn from the whole matrix, almost all of them zero, with the value they hold.
 
     Args:
         matrix: CSR ``[words, contexts]`` with sorted columns.
         batch_size: pairs a batch; the last batch of an epoch may be smaller.
         negative_share: share of a batch that is negative samples, in [0, 1).
+        context_shares: probabilities of the contexts ``[contexts]`` of negative samples; uniform if None, as
+            words always are. Frequent contexts have long vectors, whose errors weigh most.
         weighted: also yield weights, with which a batch's sum of squared errors has as its expectation the
             error of all cells divided by the number of words. Negative samples that hit a stored cell
             weigh 0, since those are all in the other part.
@@ -35,6 +37,7 @@ class PairBatches:
         batch_size: int,
         *,
         negative_share: float = 0.5,
+        context_shares: np.ndarray | None = None,
         weighted: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -56,6 +59,13 @@ class PairBatches:
             raise ValueError("the matrix stores no cell")
         self.matrix = matrix
         self.weighted = weighted
+        num_contexts = matrix.shape[1]
+        self.context_shares = (
+            np.full(num_contexts, 1 / num_contexts) if context_shares is None else context_shares
+        )
+        if len(self.context_shares) != num_contexts or not np.all(self.context_shares > 0):
+            raise ValueError(f"context_shares must be {num_contexts} positive numbers")
+        self._sums = np.cumsum(self.context_shares)
         self.device = device
         self._rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
         self._rng = np.random.default_rng(seed)
@@ -76,16 +86,16 @@ class PairBatches:
         pairs[: len(cells), 0] = self._rows[cells]
         pairs[: len(cells), 1] = self.matrix.indices[cells]
         pairs[len(cells) :, 0] = self._rng.integers(self.matrix.shape[0], size=num_negative)
-        pairs[len(cells) :, 1] = self._rng.integers(self.matrix.shape[1], size=num_negative)
+        drawn = np.searchsorted(self._sums, self._rng.random(num_negative) * self._sums[-1], side="right")
+        pairs[len(cells) :, 1] = drawn
         values = np.empty(len(pairs), np.float32)
         values[: len(cells)] = self.matrix.data[cells]
         if num_negative:  # scipy gives a scalar for no indices
             values[len(cells) :] = self.matrix[tuple(pairs[len(cells) :].T)]
         batch = [pairs, values]
         if self.weighted:
-            num_words, num_contexts = self.matrix.shape
-            weights = np.full(len(pairs), self.matrix.nnz / len(cells) / num_words, np.float32)
-            share = np.float32(num_contexts / num_negative)
-            weights[len(cells) :] = np.where(values[len(cells) :] == 0, share, 0)
+            weights = np.full(len(pairs), self.matrix.nnz / len(cells) / self.matrix.shape[0], np.float32)
+            weights[len(cells) :] = self._sums[-1] / (num_negative * self.context_shares[drawn])
+            weights[len(cells) :][values[len(cells) :] != 0] = 0
             batch.append(weights)
         return tuple(torch.from_numpy(array).to(self.device) for array in batch)

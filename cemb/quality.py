@@ -1,7 +1,8 @@
 """The quality study: train one table with one optimizer both ways, and score what came out."""
 
+import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from cemb.train import (
     default_learning_rate,
     halve_until_stable,
     optimizer_bytes,
+    search_learning_rate,
     train_full_batch,
     train_mini_batches,
 )
@@ -41,11 +43,16 @@ _PMI_FIELDS = (
 class QualityCase:
     """What one record of the quality study measures.
 
-    `compression_ratio` is bytes of the full tables (words' and contexts' together) per byte of these,
-    and sets their sizes; `pool_size` sets a hashed one's directly. A full table has neither. `num_steps` is
-    for full batches, `num_epochs`, `batch_size`, `negative_share` and `loss` for mini-batches; `seed` is of
-    initial values, hashes and batches. A `learning_rate` of None takes the training's default, which for
-    SGD is divided by the compression ratio.
+    `compression_ratio` is bytes of the full tables (words' and contexts' together) per byte of these, and
+    sets their sizes; `pool_size` sets a hashed one's directly. A full table has neither.
+
+    `num_steps` is for full batches; a `weight_power` other than 0 weighs their cells by the product of their
+    words' counts to that power, and loss and gap are of weighted cells then. `num_epochs`, `batch_size`,
+    `negative_share`, `negative_power` and `loss` are for mini-batches, where contexts of negative samples
+    are drawn uniformly, or half of them in proportion to their counts to the `negative_power`.
+
+    `seed` is of initial values, hashes and batches. A `learning_rate` of None takes the training's default,
+    which for SGD is divided by the compression ratio.
     """
 
     table: str
@@ -60,6 +67,7 @@ class QualityCase:
     num_epochs: int = 1
     batch_size: int = 32_768
     negative_share: float = 0.5
+    negative_power: float = 0.0
     loss: str = "mse"
     weight_power: float = 0.0
     seed: int = 0
@@ -225,6 +233,45 @@ def sgns_record(
     }
 
 
+def _context_shares(word_counts: np.ndarray, power: float) -> np.ndarray:
+    """Probabilities of negative contexts: half uniform, half as counts to `power`."""
+    weights = evaluate.frequency_weights(word_counts, power)
+    return (0.5 + 0.5 * weights) / len(weights)
+
+
+def rate_cases() -> list[QualityCase]:
+    """The cases whose learning rates `cemb.train` keeps, at a quarter of the full table's bytes if less."""
+    mini_batch = {"training": "mini-batch", "loss": "all-cells", "negative_share": 0.8, "negative_power": 0.5}
+    return [
+        *(QualityCase("full", optimizer) for optimizer in OPTIMIZERS),
+        *(QualityCase(table, "adam", compression_ratio=4) for table in ("hashed", *COMPRESSED_TABLES)),
+        *(QualityCase("full-fused", optimizer, **mini_batch) for optimizer in OPTIMIZERS),
+    ]
+
+
+def search_rates(case: QualityCase, data: PmiDataset) -> dict[str, object]:
+    """The record of `cemb.train.search_learning_rate` for a case, by its gap, from its default rate."""
+
+    def final_gap(rate: float) -> float:
+        record, _ = measure_quality(replace(case, learning_rate=rate), data)
+        # A halved rate is another's.
+        return math.inf if record["failure"] or record["learning_rate"] != rate else record["gap"]
+
+    found = search_learning_rate(final_gap, default_learning_rate(case.table, case.optimizer, case.training))
+    return {
+        "kind": "rates",
+        "table": case.table,
+        "optimizer": case.optimizer,
+        "training": case.training,
+        "compression_ratio": case.compression_ratio,
+        "seed": case.seed,
+        "rates": list(found),
+        "gaps": [gap if math.isfinite(gap) else None for gap in found.values()],
+        "best_rate": min(found, key=found.__getitem__),
+        **records.provenance(),
+    }
+
+
 def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, object], PairModel | None]:
     """Train the case on the data; its record, with the learning curve as ``history``, and the model.
 
@@ -257,6 +304,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
             data.matrix,
             case.batch_size,
             negative_share=case.negative_share,
+            context_shares=_context_shares(data.word_counts, case.negative_power),
             weighted=case.loss == "all-cells",
             seed=case.seed,
         )

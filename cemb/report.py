@@ -6,6 +6,7 @@ the interval holds 1, the two are called a tie.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,15 +117,35 @@ def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
     return min(both, key=lambda record: record["total_ms"])
 
 
-def benchmark() -> tuple[str, list[dict]]:
-    """Name and records of the reference machine's benchmark, which the study does not rerun.
+def reference(kind: str) -> tuple[str, list[dict]]:
+    """Name of the reference machine, and its records of a kind that the study does not rerun.
 
-    FileNotFoundError if there is none.
+    `kind` is ``"bench"`` or ``"rates"``, after the command that makes them. FileNotFoundError if there are
+    none.
     """
-    paths = sorted((records.ROOT / "results" / "reference").glob("*/bench.jsonl"))
+    paths = sorted((records.ROOT / "results" / "reference").glob(f"*/{kind}.jsonl"))
     if not paths:
-        raise FileNotFoundError("no benchmark among results/reference; `python -m cemb bench` measures one")
+        raise FileNotFoundError(
+            f"no {kind}.jsonl among results/reference; `python -m cemb {kind}` measures one"
+        )
     return paths[0].parent.name, records.read(paths[0])
+
+
+def rates_table(found: list[dict]) -> pd.DataFrame:
+    """Learning rates tried, rising, with the gap of each."""
+    return pd.DataFrame(
+        {
+            "table": [r["table"] for r in found],
+            "optimizer": [f"{OPTIMIZER_NAMES[r['optimizer']]}, {r['training']}" for r in found],
+            "rate: gap": [
+                ", ".join(
+                    f"{rate:g}: {'diverges' if gap is None else _signed(gap, 3)}"
+                    for rate, gap in zip(r["rates"], r["gaps"], strict=True)
+                )
+                for r in found
+            ],
+        }
+    )
 
 
 def bench_frame(found: list[dict]) -> pd.DataFrame:
@@ -384,16 +405,15 @@ def frontier_table(found: list[dict]) -> tuple[pd.DataFrame, list[str]]:
 def best_point(found: list[dict], budget: str, ratio: float, methods: Sequence[str] | None = None) -> dict:
     """The record of the smallest gap that is at least `ratio` times smaller in a budget.
 
-    `budget` is ``"inference"`` or ``"training"``; `methods` are all unless given. LookupError if none is as
-    small.
+    `budget` is ``"inference"`` or ``"training"``; `methods` are all unless given. Where none is as small,
+    the ``method`` is ``"none"`` and the gap NaN.
     """
     rows = frontier_frame(found)
     if methods is not None:
         rows = rows[rows.method.isin(methods)]
-    # A codec stops short of its budget by less than a byte a row.
-    rows = rows[rows.failure.isna() & (rows[f"{budget}_ratio"] >= 0.98 * ratio)]
+    rows = rows[rows.failure.isna() & (rows[f"{budget}_ratio"] >= ratio)]
     if rows.empty:
-        raise LookupError(f"no table is {ratio} times smaller in {budget} bytes")
+        return {"method": "none", "gap": math.nan}
     return rows.sort_values("gap", kind="stable").iloc[0].to_dict()
 
 
@@ -405,15 +425,12 @@ def decisions(found: list[dict]) -> pd.DataFrame:
         for ratio in ratios:
             cells = {"what": f"{ratio} times fewer bytes {'at' if budget == 'inference' else 'in'} {budget}"}
             for name, methods in (("use", None), ("by hashing", hashed)):
-                try:
-                    best = best_point(found, budget, ratio, methods)
-                except LookupError:
-                    cells |= {name: "not measured", f"{name}: gap": "", f"{name}: WordSim-353": ""}
-                    continue
+                best = best_point(found, budget, ratio, methods)
+                is_there = best["method"] != "none"
                 cells |= {
-                    name: f"{best['method']} ({best[f'{budget}_ratio']:.1f}×)",
-                    f"{name}: gap": gap_text(best),
-                    f"{name}: WordSim-353": score_text(best, "wordsim353"),
+                    name: f"{best['method']} ({best[f'{budget}_ratio']:.1f}×)" if is_there else "none",
+                    f"{name}: gap": gap_text(best) if is_there else "",
+                    f"{name}: WordSim-353": score_text(best, "wordsim353") if is_there else "",
                 }
             rows.append(cells)
     return pd.DataFrame(rows)
@@ -518,6 +535,12 @@ def readme_answer(found: list[dict]) -> str:
         record = best_quality(found, compression_ratio=ratio)
         prices.append(f"with {words} {closed_share(record)} of it and {score_text(record, 'wordsim353')}")
     lines.append(f"- **The price.** A hashed pool goes {', '.join(prices)}.")
+    ships, trains = best_point(found, "inference", 16), best_point(found, "training", 12)
+    lines.append(
+        f"- **What a byte is worth.** In 16 times fewer bytes than the full table, {ships['method']} goes "
+        f"{closed_share(ships)} of it, and scores {score_text(ships, 'wordsim353')}; trained in 12 times fewer "
+        f"bytes than a full table with Adam takes, {trains['method']} goes {closed_share(trains)}."
+    )
     return "\n".join(
         [*lines, "", f"Measured on {machine(found)}, PyTorch's memory settings left as they come."]
     )

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT, SCRATCH
 
-from cemb import report, study
+from cemb import frontier, report, study
 
 
 def _pretend(run, **changes):
@@ -43,7 +43,7 @@ def test_the_default_grid_covers_the_question():
         sizes = [
             (p["table"], p.get("compression_ratio"), p.get("pool_size"))
             for p in quality
-            if p["optimizer"] == optimizer
+            if p["optimizer"] == optimizer and "weight_power" not in p
         ]
         assert sizes == [
             ("full", None, None),
@@ -52,6 +52,11 @@ def test_the_default_grid_covers_the_question():
             ("hashed", 16, None),
             ("hashed", None, 262_144),
         ]
+
+
+def test_the_frontier_has_every_method_once():
+    named = [method for methods in study.FRONTIER.values() for method in methods]
+    assert sorted(named) == sorted(frontier.METHODS)
 
 
 def test_staleness_says_why():
@@ -85,7 +90,7 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
 
 
 def test_missing_records_are_named():
-    with pytest.raises(FileNotFoundError, match=r"25 of 25 runs are missing or stale:\n  pmi: never run"):
+    with pytest.raises(FileNotFoundError, match=r"35 of 35 runs are missing or stale:\n  pmi: never run"):
         study.current_records(study.study_runs())
 
 
@@ -140,23 +145,29 @@ def test_smoke_records(smoke, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = report.load()
     kinds = [record["kind"] for record in found]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"pmi": 1, "quality": 19, "speed": 33}
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "pmi": 1,
+        "limits": 1,
+        "quality": 26,
+        "speed": 33,
+        "frontier": 17,
+    }
     table = report.beside_original(found)
     assert len(table) == 9
-    assert report.quality_table(found, "full-batch").shape[0] == 16
+    assert report.quality_table(found, "full-batch").shape[0] == 19
     for record in found:
         assert record["git_commit"] is None or len(record["git_commit"]) == 40
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
         report.pick(found, table="robe")
     rows = list(csv.DictReader(io.StringIO(report.csv_text(found, "quality"))))
-    assert len(rows) == 19
+    assert len(rows) == 26
     trained = next(row for row in rows if row["training"] == "full-batch")
     assert json.loads(trained["history"])[0]["step"] == 0
 
 
 def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
     pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) >= 25
+    assert len(pages) >= 33
     for page in pages:
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:
@@ -171,5 +182,5 @@ def test_a_page_without_its_records_fails_the_build(tmp_path):
     command = [sys.executable, "book/build.py", "--build-dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "25 of 25 runs are missing or stale" in done.stderr
+    assert "35 of 35 runs are missing or stale" in done.stderr
     assert not (tmp_path / "_build").exists()
