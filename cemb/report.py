@@ -321,7 +321,7 @@ def quality_frame(found: list[dict]) -> pd.DataFrame:
 
 def gap_text(record: dict) -> str:
     """A gap, with the range over seeds if there were several; or how the run failed."""
-    if record["gap"] is None:
+    if pd.isna(record["gap"]):
         return "none" if record.get("failure") is None else "failed"
     text = _signed(record["gap"], 3)
     if record.get("num_seeds", 1) > 1:
@@ -350,7 +350,7 @@ def quality_table(found: list[dict], training: str, *, weighted: bool = False) -
 
 def analogies_text(record: dict) -> str:
     """Shares of analogies answered, by 3CosAdd and by 3CosMul."""
-    if record.get("analogies_score") is None:
+    if pd.isna(record.get("analogies_score")):
         return "none"
     return f"{record['analogies_score']:.1f} / {record['analogies_mul_score']:.1f}"
 
@@ -438,7 +438,7 @@ def decisions(found: list[dict]) -> pd.DataFrame:
 
 def score_text(record: dict, name: str) -> str:
     """A similarity score with its bootstrap interval."""
-    if record.get(f"{name}_score") is None:
+    if pd.isna(record.get(f"{name}_score")):
         return "no pairs"
     score, low, high = (_signed(record[f"{name}_{field}"]) for field in ("score", "low", "high"))
     return f"{score} ({low} to {high})"
@@ -538,8 +538,8 @@ def readme_answer(found: list[dict]) -> str:
     ships, trains = best_point(found, "inference", 16), best_point(found, "training", 12)
     lines.append(
         f"- **What a byte is worth.** In 16 times fewer bytes than the full table, {ships['method']} goes "
-        f"{closed_share(ships)} of it, and scores {score_text(ships, 'wordsim353')}; trained in 12 times fewer "
-        f"bytes than a full table with Adam takes, {trains['method']} goes {closed_share(trains)}."
+        f"{closed_share(ships)} of it, and scores {score_text(ships, 'wordsim353')}; trained in 12 times "
+        f"fewer bytes than a full table with Adam takes, {trains['method']} goes {closed_share(trains)}."
     )
     return "\n".join(
         [*lines, "", f"Measured on {machine(found)}, PyTorch's memory settings left as they come."]
