@@ -113,14 +113,11 @@ def search_learning_rate(
     while True:
         rates = sorted(found)
         best = min(rates, key=found.__getitem__)
+        if best not in (rates[0], rates[-1]):
+            return {rate: found[rate] for rate in rates}
         if len(found) >= max_trials:
             raise RuntimeError(f"no best learning rate within {rates[0]:g} to {rates[-1]:g}: {found}")
-        if best == rates[0]:
-            try_rate(best / factor)
-        elif best == rates[-1]:
-            try_rate(best * factor)
-        else:
-            return {rate: found[rate] for rate in rates}
+        try_rate(best / factor if best == rates[0] else best * factor)
 
 
 def _decay(optimizer: torch.optim.Optimizer, learning_rate: float, progress: float) -> None:
