@@ -159,7 +159,7 @@ def train_full_batch(
         error before that step, and the time since the start.
 
     Raises:
-        DivergenceError: the loss grew tenfold or is not finite.
+        DivergenceError: the loss grew tenfold (not for L-BFGS, which may try such points) or is not finite.
     """
     num_words = model.word_table.num_embeddings
     history: list[dict[str, float]] = []
@@ -175,7 +175,9 @@ def train_full_batch(
             loss = objective(*model.factors())
             if step % evaluate_every == 0:
                 note(step, loss.item())
-            _check(loss.item(), history[0]["loss"], step, learning_rate)
+            # A line search tries points that are worse, and leaves them.
+            if optimizer != "lbfgs" or not math.isfinite(loss.item()):
+                _check(loss.item(), history[0]["loss"], step, learning_rate)
             (loss / num_words).backward()
             progress.update()
             return loss
