@@ -202,12 +202,15 @@ def train_full_batch(
 def _run_lbfgs(
     model: PairModel, evaluate: Callable[[int], Tensor], learning_rate: float, num_steps: int
 ) -> None:
-    """`num_steps` evaluations of L-BFGS (Liu and Nocedal, 1989), its line searches for Wolfe's conditions."""
+    """L-BFGS (Liu and Nocedal, 1989), its line searches for Wolfe's conditions, of `num_steps` evaluations.
+
+    It may be one fewer, and fewer where the gradient vanishes.
+    """
     optimizer = torch.optim.LBFGS(
         model.parameters(),
         learning_rate,
-        max_iter=num_steps,
-        max_eval=num_steps,
+        max_iter=num_steps - 1,
+        max_eval=num_steps - 1,  # torch's line search may make one more
         tolerance_grad=0,
         tolerance_change=0,
         history_size=LBFGS_HISTORY,
