@@ -81,11 +81,11 @@ def default_learning_rate(table: str, optimizer: str, training: str) -> float:
 def optimizer_bytes(model: PairModel, optimizer: str) -> int:
     """Bytes of an optimizer's state for a model, measured on a step of zero gradients at rate 0.
 
-    L-BFGS keeps its last moves and changes of gradient, and makes no step where there is no gradient: its
-    bytes are counted, not measured.
+    L-BFGS keeps its last moves and changes of gradient, a direction and a gradient, and makes no step where
+    there is no gradient: its bytes are counted, not measured.
     """
     if optimizer == "lbfgs":
-        return 2 * LBFGS_HISTORY * sum(p.numel() * p.element_size() for p in model.parameters())
+        return 2 * (LBFGS_HISTORY + 1) * sum(p.numel() * p.element_size() for p in model.parameters())
     parameters = [torch.nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
     step_of = make_optimizer(optimizer, parameters, 0.0)
     for parameter in parameters:
