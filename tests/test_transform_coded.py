@@ -224,3 +224,10 @@ def test_deterministic_and_a_state_loads():
     assert not torch.equal(all_rows(first), all_rows(other))
     other.load_state_dict(first.state_dict())
     assert torch.equal(all_rows(first), all_rows(other))
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e12])
+def test_only_the_ratios_of_importances_matter(factor):
+    vectors, importance = torch.randn(300, 5), torch.rand(5)
+    expected = all_rows(coded(vectors, importance, 3000))
+    assert torch.allclose(all_rows(coded(vectors, importance * factor, 3000)), expected, atol=0.02)
