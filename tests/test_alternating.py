@@ -58,6 +58,8 @@ def test_solve_is_least_squares():
     matrix, fixed = torch.randn(40, 30), torch.randn(30, 5)
     expected = np.linalg.lstsq(fixed.double().numpy(), matrix.double().numpy().T)[0].T
     np.testing.assert_allclose(solve(matrix @ fixed, fixed), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the stored factor is zero"):
+        solve(matrix @ fixed, torch.zeros(30, 5))
 
 
 # Gaps were 5e-8, 5e-6, 2e-5 and 5e-3 when this was written.

@@ -188,6 +188,21 @@ def test_a_ratio_beyond_reach_is_a_failure(method, data, objective, scored):
     assert record["asked_ratio"] == 10**6
 
 
+@pytest.mark.parametrize("method", ["transform coding", "alternating, transform coding"])
+@pytest.mark.parametrize("spare", [-1, 0, 60])
+def test_budgets_near_the_least(method, spare, data, objective, scored):
+    least = 2 * (overhead_bytes(len(data.words), RANK) + 1)
+    ratio = 2 * len(data.words) * RANK * 4 / (least + 2 * spare + 0.5)
+    record = measure(method, data, objective, compression_ratio=ratio, num_steps=12)
+    if spare <= 0:
+        expected = "max_bytes must be at least" if spare else "the stored factor is zero"
+        assert record["failure"].startswith(expected)
+        assert record["gap"] is None
+    else:
+        assert record["failure"] is None
+        assert 0 < record["gap"] < 1
+
+
 def test_seeds_differ_and_are_repeated(data, objective, scored):
     for method in ("hashed", "alternating, int8"):
         gaps = [measure(method, data, objective, seed=s, num_steps=6)["gap"] for s in (1, 1, 2)]
