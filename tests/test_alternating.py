@@ -3,7 +3,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cemb import evaluate
+from cemb import alternating, evaluate
 from cemb.alternating import STORES, principal, solve, train_alternating, transform_code
 from cemb.tables import RowQuantizedEmbedding, TransformCodedEmbedding, all_rows, num_bytes
 from cemb.tables.transform_coded import allocate_bits, overhead_bytes
@@ -147,6 +147,21 @@ def test_transform_coding_keeps_its_budget_and_solving_again_helps(max_bytes, lo
     assert 0 < gaps[2] < 1.02 * gaps[1]
     again = transform_code(objective, *factors, max_bytes)
     assert all(torch.equal(all_rows(a), all_rows(b)) for a, b in zip(tables, again, strict=True))
+
+
+@pytest.mark.parametrize("num_rounds", [0, 1, 3])
+def test_rounds_solve_for_both_sides(num_rounds, low_rank, monkeypatch):
+    objective, best, _ = low_rank
+    sides = []
+
+    def noted(products, fixed):
+        sides.append(len(products))
+        return solve(products, fixed)
+
+    monkeypatch.setattr(alternating, "solve", noted)
+    factors = [torch.from_numpy(side) for side in best.factors()]
+    transform_code(objective, *factors, 8000, num_rounds=num_rounds)
+    assert sides == [400] + [500, 400] * num_rounds
 
 
 def test_transform_coding_does_not_mind_the_axes(low_rank):

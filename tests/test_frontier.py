@@ -65,6 +65,19 @@ def test_limits_of_the_gap(random_matrix):
     assert limits[0, 3] / gap_limit(best, 5, by_row=False) == pytest.approx(4, rel=1e-6)
 
 
+def test_limits_equal_their_formula(random_matrix):
+    best = evaluate.optimum(random_matrix, 5)
+    squares = np.square(best.singular_values)
+    plain, by_row = [], []
+    for side in (best.left, best.right):
+        shares = np.square(side) @ squares / squares.sum()
+        by_row += [share * square for share in shares for square in squares]
+        plain += [square / len(side) for _ in shares for square in squares]
+    for variances, is_by_row in ((plain, False), (by_row, True)):
+        expected = water_filling(np.array(variances), 1.5) / squares.sum()
+        assert gap_limit(best, 1.5, by_row=is_by_row) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_limit_of_one_component_is_that_of_its_rows():
     rows = np.sqrt(np.array([0.5, 0.25, 0.25], np.float32))[:, None]
     best = evaluate.Optimum(rows, np.array([3], np.float32), np.ones((1, 1), np.float32), 10)

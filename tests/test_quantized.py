@@ -112,7 +112,7 @@ def test_centroids_are_better_than_a_sample_of_rows():
         for groups in (1, 2, 4)
     ]
     assert errors[0] > errors[1] > errors[2]
-    assert errors[0] < 0.8 * torch.cdist(vectors, vectors[:256]).amin(dim=1).square().sum()
+    assert errors[0] < 0.66 * torch.cdist(vectors, vectors[:256]).amin(dim=1).square().sum()
 
 
 def test_product_quantization_is_deterministic_and_a_seed_matters():

@@ -171,6 +171,14 @@ def test_importance_decides_what_is_kept():
         assert errors.argmin() == importance.argmax()
 
 
+def test_scales_follow_what_is_important():
+    vectors, importance = torch.randn(2000, 2), torch.tensor([1.0, 1e-8])
+    vectors[:, 1] *= torch.logspace(-3, 3, 2000)[torch.randperm(2000)]
+    bits = torch.tensor([4, 0], dtype=torch.uint8).expand(size(2000, 2)).contiguous()
+    rows = all_rows(TransformCodedEmbedding.from_vectors(vectors, importance, bits))
+    assert (rows - vectors)[:, 0].norm() < 0.1 * vectors[:, 0].norm()
+
+
 @pytest.mark.parametrize(
     "vectors",
     [torch.zeros(50, 3), torch.full((50, 3), 2.5), torch.arange(50.0)[:, None].expand(50, 3).clone()],
@@ -212,6 +220,7 @@ def test_levels_of_a_gaussian_are_those_of_max(bits, positive, distortion):
 def test_levels_of_few_values_are_these():
     values = torch.tensor([-3.0] * 10 + [1] * 10 + [4] * 10)
     assert set(lloyd_levels(values, 3).tolist()) == {-3, 1, 4}
+    assert lloyd_levels(torch.tensor([0.0] * 7 + [9]), 1).tolist() == [0, 9]
     assert lloyd_levels(values, 0).item() == pytest.approx(values.mean().item())
 
 
