@@ -51,8 +51,13 @@ def principal(words: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def solve(products: Tensor, fixed: Tensor) -> Tensor:
-    """The factor ``[n, dim]`` of least error beside `fixed`, from ``products = M @ fixed``."""
+    """The factor ``[n, dim]`` of least error beside `fixed`, from ``products = M @ fixed``.
+
+    ValueError where `fixed` is zero, as of a table without bits.
+    """
     gram = fixed.T.double() @ fixed.double()
+    if not gram.any():
+        raise ValueError("the stored factor is zero; too few bytes leave no bits for its values")
     ridge = 1e-12 * gram.diagonal().mean()
     gram.diagonal().add_(ridge)
     return torch.linalg.solve(gram, products.T.double()).T.to(products.dtype).contiguous()

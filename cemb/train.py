@@ -84,11 +84,11 @@ def default_learning_rate(table: str, optimizer: str, training: str) -> float:
 def optimizer_bytes(model: PairModel, optimizer: str) -> int:
     """Bytes of an optimizer's state for a model, measured on a step of zero gradients at rate 0.
 
-    L-BFGS keeps its last moves and changes of gradient, and makes no step where there is no gradient: its
-    bytes are counted, not measured.
+    L-BFGS keeps its last moves and changes of gradient, a direction and a gradient, and makes no step where
+    there is no gradient: its bytes are counted, not measured.
     """
     if optimizer == "lbfgs":
-        return 2 * LBFGS_HISTORY * sum(p.numel() * p.element_size() for p in model.parameters())
+        return 2 * (LBFGS_HISTORY + 1) * sum(p.numel() * p.element_size() for p in model.parameters())
     parameters = [torch.nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
     step_of = make_optimizer(optimizer, parameters, 0.0)
     for parameter in parameters:
@@ -116,14 +116,11 @@ def search_learning_rate(
     while True:
         rates = sorted(found)
         best = min(rates, key=found.__getitem__)
+        if best not in (rates[0], rates[-1]):
+            return {rate: found[rate] for rate in rates}
         if len(found) >= max_trials:
             raise RuntimeError(f"no best learning rate within {rates[0]:g} to {rates[-1]:g}: {found}")
-        if best == rates[0]:
-            try_rate(best / factor)
-        elif best == rates[-1]:
-            try_rate(best * factor)
-        else:
-            return {rate: found[rate] for rate in rates}
+        try_rate(best / factor if best == rates[0] else best * factor)
 
 
 def _decay(optimizer: torch.optim.Optimizer, learning_rate: float, progress: float) -> None:
@@ -165,7 +162,7 @@ def train_full_batch(
         error before that step, and the time since the start.
 
     Raises:
-        DivergenceError: the loss grew tenfold or is not finite.
+        DivergenceError: the loss grew tenfold (not for L-BFGS, which may try such points) or is not finite.
     """
     num_words = model.num_words
     history: list[dict[str, float]] = []
@@ -181,7 +178,9 @@ def train_full_batch(
             loss = objective(*model.factors())
             if step % evaluate_every == 0:
                 note(step, loss.item())
-            _check(loss.item(), history[0]["loss"], step, learning_rate)
+            # A line search tries points that are worse, and leaves them.
+            if optimizer != "lbfgs" or not math.isfinite(loss.item()):
+                _check(loss.item(), history[0]["loss"], step, learning_rate)
             (loss / num_words).backward()
             progress.update()
             return loss
@@ -206,12 +205,15 @@ def train_full_batch(
 def _run_lbfgs(
     model: PairModel, evaluate: Callable[[int], Tensor], learning_rate: float, num_steps: int
 ) -> None:
-    """`num_steps` evaluations of L-BFGS (Liu and Nocedal, 1989), its line searches for Wolfe's conditions."""
+    """L-BFGS (Liu and Nocedal, 1989), its line searches for Wolfe's conditions, of `num_steps` evaluations.
+
+    It may be one fewer, and fewer where the gradient vanishes.
+    """
     optimizer = torch.optim.LBFGS(
         model.parameters(),
         learning_rate,
-        max_iter=num_steps,
-        max_eval=num_steps,
+        max_iter=num_steps - 1,
+        max_eval=num_steps - 1,  # torch's line search may make one more
         tolerance_grad=0,
         tolerance_change=0,
         history_size=LBFGS_HISTORY,

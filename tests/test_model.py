@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from cemb import PairModel
-from cemb.model import LOSSES, build_model, glove_loss, glove_weight, mse_loss, weighted_mse_loss
+from cemb.model import (
+    LOSSES,
+    all_cells_loss,
+    build_model,
+    glove_loss,
+    glove_weight,
+    mse_loss,
+    weighted_mse_loss,
+)
 from cemb.tables import FullEmbedding, HashedEmbedding
 
 
@@ -63,13 +71,16 @@ def test_losses_equal_their_formulas():
     logs = [(1 - math.log(50)) ** 2, (-2 - math.log(200)) ** 2, 0]
     expected = sum(w * s for w, s in zip(weights, logs, strict=True)) / 3
     assert glove_loss(scores, values).item() == pytest.approx(expected)
+    found = all_cells_loss(scores, values, torch.tensor([0.5, 2, 3]))
+    assert found.item() == pytest.approx(0.5 * 49**2 + 2 * 202**2 + 3 * 0.25)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values())
 def test_losses_have_exact_gradients_also_at_zero(loss):
     scores = torch.randn(6, dtype=torch.float64, requires_grad=True)
     values = torch.tensor([0.0, 0.5, 3.0, 99.0, 100.0, 150.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s: loss(s, values), scores)
+    more = [torch.rand(6, dtype=torch.float64)] if loss is all_cells_loss else []
+    assert torch.autograd.gradcheck(lambda s: loss(s, values, *more), scores)
 
 
 @pytest.mark.parametrize(

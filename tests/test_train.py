@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -9,14 +10,28 @@ from conftest import zipf_text
 from cemb import evaluate, quality
 from cemb.batches import PairBatches
 from cemb.dataset import PmiConfig, load_pmi
-from cemb.model import build_model, mse_loss
+from cemb.model import (
+    COMPRESSED_TABLES,
+    PairModel,
+    all_cells_loss,
+    build_compressed_model,
+    build_model,
+    mse_loss,
+)
 from cemb.quality import QualityCase, measure_quality
+from cemb.tables import ClusteredEmbedding, num_bytes
 from cemb.train import (
     ADAM_BETAS,
+    FULL_BATCH_LEARNING_RATES,
+    MINI_BATCH_LEARNING_RATES,
     OPTIMIZERS,
+    TABLE_LEARNING_RATES,
     DivergenceError,
+    default_learning_rate,
     halve_until_stable,
     make_optimizer,
+    optimizer_bytes,
+    search_learning_rate,
     train_full_batch,
     train_mini_batches,
 )
@@ -67,6 +82,224 @@ def test_adam_reaches_the_optimum(random_matrix):
     history = train_full_batch(model, objective, optimizer="adam", learning_rate=0.1, num_steps=600)
     assert [entry["step"] for entry in history] == [*range(0, 600, 10), 600]
     assert -1e-4 < best.gap(history[-1]["loss"]) < 0.01
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    model = build_model("full", 40, 4, shared_table=False)
+    model.context_table = type(model.context_table)(30, 4)
+    return model
+
+
+class Counted:
+    """An objective that notes its values."""
+
+    def __init__(self, objective):
+        self.objective, self.losses = objective, []
+
+    def __call__(self, words, contexts):
+        loss = self.objective(words, contexts)
+        self.losses.append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lbfgs_reaches_the_optimum(seed, random_matrix):
+    objective, best = Counted(evaluate.AllCellsLoss(random_matrix)), evaluate.optimum(random_matrix, 4)
+    history = train_full_batch(
+        small_model(seed), objective, optimizer="lbfgs", learning_rate=1.0, num_steps=120
+    )
+    assert -1e-5 < best.gap(history[-1]["loss"]) < 1e-4
+    seconds = [entry["seconds"] for entry in history]
+    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[-1]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 20, 21, 30])
+def test_lbfgs_evaluates_as_often_as_it_is_told(num_steps, random_matrix):
+    objective = Counted(evaluate.AllCellsLoss(random_matrix))
+    history = train_full_batch(
+        small_model(), objective, optimizer="lbfgs", learning_rate=1.0, num_steps=num_steps
+    )
+    *losses, last = objective.losses
+    assert max(1, num_steps - 1) <= len(losses) <= num_steps
+    assert [entry["step"] for entry in history] == [*range(0, len(losses), 10), num_steps]
+    assert [entry["loss"] for entry in history] == [*losses[::10], last]
+    assert last <= losses[0]
+
+
+def test_lbfgs_bears_bad_points_on_a_line_but_no_infinite_ones(random_matrix):
+    objective = Counted(evaluate.AllCellsLoss(random_matrix))
+    train_full_batch(small_model(), objective, optimizer="lbfgs", learning_rate=1.0, num_steps=20)
+    assert max(objective.losses) > 10 * objective.losses[0]
+    model = small_model()
+    with torch.no_grad():
+        model.word_table.weight[0, 0] = math.nan
+    with pytest.raises(DivergenceError, match="diverged at step 0: loss nan"):
+        train_full_batch(model, objective, optimizer="lbfgs", learning_rate=1.0, num_steps=20)
+
+
+def test_tables_recluster_as_often_as_the_loss_is_noted(random_matrix, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ClusteredEmbedding, "recluster", lambda table: calls.append(table))
+    torch.manual_seed(0)
+    model = PairModel(ClusteredEmbedding(40, 4, 5, 2), ClusteredEmbedding(30, 4, 5, 2))
+    objective = evaluate.AllCellsLoss(random_matrix)
+    history = train_full_batch(
+        model, objective, optimizer="adam", learning_rate=0.02, num_steps=25, evaluate_every=5
+    )
+    assert [entry["step"] for entry in history] == [0, 5, 10, 15, 20, 25]
+    assert calls == [model.word_table, model.context_table] * 4
+
+
+@pytest.mark.parametrize("start", [1.0, 2**-3, 2.0**9])
+def test_the_best_rate_is_found_between_others(start):
+    asked = []
+
+    def final_loss(rate):
+        asked.append(rate)
+        return (math.log2(rate) - 3.2) ** 2
+
+    found = search_learning_rate(final_loss, start, max_trials=12)
+    assert list(found) == sorted(found) == sorted(asked)
+    rates = list(found)
+    best = min(found, key=found.get)
+    assert best == 8
+    assert best not in (rates[0], rates[-1])
+    assert {b / a for a, b in itertools.pairwise(rates)} == {2}
+    assert all(found[rate] == (math.log2(rate) - 3.2) ** 2 for rate in rates)
+    # As many trials as it took are enough, one less is not.
+    assert search_learning_rate(final_loss, start, max_trials=len(found)) == found
+    with pytest.raises(RuntimeError, match="no best learning rate within"):
+        search_learning_rate(final_loss, start, max_trials=len(found) - 1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rates_that_diverge_are_worst(bad):
+    found = search_learning_rate(lambda rate: bad if rate > 9 else 1 / rate, 100, factor=3)
+    assert min(found, key=found.get) == pytest.approx(100 / 27)
+    assert set(found.values()) == {math.inf, *(1 / rate for rate in found if rate < 9)}
+    with pytest.raises(RuntimeError, match="no best learning rate"):
+        search_learning_rate(lambda rate: bad, 1.0, max_trials=4)
+
+
+def test_the_search_for_a_rate_is_given_up():
+    asked = []
+    with pytest.raises(RuntimeError, match=r"no best learning rate within 0\.5 to 8: \{"):
+        search_learning_rate(lambda rate: asked.append(rate) or -rate, 1.0, max_trials=5)
+    assert asked == [1, 0.5, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("optimizer", "per_value"), [("sgd", 0), ("adagrad", 4), ("adam", 8)])
+def test_bytes_of_optimizers(optimizer, per_value):
+    model = small_model()
+    counters = 0 if optimizer == "sgd" else 4 * 2
+    before = [p.clone() for p in model.parameters()]
+    assert optimizer_bytes(model, optimizer) == per_value * 70 * 4 + counters
+    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_bytes_of_lbfgs_are_those_of_its_state(random_matrix, monkeypatch):
+    made = []
+
+    class Noted(torch.optim.LBFGS):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", Noted)
+    model, objective = small_model(), evaluate.AllCellsLoss(random_matrix)
+    train_full_batch(model, objective, optimizer="lbfgs", learning_rate=1.0, num_steps=60)
+    (state,) = made[0].state.values()
+    vectors = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in state.values())
+    kept = sum(v.nbytes for v in vectors if torch.is_tensor(v) and v.numel() > 1)
+    assert optimizer_bytes(model, "lbfgs") == kept
+
+
+def test_default_rates():
+    assert default_learning_rate("full", "adam", "full-batch") == FULL_BATCH_LEARNING_RATES["adam"]
+    assert default_learning_rate("hashed", "lbfgs", "full-batch") == FULL_BATCH_LEARNING_RATES["lbfgs"]
+    for table, rate in TABLE_LEARNING_RATES.items():
+        assert table in COMPRESSED_TABLES
+        assert default_learning_rate(table, "adam", "full-batch") == rate
+        assert default_learning_rate(table, "sgd", "full-batch") == FULL_BATCH_LEARNING_RATES["sgd"]
+        assert default_learning_rate(table, "adam", "mini-batch") == MINI_BATCH_LEARNING_RATES["adam"]
+
+
+@pytest.mark.parametrize("table", COMPRESSED_TABLES)
+def test_compressed_models_keep_their_budget(table):
+    torch.manual_seed(0)
+    model = build_compressed_model(table, 300, 10, 12_001)
+    assert 0.8 * 12_000 <= num_bytes(model) <= 12_000
+    words, contexts = model.factors()
+    assert words.shape == contexts.shape == (300, 10)
+    assert model.word_table is not model.context_table
+    assert num_bytes(model.word_table) == num_bytes(model.context_table) == num_bytes(model) / 2
+    with pytest.raises(ValueError, match="max_bytes must be at least"):
+        build_compressed_model(table, 300, 10, 7)
+
+
+def test_unknown_compressed_models_are_refused():
+    with pytest.raises(ValueError, match=r"table must be one of hybrid, .* got 'full'"):
+        build_compressed_model("full", 300, 10, 12_000)
+
+
+class Enumerated:
+    """In place of a random generator: the stored cells in their order, then all cells of a matrix."""
+
+    def __init__(self, shape):
+        rows, columns = np.indices(shape)
+        self.columns = iter([rows.ravel(), columns.ravel()])
+
+    def permutation(self, count):
+        return np.arange(count)
+
+    def integers(self, high, size):
+        cells = next(self.columns)
+        assert len(cells) == size
+        return cells
+
+
+def test_weighted_batches_of_all_cells_have_the_loss_of_all_cells(random_matrix):
+    num_words, num_contexts = random_matrix.shape
+    cells, stored = num_words * num_contexts, random_matrix.nnz
+    batches = PairBatches(
+        random_matrix, cells + stored, negative_share=cells / (cells + stored), weighted=True
+    )
+    batches._rng = Enumerated(random_matrix.shape)
+    ((pairs, values, weights),) = batches
+    scores = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    dense = (scores - torch.from_numpy(random_matrix.toarray())).square().sum() / num_words
+    loss = all_cells_loss(scores[tuple(pairs.T)], values, weights)
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    hits = values[stored:] != 0
+    assert hits.sum() == stored
+    assert not weights[stored:][hits].any()
+    assert torch.allclose(weights[stored:][~hits], torch.tensor(1 / num_words))
+    assert torch.allclose(weights[:stored], torch.tensor(1 / num_words))
+
+
+@pytest.mark.parametrize("negative_share", [0.2, 0.5, 0.9])
+def test_weighted_batches_expect_the_loss_of_all_cells(negative_share, random_matrix):
+    scores = 1 + torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    dense = (scores - torch.from_numpy(random_matrix.toarray())).square().sum().item() / 40
+    batches = PairBatches(random_matrix, 100, negative_share=negative_share, weighted=True, seed=1)
+    losses = np.array(
+        [[all_cells_loss(scores[tuple(p.T)], v, w).item() for p, v, w in batches] for _ in range(600)]
+    )
+    assert losses.shape == (600, len(batches))
+    # Each batch of an epoch by itself, also the last, which is smaller.
+    errors = (losses.mean(axis=0) - dense) / (losses.std(axis=0) / np.sqrt(600))
+    assert np.abs(errors).max() < 4
+
+
+def test_weighted_batches_need_negative_samples(random_matrix):
+    with pytest.raises(ValueError, match=r"batch_size=8 with negative_share=0\.01 leaves no negative sample"):
+        PairBatches(random_matrix, 8, negative_share=0.01, weighted=True)
+    # The last batch of an epoch has one at least.
+    *_, (pairs, _, _) = PairBatches(random_matrix, 242 * 3 // 2, negative_share=1 / 3, weighted=True)
+    assert random_matrix.nnz == 243
+    assert len(pairs) == 1 + 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -225,9 +458,13 @@ def test_sgns_of_a_changed_corpus_is_refused(topical):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"optimizer": "lbfgs"}, "optimizer must be one of sgd, adagrad, adam, got 'lbfgs'"),
+        ({"optimizer": "adamw"}, "optimizer must be one of sgd, adagrad, adam, lbfgs, got 'adamw'"),
+        (
+            {"optimizer": "lbfgs", "training": "mini-batch"},
+            "optimizer must be one of sgd, adagrad, adam, got 'lbfgs'",
+        ),
         ({"training": "online"}, "training must be one of full-batch, mini-batch, got 'online'"),
-        ({"loss": "hinge"}, "loss must be one of mse, weighted-mse, glove, got 'hinge'"),
+        ({"loss": "hinge"}, "loss must be one of all-cells, mse, weighted-mse, glove, got 'hinge'"),
         ({}, "needs pool_size or compression_ratio, not both; got pool_size=None"),
         ({"table": "full", "pool_size": 5}, "a full table has no pool; got pool_size=5"),
     ],

@@ -75,11 +75,13 @@ class ProductQuantizedEmbedding(nn.Module):
             with warnings.catch_warnings():
                 # A centroid that lost its rows stays where it was, which is what is wanted.
                 warnings.filterwarnings("ignore", message="One of the clusters is empty")
-                centroids, codes[:, group] = scipy.cluster.vq.kmeans2(
+                centroids, _ = scipy.cluster.vq.kmeans2(
                     part, 256, iter=10, minit="points", rng=np.random.default_rng((seed, group))
                 )
-            codebooks.append(centroids)
-        books = torch.from_numpy(np.concatenate(codebooks, axis=1)).half()
+            # kmeans2's codes are those before its last update of the centroids.
+            codebooks.append(centroids.astype(np.float16))
+            codes[:, group], _ = scipy.cluster.vq.vq(part, codebooks[-1].astype(part.dtype))
+        books = torch.from_numpy(np.concatenate(codebooks, axis=1))
         return cls(torch.from_numpy(codes), books, [part.shape[1] for part in parts])
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class _Normalized:
 
     @classmethod
     def of(cls, vectors: Tensor, importance: Tensor) -> "_Normalized":
-        weighted = vectors * importance.sqrt()
+        # Over their mean, so that what float16 holds does not depend on their unit.
+        weighted = vectors * (importance / importance.mean()).sqrt()
         logs = weighted.square().mean(dim=1).clamp(min=1e-30).log2() / 2
         scale_range = torch.stack((logs.min(), logs.max()))
         width = (scale_range[1] - scale_range[0]).clamp(min=1e-6)
