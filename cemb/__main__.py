@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--block-size", type=int, default=1)
     train.add_argument("--signed", action="store_true")
     train.add_argument("--learning-rate", type=float, default=None, help="None: by training and optimizer")
-    train.add_argument("--num-steps", type=int, default=45, help="of full batches")
+    train.add_argument("--num-steps", type=int, default=50, help="of full batches")
     train.add_argument("--num-epochs", type=int, default=1, help="of mini-batches")
     train.add_argument("--batch-size", type=int, default=32_768)
     train.add_argument("--negative-share", type=float, default=0.5)

@@ -153,7 +153,7 @@ def measure(
     *,
     compression_ratio: float = 1,
     seed: int = 0,
-    num_steps: int = 45,
+    num_steps: int = 50,
     learning_rate: float | None = None,
 ) -> dict[str, object]:
     """The record of one of `METHODS` at a ratio of full inference bytes to its own.

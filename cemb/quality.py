@@ -63,7 +63,7 @@ class QualityCase:
     block_size: int = 1
     signed: bool = False
     learning_rate: float | None = None
-    num_steps: int = 45
+    num_steps: int = 50
     num_epochs: int = 1
     batch_size: int = 32_768
     negative_share: float = 0.5
