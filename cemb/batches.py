@@ -19,8 +19,8 @@ class PairBatches:
         matrix: CSR ``[words, contexts]`` with sorted columns.
         batch_size: pairs a batch; the last batch of an epoch may be smaller.
         negative_share: share of a batch that is negative samples, in [0, 1).
-        context_shares: probabilities of the contexts ``[contexts]`` of negative samples; uniform if None, as
-            words always are. Frequent contexts have long vectors, whose errors weigh most.
+        context_shares: how likely negative samples have which context, positive ``[contexts]``; uniform if
+            None, as words always are. Frequent contexts have long vectors, whose errors weigh most.
         weighted: also yield weights, with which a batch's sum of squared errors has as its expectation the
             error of all cells divided by the number of words. Negative samples that hit a stored cell
             weigh 0, since those are all in the other part.

@@ -160,10 +160,12 @@ def measure(
 
     Where no such table fits or its training diverges, the record says why in ``failure``. Methods of
     `FIXED_RATIO` take no heed of the ratio; `num_steps` and `learning_rate` are for methods that train.
-    ValueError for an unknown method.
+    ValueError for an unknown method or a ratio that is not positive.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not compression_ratio > 0:
+        raise ValueError(f"compression_ratio must be positive, got {compression_ratio}")
     asked = {"asked_ratio": None if method in FIXED_RATIO else compression_ratio}
     try:
         if method in TRAINED:

@@ -61,8 +61,8 @@ class PairModel(nn.Module):
         first_context: int = 0,
     ):
         super().__init__()
-        if first_context and (context_table is not None or bias != "none"):
-            raise ValueError("first_context is for one shared table without biases")
+        if first_context and context_table is not None:
+            raise ValueError("first_context is for one shared table, and context_table was given too")
         if not 0 <= first_context < word_table.num_embeddings:
             raise ValueError(f"first_context must be a row of the table, got {first_context}")
         if bias not in BIASES:
@@ -80,10 +80,10 @@ class PairModel(nn.Module):
         self.first_context = first_context
         self.word_bias = self.context_bias = None
         if bias != "none":
-            self.word_bias = nn.Parameter(torch.zeros(self.word_table.num_embeddings))
+            self.word_bias = nn.Parameter(torch.zeros(self.num_words))
             self.context_bias = self.word_bias
         if bias == "separate":
-            self.context_bias = nn.Parameter(torch.zeros(self.context_table.num_embeddings))
+            self.context_bias = nn.Parameter(torch.zeros(self.context_table.num_embeddings - first_context))
 
     @property
     def _is_fused(self) -> bool:
@@ -110,11 +110,11 @@ class PairModel(nn.Module):
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Scores ``[batch]`` of the (word, context) id pairs ``[batch, 2]``."""
-        if self.first_context:
-            check_ids(pairs[:, 0], self.first_context)
-            check_ids(pairs[:, 1], self.word_table.num_embeddings - self.first_context)
-            pairs = pairs + torch.tensor([0, self.first_context], device=pairs.device)
         word_ids, context_ids = pairs.unbind(-1)
+        if self.first_context:
+            check_ids(word_ids, self.first_context)
+            check_ids(context_ids, self.word_table.num_embeddings - self.first_context)
+            pairs = pairs + torch.tensor([0, self.first_context], device=pairs.device)
         dropout = self.dropout if self.training else 0.0
         if self._is_fused:
             scores = self.word_table.pair_scores(pairs, self.context_table, dropout)

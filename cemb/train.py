@@ -156,7 +156,7 @@ def train_full_batch(
     The gradient is that of the error per word, so that rates carry over between vocabulary sizes. Dropout
     and biases play no part. A step is one evaluation of loss and gradient; L-BFGS, which has no rate to
     decay and searches along lines, takes about one to a move. Tables that recluster do so as often as the
-    loss is noted.
+    loss is noted, if not under L-BFGS, whose memory is of one function.
 
     Returns:
         ``{"step", "loss", "seconds"}`` at every `evaluate_every`-th step and after the last: the all-cells

@@ -31,7 +31,22 @@ def test_scores_are_dot_products_plus_biases(table, bias, shared_table):
         expected = expected + model.word_bias[pairs[:, 0]] + model.context_bias[pairs[:, 1]]
     torch.testing.assert_close(model(pairs), expected)
     assert (model.word_bias is model.context_bias) == (bias != "separate")
-    assert (model.word_table is model.context_table) == shared_table
+    if table != "full-fused":  # which keeps both sides' rows in one parameter
+        assert (model.word_table is model.context_table) == shared_table
+
+
+def test_words_and_contexts_of_one_parameter_are_apart():
+    model = build_model("full-fused", 12, 5, shared_table=False)
+    words, contexts = model.factors()
+    torch.testing.assert_close(torch.cat((words, contexts)), model.word_table.weight)
+    assert (model.num_words, model.num_parameters) == (12, 120)
+    for pair in ([12, 0], [0, 12], [-1, 0]):
+        with pytest.raises(IndexError, match=r"ids must lie in \[0, 12\)"):
+            model(torch.tensor([pair]))
+    with pytest.raises(ValueError, match="first_context is for one shared table"):
+        PairModel(model.word_table, model.word_table, first_context=12)
+    with pytest.raises(ValueError, match="first_context must be a row of the table, got 24"):
+        PairModel(model.word_table, first_context=24)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_default_rates():
     assert default_learning_rate("full", "adam", "full-batch") == FULL_BATCH_LEARNING_RATES["adam"]
     assert default_learning_rate("hashed", "lbfgs", "full-batch") == FULL_BATCH_LEARNING_RATES["lbfgs"]
     for table, rate in TABLE_LEARNING_RATES.items():
-        assert table in COMPRESSED_TABLES
+        assert table in ("hashed", *COMPRESSED_TABLES)
         assert default_learning_rate(table, "adam", "full-batch") == rate
         assert default_learning_rate(table, "sgd", "full-batch") == FULL_BATCH_LEARNING_RATES["sgd"]
         assert default_learning_rate(table, "adam", "mini-batch") == MINI_BATCH_LEARNING_RATES["adam"]
@@ -259,6 +259,12 @@ class Enumerated:
         assert len(cells) == size
         return cells
 
+    def random(self, size):
+        """What falls in the middle of each context's share of [0, 1)."""
+        cells = next(self.columns)
+        assert len(cells) == size
+        return (cells + 0.5) / (cells.max() + 1)
+
 
 def test_weighted_batches_of_all_cells_have_the_loss_of_all_cells(random_matrix):
     num_words, num_contexts = random_matrix.shape
@@ -279,11 +285,19 @@ def test_weighted_batches_of_all_cells_have_the_loss_of_all_cells(random_matrix)
     assert torch.allclose(weights[:stored], torch.tensor(1 / num_words))
 
 
+@pytest.mark.parametrize("is_uniform", [True, False])
 @pytest.mark.parametrize("negative_share", [0.2, 0.5, 0.9])
-def test_weighted_batches_expect_the_loss_of_all_cells(negative_share, random_matrix):
+def test_weighted_batches_expect_the_loss_of_all_cells(negative_share, is_uniform, random_matrix):
     scores = 1 + torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     dense = (scores - torch.from_numpy(random_matrix.toarray())).square().sum().item() / 40
-    batches = PairBatches(random_matrix, 100, negative_share=negative_share, weighted=True, seed=1)
+    batches = PairBatches(
+        random_matrix,
+        100,
+        negative_share=negative_share,
+        context_shares=None if is_uniform else np.linspace(3, 1, 30),  # need not sum to 1
+        weighted=True,
+        seed=1,
+    )
     losses = np.array(
         [[all_cells_loss(scores[tuple(p.T)], v, w).item() for p, v, w in batches] for _ in range(600)]
     )
