@@ -143,7 +143,7 @@ def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> l
         seeds = [0, 1, 2]
         # Far enough to come near the optimum, at a lower rate than a short run's.
         mini_batch = {"adam": {"num_epochs": 8, "learning_rate": 0.005}}
-        trained_ratios = [2, 4, 8, 16]
+        trained_ratios = [4, 8, 16]
         pmi = {**data, "sgns_epochs": 5}
     elif grid == "smoke":
         data = pmi = {"corpus": corpus, "min_count": 2, "rank": 8}
