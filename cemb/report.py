@@ -322,7 +322,7 @@ def quality_frame(found: list[dict]) -> pd.DataFrame:
 def gap_text(record: dict) -> str:
     """A gap, with the range over seeds if there were several; or how the run failed."""
     if pd.isna(record["gap"]):
-        return "none" if record.get("failure") is None else "failed"
+        return "none" if pd.isna(record.get("failure")) else "failed"
     text = _signed(record["gap"], 3)
     if record.get("num_seeds", 1) > 1:
         text += f" ({_signed(record['gap_low'], 3)} to {_signed(record['gap_high'], 3)})"
@@ -385,9 +385,9 @@ def frontier_frame(found: list[dict]) -> pd.DataFrame:
 
 def frontier_table(found: list[dict]) -> tuple[pd.DataFrame, list[str]]:
     """Every point of the frontier, by method; and of those which failed, why."""
-    rows = frontier_frame(found).to_dict("records")
-    failed = [r for r in rows if r["failure"]]
-    rows = [r for r in rows if not r["failure"]]
+    points = frontier_frame(found)
+    rows = points[points.failure.isna()].to_dict("records")
+    failed = points[points.failure.notna()].to_dict("records")
     table = pd.DataFrame(
         {
             "table": [r["method"] for r in rows],
