@@ -1,4 +1,4 @@
-"""Command line: ``python -m cemb speed|bench|pmi|train|rates|study``; see ``--help`` of each."""
+"""Command line: ``python -m cemb speed|bench|pmi|train|frontier|rates|study``; see ``--help`` of each."""
 
 import argparse
 import json
@@ -121,6 +121,32 @@ def _train(arguments: argparse.Namespace) -> None:
         torch.save(model.state_dict(), save)
 
 
+def _frontier(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from cemb import frontier, records
+    from cemb.dataset import load_pmi
+    from cemb.evaluate import AllCellsLoss
+
+    methods = arguments.method or frontier.METHODS
+    if unknown := sorted(set(methods) - set(frontier.METHODS)):
+        raise ValueError(f"method must be one of {', '.join(frontier.METHODS)}, got {unknown[0]!r}")
+    out = _output(arguments.out)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    data = load_pmi(_pmi_config(arguments))
+    objective, found = AllCellsLoss(data.matrix), []
+    cases = frontier.cases(methods, arguments.ratio, arguments.seed)
+    for method, ratio, seed in tqdm(cases, desc="tables", unit="table"):
+        options = {"compression_ratio": ratio, "seed": seed, "num_steps": arguments.num_steps}
+        found.append(frontier.measure(method, data, objective, **options))
+        if out:  # after each, so that stopping loses none
+            records.write(found, out)
+        else:
+            _print_record(found[-1])
+
+
 def _rates(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -240,6 +266,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--threads", type=int, default=None)
     train.add_argument("--save", help="write the model's state_dict here")
+
+    frontier = command("frontier", _frontier, "measure quality against bytes of tables in fewer of them")
+    corpus_options(frontier)
+    frontier.add_argument("--method", nargs="+", help="of cemb.frontier.METHODS; all unless given")
+    frontier.add_argument("--ratio", type=float, nargs="+", default=[4, 8, 16, 32], help="of inference bytes")
+    frontier.add_argument("--seed", type=int, nargs="+", default=[0])
+    frontier.add_argument("--num-steps", type=int, default=50, help="of full batches")
+    frontier.add_argument("--threads", type=int, default=None)
+    frontier.add_argument("--out", help="file for the records, one JSON object a line")
 
     rates = command("rates", _rates, "search the learning rates that quality runs start with; half an hour")
     corpus_options(rates)

@@ -189,7 +189,8 @@ def test_command_line_prints_one_record(model, capsys):
             "no run of this grid has optimizer=lion; it has adagrad, adam, sgd",
         ),
         (["study", "--pool-size", "7"], "no run of this grid has pool_size=7; it has 262144, 100000000"),
-        (["study", "--grid", "tiny"], "grid must be default or smoke, got 'tiny'"),
+        (["study", "--grid", "tiny"], "grid must be one of default, full, smoke, got 'tiny'"),
+        (["frontier", "--method", "magic"], "method must be one of full, hashed, "),
     ],
 )
 def test_command_line_explains_bad_input(arguments, message, capsys):
@@ -215,6 +216,30 @@ def test_command_line_trains_and_saves(tmp_path, capsys):
     assert command_line.main(train) == 0
     assert json.loads(capsys.readouterr().out)["num_parameters"] == 90
     assert torch.load(saved)["word_table.weight"].shape == (90,)
+
+
+def test_command_line_measures_the_frontier_and_searches_rates(tmp_path, capsys, monkeypatch):
+    from conftest import zipf_text
+
+    from cemb import quality
+
+    corpus, out = tmp_path / "text.txt", tmp_path / "records.jsonl"
+    corpus.write_text(zipf_text(5000, 80))
+    common = ["--corpus", str(corpus), "--min-count", "2", "--rank", "4"]
+    methods = ["--method", "lower rank", "int8", "--ratio", "2", "4", "--threads", "1"]
+    assert command_line.main(["frontier", *common, *methods, "--out", str(out)]) == 0
+    assert [(r["method"], r["asked_ratio"]) for r in records.read(out)] == [
+        ("lower rank", 2.0),
+        ("lower rank", 4.0),
+        ("int8", None),
+    ]
+    monkeypatch.setattr(quality, "rate_cases", lambda: [quality.QualityCase("full", "adam", num_steps=4)])
+    capsys.readouterr()
+    assert command_line.main(["rates", *common]) == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert record["best_rate"] in record["rates"][1:-1]
+    assert "full, full-batch, adam: " in printed.err
 
 
 def test_ratios_know_ties():
