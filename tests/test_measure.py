@@ -226,7 +226,7 @@ def test_command_line_measures_the_frontier_and_searches_rates(tmp_path, capsys,
     corpus, out = tmp_path / "text.txt", tmp_path / "records.jsonl"
     corpus.write_text(zipf_text(5000, 80))
     common = ["--corpus", str(corpus), "--min-count", "2", "--rank", "4"]
-    methods = ["--method", "lower rank", "int8", "--ratio", "2", "4", "--threads", "1"]
+    methods = ["--method", "lower rank", "int8", "--ratio", "2", "4"]
     assert command_line.main(["frontier", *common, *methods, "--out", str(out)]) == 0
     assert [(r["method"], r["asked_ratio"]) for r in records.read(out)] == [
         ("lower rank", 2.0),
