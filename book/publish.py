@@ -2,7 +2,8 @@
 
     python book/publish.py NAME
 
-The study must be up to date. What `python -m cemb bench` and `rates` left in results/local goes with it.
+The study must be up to date. What `python -m cemb` left in results/local goes with it: bench.jsonl, rates.jsonl and
+second.jsonl, the frontier on a second corpus.
 `results/reference/NAME` is what gets committed.
 """
 
@@ -39,7 +40,7 @@ def main() -> int:
         return 1
     folder = REFERENCES / name
     records.write(found, folder / "records.jsonl")
-    for other in ("bench.jsonl", "rates.jsonl"):
+    for other in ("bench.jsonl", "rates.jsonl", "second.jsonl"):
         if (local := records.results_dir() / "local" / other).exists():
             records.write(records.read(local), folder / other)
     figure = plots.answer(report.answer_frame(found))

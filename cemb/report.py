@@ -120,14 +120,12 @@ def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
 def reference(kind: str) -> tuple[str, list[dict]]:
     """Name of the reference machine, and its records of a kind that the study does not rerun.
 
-    `kind` is ``"bench"`` or ``"rates"``, after the command that makes them. FileNotFoundError if there are
-    none.
+    ``"bench"`` and ``"rates"`` are after the commands that make them, ``"second"`` is the frontier on a second
+    corpus. FileNotFoundError if there are none.
     """
     paths = sorted((records.ROOT / "results" / "reference").glob(f"*/{kind}.jsonl"))
     if not paths:
-        raise FileNotFoundError(
-            f"no {kind}.jsonl among results/reference; `python -m cemb {kind}` measures one"
-        )
+        raise FileNotFoundError(f"no machine among results/reference has a {kind}.jsonl")
     return paths[0].parent.name, records.read(paths[0])
 
 
