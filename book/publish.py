@@ -2,8 +2,8 @@
 
     python book/publish.py NAME
 
-The study must be up to date. What `python -m cemb` left in results/local goes with it: bench.jsonl, rates.jsonl and
-second.jsonl, the frontier on a second corpus.
+The study must be up to date. What `python -m cemb` left in results/local goes with it: bench.jsonl,
+rates.jsonl, and second.jsonl, which is the frontier on a second corpus.
 `results/reference/NAME` is what gets committed.
 """
 

@@ -120,8 +120,8 @@ def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
 def reference(kind: str) -> tuple[str, list[dict]]:
     """Name of the reference machine, and its records of a kind that the study does not rerun.
 
-    ``"bench"`` and ``"rates"`` are after the commands that make them, ``"second"`` is the frontier on a second
-    corpus. FileNotFoundError if there are none.
+    ``"bench"`` and ``"rates"`` are after the commands that make them, ``"second"`` is the frontier on a
+    second corpus. FileNotFoundError if there are none.
     """
     paths = sorted((records.ROOT / "results" / "reference").glob(f"*/{kind}.jsonl"))
     if not paths:
