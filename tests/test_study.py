@@ -102,8 +102,15 @@ def test_a_parameter_that_does_not_exist_is_refused_before_anything_runs(tmp_pat
 
 
 def test_an_unknown_value_fails_its_run_and_keeps_the_notebook(tmp_path):
+    # Runs go side by side in threads, so none may move the process to another directory, even for a while.
     code = """
+import os
 from cemb import study
+change = os.chdir
+def stay(path):
+    assert os.path.samefile(path, os.getcwd()), f"moved to {path}"
+    change(path)
+os.chdir = stay
 study.run_study([study.Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "num_embeddings": 10})])
 """
     # In a process of its own: papermill leaves an event loop behind for the garbage collector to complain of.
