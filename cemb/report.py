@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -17,7 +17,6 @@ import pandas as pd
 
 from cemb import corpus, records, study, targets
 from cemb.study import OPTIMIZER_NAMES
-from cemb.train import default_learning_rate
 
 # Ratios of bytes that the frontier's decisions are for.
 BUDGETS = {"inference": (4, 8, 16, 32, 64), "training": (3, 6, 12, 24, 48)}
@@ -130,13 +129,16 @@ def reference(kind: str) -> tuple[str, list[dict]]:
     return paths[0].parent.name, records.read(paths[0])
 
 
-def rates_table(found: list[dict]) -> pd.DataFrame:
-    """Learning rates tried, rising, with the gap of each, and the one that the study starts with."""
+def rates_table(found: list[dict], kept: Callable[[str, str, str], float]) -> pd.DataFrame:
+    """Learning rates tried, rising, with the gap of each, beside the one that the study starts with.
+
+    `kept` is `cemb.train.default_learning_rate`, which this module cannot import: it does without torch.
+    """
     return pd.DataFrame(
         {
             "table": [r["table"] for r in found],
             "optimizer": [f"{OPTIMIZER_NAMES[r['optimizer']]}, {r['training']}" for r in found],
-            "kept": [f"{default_learning_rate(r['table'], r['optimizer'], r['training']):g}" for r in found],
+            "kept": [f"{kept(r['table'], r['optimizer'], r['training']):g}" for r in found],
             "rate: gap": [
                 ", ".join(
                     f"{rate:g}: {'diverges' if gap is None else _signed(gap, 3)}"
