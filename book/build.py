@@ -24,6 +24,7 @@ OPTIONS = ("--all", "-W", "-n", "--keep-going", "-q")
 def source_files() -> list[Path]:
     """All files of the repository that the site is made of."""
     found = [ROOT / "_config.yml", *BOOK.rglob("*"), *(ROOT / "cemb").rglob("*"), ROOT / "CHANGELOG.md"]
+    found += (ROOT / "results" / "reference").rglob("*.jsonl")
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
@@ -76,7 +77,8 @@ def main() -> int:
         for name in ("CORPUS", "CEMB_RESULTS")
         if Path(os.environ.get(name) or "none").exists()
     }
-    done = subprocess.run(list(map(str, command)), env={**os.environ, **paths}, check=False)
+    environment = {**os.environ, **paths, "TQDM_DISABLE": "1"}  # bars would litter the pages
+    done = subprocess.run(list(map(str, command)), env=environment, check=False)
     if done.returncode:
         return done.returncode
     records.write_atomic(stamp, key)
