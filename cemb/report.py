@@ -538,10 +538,11 @@ def readme_answer(found: list[dict]) -> str:
         prices.append(f"with {words} {closed_share(record)} of it and {score_text(record, 'wordsim353')}")
     lines.append(f"- **The price.** A hashed pool goes {', '.join(prices)}.")
     ships, trains = best_point(found, "inference", 16), best_point(found, "training", 12)
+    trainer = trains["method"].replace("alternating, ", "alternating least squares stored by ")
     lines.append(
         f"- **What a byte is worth.** In 16 times fewer bytes than the full table, {ships['method']} goes "
         f"{closed_share(ships)} of it, and scores {score_text(ships, 'wordsim353')}; trained in 12 times "
-        f"fewer bytes than a full table with Adam takes, {trains['method']} goes {closed_share(trains)}."
+        f"fewer bytes than a full table with Adam takes, {trainer} goes {closed_share(trains)}."
     )
     return "\n".join(
         [*lines, "", f"Measured on {machine(found)}, PyTorch's memory settings left as they come."]

@@ -153,7 +153,7 @@ def test_readme_example_runs():
 @pytest.mark.parametrize("path", sorted((ROOT / "results" / "reference").glob("*/records.jsonl")))
 def test_reference_machines_reach_the_optimum(path):
     found = records.read(path)
-    svd = report.pick(found, kind="quality", table="svd")
+    svd = report.pick(found, kind="quality", table="svd", singular_value_power=0.5)
     best = report.best_quality(found)
-    assert best["gap"] < 0.01
+    assert best["gap"] < 0.005
     assert svd["wordsim353_low"] <= best["wordsim353_score"] <= svd["wordsim353_high"]
