@@ -250,6 +250,8 @@ def similarity(
     human_ranks -= human_ranks.mean(axis=1, keepdims=True)
     cosine_ranks -= cosine_ranks.mean(axis=1, keepdims=True)
     spread = np.sqrt(np.square(human_ranks).sum(1) * np.square(cosine_ranks).sum(1))
+    if np.ptp(cosines) == 0:  # there is no correlation with what does not vary
+        return {"score": math.nan, "low": math.nan, "high": math.nan, **result}
     resampled = (human_ranks * cosine_ranks).sum(1) / np.where(spread > 0, spread, np.nan)
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     score = scipy.stats.spearmanr(human, cosines).statistic

@@ -167,6 +167,14 @@ def test_similarity_equals_scipys_and_lies_in_its_interval(wordsim):
     assert 0.7 < (found["high"] - found["low"]) / (100 * 2 * 1.96 / math.sqrt(353)) < 1.3
 
 
+def test_similarity_of_vectors_in_one_direction_is_nan(wordsim):
+    _, words = wordsim
+    found = evaluate.similarity(np.ones((len(words), 1), np.float32), words, "wordsim353")
+    assert math.isnan(found["score"])
+    assert math.isnan(found["low"])
+    assert found["pairs"] == 353
+
+
 def test_similarity_of_uncovered_words_is_nan(wordsim):
     found = evaluate.similarity(np.eye(2), ["zzz", "king"], "wordsim353")
     assert math.isnan(found["score"])

@@ -47,7 +47,7 @@ def _nearest(values: Tensor, levels: Tensor) -> Tensor:
 
 
 @dataclass
-class _Normalized:
+class NormalizedVectors:
     """Vectors over their rows' scales and their tiers' deviations, and what it takes to undo that."""
 
     values: Tensor  # [n, dim], of variance about 1 in each tier and column
@@ -56,7 +56,7 @@ class _Normalized:
     deviations: Tensor  # float16 [tiers, dim]
 
     @classmethod
-    def of(cls, vectors: Tensor, importance: Tensor) -> "_Normalized":
+    def of(cls, vectors: Tensor, importance: Tensor) -> "NormalizedVectors":
         # Over their mean, so that what float16 holds does not depend on their unit.
         weighted = vectors * (importance / importance.mean()).sqrt()
         logs = weighted.square().mean(dim=1).clamp(min=1e-30).log2() / 2
@@ -84,7 +84,7 @@ class TransformCodedEmbedding(nn.Module):
     of `codes`, the columns in order, low bits first.
     """
 
-    def __init__(self, normalized: _Normalized, bits: Tensor):
+    def __init__(self, normalized: NormalizedVectors, bits: Tensor):
         super().__init__()
         self.num_embeddings, self.embedding_dim = normalized.values.shape
         self.register_buffer("bits", bits)
@@ -104,7 +104,7 @@ class TransformCodedEmbedding(nn.Module):
 
         `importance` ``[dim]`` is what a unit of squared error costs in each column. Deterministic.
         """
-        return cls(_Normalized.of(vectors, importance), bits)
+        return cls(NormalizedVectors.of(vectors, importance), bits)
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)
@@ -179,7 +179,7 @@ def allocate_bits(sides: list[tuple[Tensor, Tensor]], max_bytes: int) -> list[Te
     check_budget(max_bytes, overhead)
     gains, sizes, shapes = [], [], []
     for vectors, importance in sides:
-        normalized = _Normalized.of(vectors, importance)
+        normalized = NormalizedVectors.of(vectors, importance)
         sample = normalized.values.flatten()
         sample = sample[:: -(-sample.numel() // 2**18)].sort().values
         # Expected squared error of a normalized value by the number of bits.
