@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis  # noqa: F401  its plugin would import it last of all, when collections run torch's code
 import numpy as np
 import pytest
 import scipy.sparse as sp

@@ -175,7 +175,7 @@ def test_command_line_prints_one_record(model, capsys):
         (["train", "--compression-ratio", "0"], "compression_ratio must be positive, got 0.0"),
         (
             ["train", "--table", "robe"],
-            "table must be one of full, full-fused, hashed, hashed-reference, got 'robe'",
+            "table must be one of full, full-fused, hashed, hashed-reference, hybrid, ",
         ),
         (["train", "--table", "full", "--save", "/no/where/x.pt"], "there is no directory '/no/where'"),
         (
@@ -186,7 +186,7 @@ def test_command_line_prints_one_record(model, capsys):
         (["train", "--table", "full", "--corpus", "/"], "is a directory"),
         (
             ["study", "--optimizer", "lion"],
-            "no run of this grid has optimizer=lion; it has adagrad, adam, sgd",
+            "no run of this grid has optimizer=lion; it has adagrad, adam, lbfgs, sgd",
         ),
         (["study", "--pool-size", "7"], "no run of this grid has pool_size=7; it has 262144, 100000000"),
         (["study", "--grid", "tiny"], "grid must be one of default, full, smoke, got 'tiny'"),
