@@ -267,12 +267,7 @@ class _TouchedPairScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, pairs = ctx.saved_tensors
-        arguments = (
-            grad.detach().contiguous().numpy(),
-            _array(weight.reshape(-1)),
-            pairs.long().contiguous(),
-        )
-        ctx.touched.add(*arguments, *ctx.constants)
+        ctx.touched.add(grad, weight, pairs, *ctx.constants)
         return (None,) * 7
 
 

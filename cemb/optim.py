@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cemb.kernels import cpu, updates
+from cemb.kernels import updates
 from cemb.touched import TouchedGradient, advise_huge_pages, whole
 
 
@@ -45,11 +45,7 @@ class _Touched(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 touched = parameter.touched
-                runs, clear = touched.runs, touched.is_dense
-                if parameter.grad is not None:
-                    touched.add_to(parameter.grad.view(-1).numpy())
-                    runs, clear = whole(parameter.grad.view(-1).numpy()), False
-                if runs is None:
+                if touched.is_empty and parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if not state:
@@ -59,14 +55,20 @@ class _Touched(torch.optim.Optimizer):
                         state[name] = zeros.fill_(self._initial(group))
                 state["step"] += 1
                 arrays = [state[name].view(-1).numpy() for name in self.state_names]
-                self._update(group, state["step"], parameter.view(-1).numpy(), arrays, runs, clear)
-                touched.forget() if clear else touched.clear()
+                weight, rule = parameter.view(-1).numpy(), self._rule(group, state["step"])
+                if parameter.grad is None:
+                    touched.update(weight, arrays, rule)
+                    continue
+                dense = parameter.grad.view(-1).numpy()
+                touched.add_to(dense, weight)
+                updates.update_runs(weight, arrays, rule, whole(dense), clear=False)
+                touched.clear()
         return loss
 
     def _initial(self, group: dict) -> float:
         return 0.0
 
-    def _update(self, group, step, weight, arrays, runs: cpu.Runs, clear: bool) -> None:
+    def _rule(self, group: dict, step: int) -> updates.Rule:
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -83,8 +85,8 @@ class SGD(_Touched):
     def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3):
         super().__init__(parameters, {"lr": lr})
 
-    def _update(self, group, step, weight, arrays, runs, clear):
-        updates.sgd(weight, runs, group["lr"], clear=clear)
+    def _rule(self, group, step):
+        return updates.Rule(updates.SGD, group["lr"])
 
 
 class Adagrad(_Touched):
@@ -105,8 +107,8 @@ class Adagrad(_Touched):
     def _initial(self, group):
         return group["initial_accumulator_value"]
 
-    def _update(self, group, step, weight, arrays, runs, clear):
-        updates.adagrad(weight, *arrays, runs, group["lr"], group["eps"], clear=clear)
+    def _rule(self, group, step):
+        return updates.Rule(updates.ADAGRAD, group["lr"], group["eps"])
 
 
 class LazyAdam(_Touched):
@@ -129,7 +131,7 @@ class LazyAdam(_Touched):
     ):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
 
-    def _update(self, group, step, weight, arrays, runs, clear):
+    def _rule(self, group, step):
         beta1, beta2 = group["betas"]
         step_size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        updates.adam(weight, *arrays, runs, step_size, (beta1, beta2), group["eps"], clear=clear)
+        return updates.Rule(updates.ADAM, step_size, group["eps"], beta1, beta2)

@@ -2,13 +2,14 @@
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import cpu, updates
+from cemb.kernels import cpu, runs, updates
 
 # Shorter blocks touch most cache lines of a large pool at real batch sizes, so all of it is visited.
 MIN_BLOCK_SIZE = 8
@@ -31,24 +32,31 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
 
 
 class TouchedGradient:
-    """The gradient of one pool or full table since it was last cleared, as runs of its values.
+    """The gradient of one pool or full table since it was last cleared, as the pairs that it comes from.
 
-    Blocks shorter than `MIN_BLOCK_SIZE` make it a dense one, kept in memory of its own from step to step.
-    Deterministic for any number of threads.
+    It is worked out when a step needs it, and most of it then only in passing: the weights, and the pairs,
+    must stay as they are until then. Blocks shorter than `MIN_BLOCK_SIZE` make it a dense one, kept in memory
+    of its own from step to step. Deterministic for any number of threads.
     """
 
     def __init__(self):
-        self.runs: cpu.Runs | None = None
-        self.is_dense = False
         self._dense: np.ndarray | None = None
-        self._room: cpu.Room | None = None
-        self._geometry = None
+        self._is_dense = False
         self._seen: list[tuple[np.ndarray, ...]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        self._geometry = None
+        self._room: runs.Room | None = None
+        self._marks = np.empty(0, np.uint64)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last clearing."""
+        return not self._seen
 
     def add(
         self,
-        grad: np.ndarray,
-        weight: np.ndarray,
+        grad: Tensor,
+        weight: Tensor,
         pairs: Tensor,
         spec: HashSpec | FullSpec,
         context_offset: int,
@@ -58,47 +66,78 @@ class TouchedGradient:
 
         Raises RuntimeError if pairs of another table were added since the last clearing.
         """
-        if self.runs is not None and self._geometry != (spec, context_offset):
+        if self._seen and self._geometry != (spec, context_offset):
             raise RuntimeError(
                 f"a touched gradient is of one table at a time: it has pairs of {self._geometry[0]}, and got "
                 f"pairs of {spec}; step in between, or use torch.optim, whose gradients add up"
             )
         self._geometry = spec, context_offset
-        self.is_dense = isinstance(spec, HashSpec) and spec.block_size < MIN_BLOCK_SIZE
-        if self.is_dense:
+        self._is_dense = isinstance(spec, HashSpec) and spec.block_size < MIN_BLOCK_SIZE
+        self._versions += [(tensor, tensor._version) for tensor in (weight, pairs)]
+        values, ids = weight.detach().view(-1).numpy(), pairs.long().contiguous().numpy()
+        grad = grad.detach().contiguous().numpy()
+        if self._is_dense:
             if self._dense is None:
-                zeros = torch.empty(weight.size, dtype=torch.from_numpy(grad).dtype)
+                zeros = torch.empty(weight.numel(), dtype=weight.dtype)
                 self._dense = advise_huge_pages(zeros).zero_().numpy()
-            cpu.pair_scores_backward(grad, weight, pairs.numpy(), spec, context_offset, dropout, self._dense)
-            self.runs = whole(self._dense)
-            return
-        kept = cpu.draw(len(pairs), spec.embedding_dim, dropout)
-        self._seen.append((pairs.numpy(), kept, grad * grad.dtype.type(dropout.scale)))
-        # The weights have not moved, so what came before is summed again with the new, in one pass.
-        seen = self._seen[0] if len(self._seen) == 1 else map(np.concatenate, zip(*self._seen, strict=True))
-        self._room = cpu.pair_runs(weight, *seen, spec, context_offset, self._room)
-        self.runs = self._room.runs
+            cpu.pair_scores_backward(grad, values, ids, spec, context_offset, dropout, self._dense)
+            self._seen.append(())
+        else:
+            kept = cpu.draw(len(ids), spec.embedding_dim, dropout)
+            self._seen.append((ids, kept, grad * grad.dtype.type(dropout.scale)))
+
+    def _batch(self) -> tuple[np.ndarray, ...]:
+        """All pairs seen, with what dropout keeps of them and their factors."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {list(tensor.shape)} that a gradient needs was changed in place "
+                    f"after the backward pass (version {tensor._version}, expected {version}); step first"
+                )
+        if len(self._seen) == 1:
+            return self._seen[0]
+        return tuple(map(np.concatenate, zip(*self._seen, strict=True)))
 
     def clear(self) -> None:
         """Forget the gradient; its memory is kept for the next."""
-        if self.is_dense and self.runs is not None:
+        if self._is_dense and self._seen:
             self._dense[:] = 0
-        self.forget()
+        self._forget()
 
-    def forget(self) -> None:
-        """As `clear`, where the values of a dense gradient are already zero."""
-        self.runs = None
-        self._seen = []
+    def _forget(self) -> None:
+        self._seen, self._versions = [], []
 
-    def add_to(self, dense: np.ndarray) -> None:
-        """Add the gradient to a dense one."""
-        if self.runs is not None:
-            updates.sgd(dense, self.runs, -1.0, clear=False)
+    def add_to(self, dense: np.ndarray, weight: np.ndarray) -> None:
+        """Add the gradient, with respect to `weight`, to a dense one."""
+        if self.is_empty:
+            return
+        if self._is_dense:
+            dense += self._dense
+            return
+        self._room = runs.pair_runs(weight, *self._batch(), *self._geometry, self._room)
+        updates.update_runs(dense, (), updates.Rule(updates.SGD, -1.0), self._room.runs, clear=False)
+
+    def update(self, weight: np.ndarray, states: Sequence[np.ndarray], rule: updates.Rule) -> None:
+        """Update weights and an optimizer's states by `rule`, and forget the gradient."""
+        if self._is_dense:
+            updates.update_runs(weight, states, rule, whole(self._dense), clear=True)
+        else:
+            batch = self._batch()
+            spec, context_offset = self._geometry
+            size = runs.num_marks(spec, cpu.num_threads())
+            if len(self._marks) != size:
+                self._marks = np.empty(size, np.uint64)
+            runs.mark(batch[0], spec, context_offset, self._marks)
+            # Sums first, then what stands alone, then the sums' steps: each needs weights the next one moves.
+            self._room = runs.pair_runs(weight, *batch, spec, context_offset, self._room, self._marks)
+            updates.update_alone(weight, states, rule, *batch, self._marks, spec, context_offset)
+            updates.update_runs(weight, states, rule, self._room.runs, clear=False)
+        self._forget()
 
 
-def whole(values: np.ndarray) -> cpu.Runs:
+def whole(values: np.ndarray) -> runs.Runs:
     """A dense gradient as runs: one slice for each thread."""
     threads = cpu.num_threads()
     borders = np.arange(threads + 1) * values.size // threads
     bounds = np.stack((borders[:-1], borders[1:]), axis=1)
-    return cpu.Runs(values, bounds, bounds, np.ones(threads, np.int64))
+    return runs.Runs(values, bounds, bounds, np.ones(threads, np.int64))

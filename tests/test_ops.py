@@ -7,7 +7,7 @@ import torch
 
 from cemb import ops, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
-from cemb.kernels import cpu
+from cemb.kernels import cpu, runs
 
 SPECS = [
     HashSpec(63, 100, 1000, block_size=block, signed=signed, hash_seed=5)
@@ -313,7 +313,7 @@ def test_owned_pair_gradients_have_the_same_bits_for_any_number_of_threads(threa
     spec = HashSpec(1000, 100, 4000, block_size=block_size, signed=True)
     weight, pairs = _pool(spec).numpy(), _ids(spec, 200, 2).numpy()
     grad = np.random.default_rng(0).standard_normal(200).astype(np.float32)
-    room = cpu.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
+    room = runs.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
     found = _dense(room.runs, 4000)
     monkeypatch.setattr(cpu, "_set_threads", lambda: 2)
     owned = np.zeros(4000, np.float32)
@@ -321,7 +321,7 @@ def test_owned_pair_gradients_have_the_same_bits_for_any_number_of_threads(threa
     scaled = np.float32(PairDropout(0.1).scale)
     np.testing.assert_allclose(found * scaled, owned, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(cpu, "_set_threads", lambda: 1)
-    room = cpu.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
+    room = runs.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
     assert np.array_equal(found, _dense(room.runs, 4000))
 
 
@@ -347,7 +347,7 @@ def test_runs_are_the_gradient(spec):
     arguments = (weight.numpy(), pairs.numpy(), kept, upstream.numpy(), spec, _context_offset(spec))
     room = cpu.Room.of(300, spec, np.dtype(np.float32), 2)
     room.runs.values[:] = np.nan  # what is not written must not be used
-    found = torch.from_numpy(_dense(cpu.pair_runs(*arguments, room).runs, spec.pool_size))
+    found = torch.from_numpy(_dense(runs.pair_runs(*arguments, room).runs, spec.pool_size))
     naive = _exact(weight, pairs, spec, drop, upstream)[1]
     exact = _exact(weight.double(), pairs, spec, drop, upstream)[1]
     assert (found - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-5

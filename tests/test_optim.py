@@ -7,7 +7,7 @@ from torch import nn
 
 from cemb import ops, optim
 from cemb.hashing import FullSpec, HashSpec
-from cemb.kernels import cpu
+from cemb.kernels import cpu, runs
 from cemb.tables import FusedFullEmbedding, HashedEmbedding
 from cemb.touched import TouchedGradient, advise_huge_pages
 
@@ -160,7 +160,7 @@ def test_evaluation_leaves_the_gradient_alone():
     optim.SGD(table.parameters())
     with torch.no_grad():
         table.pair_scores(torch.tensor([[0, 1]]), table, 0.0)
-    assert table.weight.touched.runs is None
+    assert table.weight.touched.is_empty
 
 
 def test_two_tables_in_one_pool_are_refused_between_steps():
@@ -178,7 +178,7 @@ def test_a_copied_module_has_gradients_of_its_own():
     copied = copy.deepcopy(table)
     copied.pair_scores(torch.tensor([[0, 1]]), copied, 0.0).sum().backward()
     assert copied.weight.grad is not None
-    assert table.weight.touched.runs is None
+    assert table.weight.touched.is_empty
 
 
 def test_closures_and_state_dicts_work():
@@ -219,11 +219,11 @@ def test_too_many_pairs_are_refused():
     spec = HashSpec(5, 2**20, 2**21, block_size=8)
     pairs = np.zeros((2**15, 2), np.int64)
     with pytest.raises(ValueError, match="32768 pairs of 131072 blocks are too many for one gradient"):
-        cpu.pair_runs(np.zeros(2**21, np.float32), pairs, None, None, spec, 0, None)
+        runs.pair_runs(np.zeros(2**21, np.float32), pairs, None, None, spec, 0, None)
 
 
 def test_huge_pages_are_advice_only():
     tensor = torch.empty(2**23)
     assert advise_huge_pages(tensor) is tensor
     assert advise_huge_pages(torch.empty(2**23, device="meta")).device.type == "meta"
-    assert TouchedGradient().runs is None
+    assert TouchedGradient().is_empty

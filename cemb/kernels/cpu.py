@@ -117,9 +117,10 @@ def _mask(count):
 
 @njit(inline="always")
 def _prefetch_run(array, start, length):
+    """Ask for all cache lines that vectors over the run touch: a load waits for those of masked lanes too."""
     for k in range(0, length, _LANES):
         lanes.prefetch(array, start + k)
-    lanes.prefetch(array, start + length - 1)
+    lanes.prefetch(array, start + (length + _LANES - 1) // _LANES * _LANES - 1)
 
 
 @njit(inline="always")
@@ -228,22 +229,28 @@ def scatter(
             _scatter_private(grad, ids, pool, private, table, offset)
 
 
+@njit(inline="always")
+def _draw_rows(kept, hashes, low, high, dim, salt, threshold):
+    """Which components dropout keeps of the pairs from `low` to `high`; `hashes` is scratch memory."""
+    quads = np.uint64((dim + 3) // 4)
+    parts = hashes.view(np.uint16)
+    for i in range(low, high):
+        if threshold == 0:
+            kept[i] = 0xFFFF
+            continue
+        key = salt + np.uint64(i) * quads
+        for g in range(hashes.shape[0]):
+            hashes[g] = _mix(key + np.uint64(g))
+        for w in range(kept.shape[1] - 2):  # the rest is room for `bits_from` to read in
+            kept[i, w] = lanes.at_least(parts, w * _LANES, threshold)
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def _draw(kept, dim, salt, threshold, threads):
-    quads = np.uint64((dim + 3) // 4)
-    words = kept.shape[1] - 2  # the rest is room for `bits_from` to read in
     for t in prange(threads):
-        hashes = np.empty(4 * words, np.uint64)
-        parts = hashes.view(np.uint16)
-        for i in range(kept.shape[0] * t // threads, kept.shape[0] * (t + 1) // threads):
-            if threshold == 0:
-                kept[i] = 0xFFFF
-                continue
-            key = salt + np.uint64(i) * quads
-            for g in range(hashes.shape[0]):
-                hashes[g] = _mix(key + np.uint64(g))
-            for w in range(words):
-                kept[i, w] = lanes.at_least(parts, w * _LANES, threshold)
+        hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
+        low, high = kept.shape[0] * t // threads, kept.shape[0] * (t + 1) // threads
+        _draw_rows(kept, hashes, low, high, dim, salt, threshold)
 
 
 _last_kept: tuple[tuple, np.ndarray] = ((), np.empty((0, 0), np.uint16))
@@ -257,10 +264,14 @@ def _kept(num_pairs: int, dim: int, dropout: hashing.PairDropout, threads: int) 
     global _last_kept
     wanted = (num_pairs, dim, dropout.salt, dropout.threshold)
     if _last_kept[0] != wanted:
-        kept = np.empty((num_pairs, -(-dim // _LANES) + 2), np.uint16)
+        kept = _room_for_kept(num_pairs, dim)
         _draw(kept, dim, np.uint64(dropout.salt), dropout.threshold, threads)
         _last_kept = (wanted, kept)
     return _last_kept[1]
+
+
+def _room_for_kept(num_pairs: int, dim: int) -> np.ndarray:
+    return np.empty((num_pairs, -(-dim // _LANES) + 2), np.uint16)
 
 
 @njit(inline="always")
@@ -285,7 +296,7 @@ def _hash_tile(keys, b, places, signs, table):
 
 
 @njit(inline="always")
-def _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset):
+def _find(pairs, keys, places, signs, low, high, table, word_offset, context_offset):
     """Places and signs ``[side, block, _TILE]`` of all blocks of the pairs from `low` to `high`."""
     for i in range(low, high):
         keys[0, i - low] = _key(table, pairs[i, 0], word_offset)
@@ -293,11 +304,15 @@ def _find(weight, pairs, keys, places, signs, low, high, table, word_offset, con
     for side in range(2):
         for b in range(table.num_blocks):
             _hash_tile(keys[side], b, places[side, b], signs[side, b], table)
-    if weight.shape[0] > _CACHED:
+
+
+@njit(inline="always")
+def _prefetch_pair(array, places, i, table):
+    """Ask for all blocks of pair `i` of a tile, unless the array is in cache anyway."""
+    if array.shape[0] > _CACHED:
         for side in range(2):
             for b in range(table.num_blocks):
-                for i in range(high - low):
-                    _prefetch_run(weight, places[side, b, i], _block_length(table, b))
+                _prefetch_run(array, places[side, b, i], _block_length(table, b))
 
 
 @njit(inline="always")
@@ -312,17 +327,40 @@ def _score_single(weight, factors, table, word, context):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_scores(weight, pairs, kept, scores, scale, threads, table, word_offset, context_offset):
+def _pair_scores(
+    weight,
+    pairs,
+    kept,
+    scores,
+    scale,
+    threads,
+    is_drawn,
+    salt,
+    threshold,
+    table,
+    word_offset,
+    context_offset,
+):
     n, dim = pairs.shape[0], table.dim
     for t in prange(threads):
         ones = np.ones(_LANES, scores.dtype)
         terms = np.zeros((_TILE, dim), scores.dtype)
+        hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
         keys = np.zeros((2, _TILE), np.uint64)
-        places = np.empty((2, table.num_blocks, _TILE), np.int64)
-        signs = np.ones((2, table.num_blocks, _TILE), np.int64)
-        end = n * (t + 1) // threads
-        for low in range(n * t // threads, end, _TILE):
+        # Of two tiles: while one is computed, the other's blocks are on their way.
+        both_places = np.empty((2, 2, table.num_blocks, _TILE), np.int64)
+        both_signs = np.ones((2, 2, table.num_blocks, _TILE), np.int64)
+        begin, end = n * t // threads, n * (t + 1) // threads
+        if not _is_single(table):
+            high = min(begin + _TILE, end)
+            _find(pairs, keys, both_places[0], both_signs[0], begin, high, table, word_offset, context_offset)
+            for i in range(high - begin):
+                _prefetch_pair(weight, both_places[0], i, table)
+        turn = 0
+        for low in range(begin, end, _TILE):
             high = min(low + _TILE, end)
+            if not is_drawn:
+                _draw_rows(kept, hashes, low, high, dim, salt, threshold)
             if _is_single(table):
                 for i in range(low, high):
                     _spread(terms[i - low], kept[i], scale, ones)
@@ -331,8 +369,23 @@ def _pair_scores(weight, pairs, kept, scores, scale, threads, table, word_offset
                     context = _key(table, pairs[i, 1], context_offset)
                     scores[i] = _score_single(weight, terms[i - low], table, word, context)
                 continue
-            _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            places, signs = both_places[turn], both_signs[turn]
+            turn = 1 - turn
+            following = min(high + _TILE, end)
+            _find(
+                pairs,
+                keys,
+                both_places[turn],
+                both_signs[turn],
+                high,
+                following,
+                table,
+                word_offset,
+                context_offset,
+            )
             for i in range(high - low):
+                if high + i < following:
+                    _prefetch_pair(weight, both_places[turn], i, table)
                 for b in range(table.num_blocks):
                     word, context = places[0, b, i], places[1, b, i]
                     first, length = b * table.block_size, _block_length(table, b)
@@ -364,7 +417,9 @@ def _pair_private(weight, pairs, kept, grad, scale, pool, private, table, word_o
         end = n * (t + 1) // threads
         for low in range(n * t // threads, end, _TILE):
             high = min(low + _TILE, end)
-            _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            _find(pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            for i in range(high - low):
+                _prefetch_pair(weight, places, i, table)
             for i in range(high - low):
                 for b in range(table.num_blocks):
                     word, context = places[0, b, i], places[1, b, i]
@@ -465,7 +520,9 @@ def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table, word_off
         found = np.empty((2 * _TILE * table.num_blocks + 1, 3), np.int64)
         for low in range(0, n, _TILE):
             high = min(low + _TILE, n)
-            _find(weight, pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            _find(pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            for i in range(high - low):
+                _prefetch_pair(weight, places, i, table)
             count = 0
             for side in range(2):
                 for b in range(table.num_blocks):
@@ -504,10 +561,16 @@ def pair_scores(
 ) -> None:
     """Write the dot products of the rows `pairs` ``[n, 2]`` after dropout into `scores` ``[n]``."""
     with _launch:
+        global _last_kept
         threads = _set_threads()
-        kept = _kept(len(pairs), spec.embedding_dim, dropout, threads)
-        scale = scores.dtype.type(dropout.scale)
-        _pair_scores(weight, pairs, kept, scores, scale, threads, *_pair_constants(spec, context_offset))
+        drawn = (len(pairs), spec.embedding_dim, dropout.salt, dropout.threshold)
+        is_drawn = _last_kept[0] == drawn
+        if not is_drawn:
+            _last_kept = (drawn, _room_for_kept(len(pairs), spec.embedding_dim))
+        kept, scale = _last_kept[1], scores.dtype.type(dropout.scale)
+        dropping = (is_drawn, np.uint64(dropout.salt), dropout.threshold)
+        constants = _pair_constants(spec, context_offset)
+        _pair_scores(weight, pairs, kept, scores, scale, threads, *dropping, *constants)
 
 
 def pair_scores_backward(
@@ -586,146 +649,6 @@ def vector_scores_backward(
         _vector_scores_backward(grad, vectors, kept, out, out.dtype.type(dropout.scale))
 
 
-class Runs(NamedTuple):
-    """A gradient as runs of consecutive values of a pool, none overlapping, ascending within a thread.
-
-    Thread t has ``counts[t]`` runs. Run r of it starts at ``starts[t, r]`` in the pool, and its values are
-    ``values[offsets[t, r]:offsets[t, r + 1]]``.
-    """
-
-    values: np.ndarray
-    starts: np.ndarray
-    offsets: np.ndarray
-    counts: np.ndarray
-
-
-@njit(inline="always")
-def _sort(keys, spare, count, num_bits):
-    """Stable radix sort of ``keys[:count]`` by the `num_bits` above the lower 32; returns the result."""
-    passes = max(1, -(-num_bits // 11))
-    digit = -(-num_bits // passes)
-    places = np.empty((1 << digit) + 1, np.int64)
-    mask = np.uint64((1 << digit) - 1)
-    for p in range(passes):
-        shift = np.uint64(32 + p * digit)
-        places[:] = 0
-        for x in range(count):
-            places[np.int64((keys[x] >> shift) & mask) + 1] += 1
-        for d in range(1, places.shape[0]):
-            places[d] += places[d - 1]
-        for x in range(count):
-            d = np.int64((keys[x] >> shift) & mask)
-            spare[places[d]] = keys[x]
-            places[d] += 1
-        keys, spare = spare, keys
-    return keys
-
-
-@njit(inline="always")
-def _num_bits(count):
-    """Bits of the integers below `count`."""
-    bits = 0
-    while (np.int64(1) << bits) < count:
-        bits += 1
-    return bits
-
-
-@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_runs(
-    weight,
-    pairs,
-    kept,
-    factors,
-    values,
-    all_starts,
-    all_offsets,
-    counts,
-    keys,
-    table,
-    word_offset,
-    context_offset,
-):
-    # Arrays come one by one: inside parallel loops, Numba drops what is written to those in a tuple.
-    n, blocks = pairs.shape[0], table.num_blocks
-    block_bits = _num_bits(blocks)
-    # Rows of a full table are sorted as such, to save passes.
-    unit = np.int64(table.dim if table.num_starts == 0 else 1)
-    units = weight.shape[0] // unit
-    # Blocks that reach into a slice from before it keep their order too.
-    reach = np.int64(0 if table.num_starts == 0 else table.block_size - 1)
-    threads = counts.shape[0]
-    for t in prange(threads):
-        low_end, high_end = units * t // threads * unit, units * (t + 1) // threads * unit
-        sorted_keys, spare = keys[t, 0], keys[t, 1]
-        tile_keys = np.zeros((2, _TILE), np.uint64)
-        places, signs = np.empty((2, _TILE), np.int64), np.ones((2, _TILE), np.int64)
-        count = 0
-        for low in range(0, n, _TILE):
-            tile = min(_TILE, n - low)
-            for i in range(tile):
-                tile_keys[0, i] = _key(table, pairs[low + i, 0], word_offset)
-                tile_keys[1, i] = _key(table, pairs[low + i, 1], context_offset)
-            for side in range(2):
-                for b in range(blocks):
-                    length = _block_length(table, b)
-                    _hash_tile(tile_keys[side], b, places[side], signs[side], table)
-                    for i in range(tile):
-                        place = places[side, i]
-                        relative = place - low_end + reach
-                        if unit > 1:
-                            relative //= unit
-                        code = ((2 * (low + i) + side) << block_bits) | b
-                        sorted_keys[count] = (np.uint64(relative) << _S32) | np.uint64(code)
-                        # No branch, since none could be predicted.
-                        count += np.int64(place < high_end) & np.int64(place + length > low_end)
-        sorted_keys = _sort(sorted_keys, spare, count, _num_bits((high_end - low_end + reach) // unit))
-        found = np.empty((_TILE, 2), np.int64)  # pair and block
-        starts, offsets = all_starts[t], all_offsets[t]
-        used = values.shape[0] * t // threads
-        run, end, base = 0, np.int64(-1), np.int64(0)
-        for low in range(0, count, _TILE):
-            tile = min(_TILE, count - low)
-            for x in range(tile):
-                code = np.int64(sorted_keys[low + x] & np.uint64(0xFFFFFFFF))
-                b, side, i = (
-                    code & ((1 << block_bits) - 1),
-                    (code >> block_bits) & 1,
-                    code >> (block_bits + 1),
-                )
-                found[x, 0], found[x, 1] = i, b
-                own, other = (context_offset, word_offset) if side else (word_offset, context_offset)
-                # A full table has but block 0.
-                tile_keys[0, x] = _key(table, pairs[i, side], own) + np.uint64(b)
-                tile_keys[1, x] = _key(table, pairs[i, 1 - side], other) + np.uint64(b)
-            _hash_tile(tile_keys[0], 0, places[0], signs[0], table)
-            _hash_tile(tile_keys[1], 0, places[1], signs[1], table)
-            for x in range(tile):
-                _prefetch_run(weight, places[1, x], _block_length(table, found[x, 1]))
-            for x in range(tile):
-                i, b, place, partner = found[x, 0], found[x, 1], places[0, x], places[1, x]
-                length = _block_length(table, b)
-                begin = max(0, low_end - place)
-                first, length = b * table.block_size + begin, min(length, high_end - place) - begin
-                place, partner = place + begin, partner + begin
-                is_new = place > end
-                starts[run], offsets[run] = place, used
-                base = used - place if is_new else base
-                run += is_new
-                overlap = 0 if is_new else end - place
-                factor = factors[i] * (signs[0, x] * signs[1, x])
-                for k in range(0, length, _LANES):
-                    mask = _mask(length - k)
-                    bits = lanes.bits_from(kept[i], first + k) & mask
-                    old = _mask(overlap - k) & mask
-                    lanes.append_scaled(
-                        values, base + place + k, weight, partner + k, factor, bits, old, mask
-                    )
-                end = max(end, place + length)
-                used = base + end
-        offsets[run] = used
-        counts[t] = run
-
-
 def release_memory() -> None:
     """Give back what is kept from call to call."""
     global _kept_pools, _last_kept
@@ -744,57 +667,3 @@ def draw(num_pairs: int, dim: int, dropout: hashing.PairDropout) -> np.ndarray:
     """Which components dropout keeps: bit j of row i of the result for component j of pair i."""
     with _launch:
         return _kept(num_pairs, dim, dropout, _set_threads())
-
-
-class Room(NamedTuple):
-    """Memory for runs and for sorting them, kept from step to step. What is not touched costs nothing."""
-
-    runs: Runs
-    keys: np.ndarray
-
-    @classmethod
-    def of(
-        cls, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, dtype: np.dtype, threads: int
-    ) -> "Room":
-        blocks = 2 * num_pairs * spec.num_blocks
-        runs = Runs(
-            np.empty(threads * 2 * num_pairs * spec.embedding_dim, dtype),
-            np.empty((threads, blocks + 1), np.int64),
-            np.empty((threads, blocks + 1), np.int64),
-            np.zeros(threads, np.int64),
-        )
-        return cls(runs, np.empty((threads, 2, blocks + 1), np.uint64))
-
-    def fits(self, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, threads: int) -> bool:
-        return (
-            len(self.runs.counts) == threads
-            and self.runs.starts.shape[1] > 2 * num_pairs * spec.num_blocks
-            and len(self.runs.values) >= threads * 2 * num_pairs * spec.embedding_dim
-        )
-
-
-def pair_runs(
-    weight: np.ndarray,
-    pairs: np.ndarray,
-    kept: np.ndarray,
-    factors: np.ndarray,
-    spec: hashing.HashSpec | hashing.FullSpec,
-    context_offset: int,
-    room: Room | None,
-) -> Room:
-    """The gradient of ``Σ factors[i] · score[i]``, before dropout's scale, as runs in `room`.
-
-    Each thread sorts the blocks that lie in its slice of the pool and sums them in order, so that the
-    gradient is deterministic for any number of threads. Returns `room`, or a larger one.
-
-    Raises ValueError for more pairs than 32 bits number the blocks of.
-    """
-    with _launch:
-        threads = _set_threads()
-        if (2 * len(pairs)) << (spec.num_blocks - 1).bit_length() > 2**32:
-            raise ValueError(f"{len(pairs)} pairs of {spec.num_blocks} blocks are too many for one gradient")
-        if room is None or not room.fits(len(pairs), spec, threads):
-            room = Room.of(len(pairs), spec, weight.dtype, threads)
-        constants = _pair_constants(spec, context_offset)
-        _pair_runs(weight, pairs, kept, factors, *room.runs, room.keys, *constants)
-        return room

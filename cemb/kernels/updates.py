@@ -1,16 +1,23 @@
-"""Numba kernels of optimizers that visit only the runs of a gradient, see `cemb.kernels.cpu.Runs`.
+"""Numba kernels of optimizers that visit only what a gradient touches, see `cemb.kernels.runs`.
 
-The values of consecutive runs are consecutive, so arithmetic is done on a tile of them at once; only
-weights and state are gathered and scattered.
+The gradient of several pieces of the table is laid out in a row, so arithmetic is done on a tile of them at
+once; only weights and state are gathered and scattered.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
 
-from cemb.kernels import cpu, lanes
+from cemb import hashing
+from cemb.kernels import cpu, lanes, runs
+
+SGD, ADAGRAD, ADAM = range(3)
 
 _LANES = lanes.LANES
 _TILE = 1024  # values
+_GROUP = 8  # pairs whose blocks are updated together
 
 
 @njit(inline="always")
@@ -74,105 +81,230 @@ def _add(scratch, first, piece_starts, piece_ends, pieces, array, factor):
         before = piece_ends[p]
 
 
+@njit(inline="always")
+def _apply(
+    rule,
+    constants,
+    weight,
+    first_state,
+    second_state,
+    values,
+    first,
+    piece_starts,
+    piece_ends,
+    pieces,
+    total,
+    scratch,
+):
+    """Update the pieces with their gradient ``values[first:first + total]``."""
+    one = weight.dtype.type(1)
+    rate, eps, beta1, beta2 = constants
+    if rule == SGD:
+        _add(values, first, piece_starts, piece_ends, pieces, weight, -rate)
+        return
+    moves, means, squares = scratch[0], scratch[1], scratch[2]
+    if rule == ADAGRAD:
+        _gather(first_state, piece_starts, piece_ends, pieces, squares, one)
+        for x in range(total):
+            value = values[first + x]
+            squares[x] += value * value
+            moves[x] = value / (np.sqrt(squares[x]) + eps)
+        _scatter(squares, piece_starts, piece_ends, pieces, first_state, one)
+    else:
+        _gather(first_state, piece_starts, piece_ends, pieces, means, one)
+        _gather(second_state, piece_starts, piece_ends, pieces, squares, one)
+        for x in range(total):
+            value = values[first + x]
+            means[x] += (one - beta1) * (value - means[x])
+            squares[x] += (one - beta2) * (value * value - squares[x])
+            moves[x] = means[x] / (np.sqrt(squares[x]) + eps)
+        _scatter(means, piece_starts, piece_ends, pieces, first_state, one)
+        _scatter(squares, piece_starts, piece_ends, pieces, second_state, one)
+    _add(moves, 0, piece_starts, piece_ends, pieces, weight, -rate)
+
+
 @njit(parallel=True, cache=True, nogil=True)
-def _sgd(weight, values, starts_of, offsets_of, counts, learning_rate, clear):
+def _update_runs(
+    weight, first_state, second_state, rule, constants, values, starts_of, offsets_of, counts, clear
+):
     for t in prange(counts.shape[0]):
         piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
+        scratch = np.empty((3, _TILE), weight.dtype)
         starts, offsets, end = starts_of[t], offsets_of[t], counts[t]
         run, done, first = 0, np.int64(0), offsets[0]
         while run < end:
             pieces, total, run, done = _pieces(starts, offsets, run, done, end, piece_starts, piece_ends)
             _prefetch(weight, piece_starts, piece_ends, pieces)
-            _add(values, first, piece_starts, piece_ends, pieces, weight, -learning_rate)
+            if rule != SGD:
+                _prefetch(first_state, piece_starts, piece_ends, pieces)
+            if rule == ADAM:
+                _prefetch(second_state, piece_starts, piece_ends, pieces)
+            _apply(
+                rule,
+                constants,
+                weight,
+                first_state,
+                second_state,
+                values,
+                first,
+                piece_starts,
+                piece_ends,
+                pieces,
+                total,
+                scratch,
+            )
             if clear:
                 values[first : first + total] = 0
             first += total
+
+
+@njit(inline="always")
+def _prefetch_states(rule, weight, first_state, second_state, places, i, table):
+    cpu._prefetch_pair(weight, places, i, table)
+    if rule != SGD:
+        cpu._prefetch_pair(first_state, places, i, table)
+    if rule == ADAM:
+        cpu._prefetch_pair(second_state, places, i, table)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _adagrad(weight, state, values, starts_of, offsets_of, counts, learning_rate, eps, clear):
-    one = learning_rate / learning_rate
-    for t in prange(counts.shape[0]):
-        piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
-        sums, moves = np.empty(_TILE, weight.dtype), np.empty(_TILE, weight.dtype)
-        starts, offsets, end = starts_of[t], offsets_of[t], counts[t]
-        run, done, first = 0, np.int64(0), offsets[0]
-        while run < end:
-            pieces, total, run, done = _pieces(starts, offsets, run, done, end, piece_starts, piece_ends)
-            _prefetch(weight, piece_starts, piece_ends, pieces)
-            _prefetch(state, piece_starts, piece_ends, pieces)
-            _gather(state, piece_starts, piece_ends, pieces, sums, one)
-            for x in range(total):
-                value = values[first + x]
-                sums[x] += value * value
-                moves[x] = value / (np.sqrt(sums[x]) + eps)
-            _scatter(sums, piece_starts, piece_ends, pieces, state, one)
-            _add(moves, 0, piece_starts, piece_ends, pieces, weight, -learning_rate)
-            if clear:
-                values[first : first + total] = 0
-            first += total
+def _update_alone(
+    weight,
+    first_state,
+    second_state,
+    rule,
+    constants,
+    pairs,
+    kept,
+    factors,
+    marks,
+    threads,
+    table,
+    word_offset,
+    context_offset,
+):
+    n, blocks = pairs.shape[0], table.num_blocks
+    for t in prange(threads):
+        values, scratch = np.empty(_GROUP * 2 * table.dim, weight.dtype), np.empty((3, 1), weight.dtype)
+        if rule != SGD:
+            scratch = np.empty((3, _GROUP * 2 * table.dim), weight.dtype)
+        piece_starts, piece_ends = (
+            np.empty(_GROUP * 2 * blocks, np.int64),
+            np.empty(_GROUP * 2 * blocks, np.int64),
+        )
+        keys = np.zeros((2, cpu._TILE), np.uint64)
+        # Of two tiles: while one is computed, the other's blocks are on their way.
+        both_places = np.empty((2, 2, blocks, cpu._TILE), np.int64)
+        both_signs = np.ones((2, 2, blocks, cpu._TILE), np.int64)
+        begin, end = n * t // threads, n * (t + 1) // threads
+        high, turn = min(begin + cpu._TILE, end), 0
+        cpu._find(pairs, keys, both_places[0], both_signs[0], begin, high, table, word_offset, context_offset)
+        for i in range(high - begin):
+            _prefetch_states(rule, weight, first_state, second_state, both_places[0], i, table)
+        for low in range(begin, end, cpu._TILE):
+            high = min(low + cpu._TILE, end)
+            places, signs = both_places[turn], both_signs[turn]
+            turn = 1 - turn
+            following = min(high + cpu._TILE, end)
+            cpu._find(
+                pairs,
+                keys,
+                both_places[turn],
+                both_signs[turn],
+                high,
+                following,
+                table,
+                word_offset,
+                context_offset,
+            )
+            for group in range(0, high - low, _GROUP):
+                pieces = total = 0
+                for i in range(group, min(group + _GROUP, high - low)):
+                    if high + i < following:
+                        _prefetch_states(rule, weight, first_state, second_state, both_places[turn], i, table)
+                    for b in range(blocks):
+                        first, length = b * table.block_size, cpu._block_length(table, b)
+                        most = runs._most_cells(table, length)
+                        factor = factors[low + i] * (signs[0, b, i] * signs[1, b, i])
+                        for side in range(2):
+                            place, partner = places[side, b, i], places[1 - side, b, i]
+                            row = pairs[low + i, side] + np.int64(context_offset if side else word_offset)
+                            first_cell, last_cell = runs._cells(table, row, place, length)
+                            if not runs._is_alone(marks, first_cell, last_cell, most):
+                                continue
+                            for k in range(0, length, _LANES):
+                                mask = cpu._mask(length - k)
+                                bits = lanes.bits_from(kept[low + i], first + k) & mask
+                                lanes.append_scaled(
+                                    values, total + k, weight, partner + k, factor, bits, 0, mask
+                                )
+                            total += length
+                            piece_starts[pieces], piece_ends[pieces] = place, total
+                            pieces += 1
+                _apply(
+                    rule,
+                    constants,
+                    weight,
+                    first_state,
+                    second_state,
+                    values,
+                    0,
+                    piece_starts,
+                    piece_ends,
+                    pieces,
+                    total,
+                    scratch,
+                )
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _adam(weight, mean, square, values, starts_of, offsets_of, counts, step_size, beta1, beta2, eps, clear):
-    one = step_size / step_size
-    for t in prange(counts.shape[0]):
-        piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
-        means, squares = np.empty(_TILE, weight.dtype), np.empty(_TILE, weight.dtype)
-        moves = np.empty(_TILE, weight.dtype)
-        starts, offsets, end = starts_of[t], offsets_of[t], counts[t]
-        run, done, first = 0, np.int64(0), offsets[0]
-        while run < end:
-            pieces, total, run, done = _pieces(starts, offsets, run, done, end, piece_starts, piece_ends)
-            _prefetch(weight, piece_starts, piece_ends, pieces)
-            _prefetch(mean, piece_starts, piece_ends, pieces)
-            _prefetch(square, piece_starts, piece_ends, pieces)
-            _gather(mean, piece_starts, piece_ends, pieces, means, one)
-            _gather(square, piece_starts, piece_ends, pieces, squares, one)
-            for x in range(total):
-                value = values[first + x]
-                means[x] += (one - beta1) * (value - means[x])
-                squares[x] += (one - beta2) * (value * value - squares[x])
-                moves[x] = means[x] / (np.sqrt(squares[x]) + eps)
-            _scatter(means, piece_starts, piece_ends, pieces, mean, one)
-            _scatter(squares, piece_starts, piece_ends, pieces, square, one)
-            _add(moves, 0, piece_starts, piece_ends, pieces, weight, -step_size)
-            if clear:
-                values[first : first + total] = 0
-            first += total
+class Rule(NamedTuple):
+    """What an optimizer does with a gradient g.
+
+    - `SGD`: ``weight -= rate · g``
+    - `ADAGRAD`, one state: ``sum += g²; weight -= rate · g / (√sum + eps)``
+    - `ADAM`, two states: the moments ``mean`` and ``square`` move by ``1 − beta`` of the way to g and g²,
+      and ``weight -= rate · mean / (√square + eps)``
+    """
+
+    kind: int
+    rate: float
+    eps: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
 
 
-def sgd(weight: np.ndarray, runs: cpu.Runs, learning_rate: float, *, clear: bool) -> None:
-    """``weight -= learning_rate · g`` at the runs of g; `clear` then zeroes the values of the runs."""
-    with cpu._launch:
-        cpu._set_threads()
-        _sgd(weight, *runs, weight.dtype.type(learning_rate), clear)
+def _arguments(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule):
+    constants = tuple(weight.dtype.type(constant) for constant in rule[1:])
+    first, second = [*states, weight, weight][:2]  # what the rule does not use stands in for none
+    return weight, first, second, rule.kind, constants
 
 
-def adagrad(
-    weight: np.ndarray, state: np.ndarray, runs: cpu.Runs, learning_rate: float, eps: float, *, clear: bool
+def update_runs(
+    weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: runs.Runs, *, clear: bool
 ) -> None:
-    """``state += g²; weight -= learning_rate · g / (√state + eps)`` at the runs of g."""
+    """Update weights and states at the runs of a gradient; `clear` then zeroes the values of the runs."""
     with cpu._launch:
         cpu._set_threads()
-        number = weight.dtype.type
-        _adagrad(weight, state, *runs, number(learning_rate), number(eps), clear)
+        _update_runs(*_arguments(weight, states, rule), *gradient, clear)
 
 
-def adam(
+def update_alone(
     weight: np.ndarray,
-    mean: np.ndarray,
-    square: np.ndarray,
-    runs: cpu.Runs,
-    step_size: float,
-    betas: tuple[float, float],
-    eps: float,
-    *,
-    clear: bool,
+    states: Sequence[np.ndarray],
+    rule: Rule,
+    pairs: np.ndarray,
+    kept: np.ndarray,
+    factors: np.ndarray,
+    marks: np.ndarray,
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
 ) -> None:
-    """Adam's moments and ``weight -= step_size · mean / (√square + eps)`` at the runs of g."""
+    """Update weights and states at the blocks that stand alone, by the `marks` of `cemb.kernels.runs.mark`.
+
+    Their gradients are those of ``Σ factors[i] · score[i]``, before dropout's scale. The weights of all other
+    blocks must still be what they were in the forward pass.
+    """
     with cpu._launch:
-        cpu._set_threads()
-        number = weight.dtype.type
-        beta1, beta2 = (number(beta) for beta in betas)
-        _adam(weight, mean, square, *runs, number(step_size), beta1, beta2, number(eps), clear)
+        threads = cpu._set_threads()
+        batch = (pairs, kept, factors, marks, threads)
+        _update_alone(*_arguments(weight, states, rule), *batch, *cpu._pair_constants(spec, context_offset))
