@@ -46,7 +46,6 @@ class TouchedGradient:
         self._versions: list[tuple[Tensor, int]] = []
         self._geometry = None
         self._room: runs.Room | None = None
-        self._marks = np.empty(0, np.uint64)
 
     @property
     def is_empty(self) -> bool:
@@ -71,7 +70,8 @@ class TouchedGradient:
                 f"a touched gradient is of one table at a time: it has pairs of {self._geometry[0]}, and got "
                 f"pairs of {spec}; step in between, or use torch.optim, whose gradients add up"
             )
-        self._geometry = spec, context_offset
+        if self._geometry != (spec, context_offset):
+            self._geometry, self._room = (spec, context_offset), None
         self._is_dense = isinstance(spec, HashSpec) and spec.block_size < MIN_BLOCK_SIZE
         self._versions += [(tensor, tensor._version) for tensor in (weight, pairs)]
         values, ids = weight.detach().view(-1).numpy(), pairs.long().contiguous().numpy()
@@ -124,13 +124,9 @@ class TouchedGradient:
         else:
             batch = self._batch()
             spec, context_offset = self._geometry
-            size = runs.num_marks(spec, cpu.num_threads())
-            if len(self._marks) != size:
-                self._marks = np.empty(size, np.uint64)
-            runs.mark(batch[0], spec, context_offset, self._marks)
             # Sums first, then what stands alone, then the sums' steps: each needs weights the next one moves.
-            self._room = runs.pair_runs(weight, *batch, spec, context_offset, self._room, self._marks)
-            updates.update_alone(weight, states, rule, *batch, self._marks, spec, context_offset)
+            self._room = runs.pair_runs(weight, *batch, spec, context_offset, self._room, is_whole=False)
+            updates.update_alone(weight, states, rule, *batch, self._room.alone, spec, context_offset)
             updates.update_runs(weight, states, rule, self._room.runs, clear=False)
         self._forget()
 

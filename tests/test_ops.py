@@ -345,12 +345,49 @@ def test_runs_are_the_gradient(spec):
     drop = PairDropout(0.0)
     kept = cpu.draw(300, spec.embedding_dim, drop)
     arguments = (weight.numpy(), pairs.numpy(), kept, upstream.numpy(), spec, _context_offset(spec))
-    room = cpu.Room.of(300, spec, np.dtype(np.float32), 2)
+    room = runs.Room.of(300, spec, np.dtype(np.float32), 2)
     room.runs.values[:] = np.nan  # what is not written must not be used
     found = torch.from_numpy(_dense(runs.pair_runs(*arguments, room).runs, spec.pool_size))
     naive = _exact(weight, pairs, spec, drop, upstream)[1]
     exact = _exact(weight.double(), pairs, spec, drop, upstream)[1]
     assert (found - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-5
+
+
+ALONE_SPECS = [
+    FullSpec(700, 12),
+    HashSpec(10_000, 100, 400_000, block_size=25),
+    HashSpec(10_000, 30, 100_000, block_size=8),
+    HashSpec(10_000, 100, 400_000, block_size=64),
+    HashSpec(10_000, 20, 200_000, block_size=17),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("spec", ALONE_SPECS, ids=lambda spec: f"{type(spec).__name__}-{spec.block_size}")
+def test_blocks_said_to_be_alone_overlap_no_other(spec, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "_set_threads", lambda: threads)
+    pairs = _ids(spec, 150, 2).numpy()
+    dense = np.zeros(spec.pool_size, np.int64)
+    blocks = {}
+    for (i, side), row in np.ndenumerate(pairs):
+        for b in range(spec.num_blocks):
+            columns = range(b * spec.block_size, min((b + 1) * spec.block_size, spec.embedding_dim))
+            blocks[i, side, b] = [spec.locate(int(row), column)[0] for column in columns]
+            dense[blocks[i, side, b]] += 1
+    room = runs.Room.of(150, spec, np.dtype(np.float32), threads)
+    for memory in (room.alone, room.planes, room.listed):
+        memory.fill(123)  # what an earlier step left
+    arguments = (_pool(spec).numpy(), pairs, cpu.draw(150, spec.embedding_dim, PairDropout(0.0)))
+    runs.pair_runs(*arguments, np.ones(150, np.float32), spec, 0, room, is_whole=False)
+    alone = {key for key, places in blocks.items() if (dense[places] == 1).all()}
+    found = {tuple(key) for key in np.argwhere(room.alone)}
+    assert found <= alone
+    assert len(found) > 0.6 * len(alone) > 100  # near ones may be taken for overlapping
+    assert len(alone) < len(blocks)
+    if spec.num_starts == 0:
+        assert found == alone
+    listed = sum(int(count) for count in room.num_listed)
+    assert listed == len(blocks) - len(found)
 
 
 def test_pair_gradients_stay_inside_the_pool():

@@ -15,9 +15,10 @@ SPECS = [
     FullSpec(60, 100),
     HashSpec(60, 100, 3000, block_size=25, signed=True),
     HashSpec(60, 100, 50_000, block_size=8),
+    HashSpec(5000, 100, 400_000, block_size=25, signed=True),  # most blocks overlap no other
     HashSpec(60, 100, 300),  # blocks shorter than MIN_BLOCK_SIZE: dense
 ]
-IDS = [f"{type(spec).__name__}-{spec.block_size}" for spec in SPECS]
+IDS = [f"{type(spec).__name__}-{spec.block_size}-{spec.pool_size}" for spec in SPECS]
 
 
 def _train(make, spec, *, steps=6, parts=1, dtype=torch.float32, seed=0):
@@ -161,6 +162,19 @@ def test_evaluation_leaves_the_gradient_alone():
     with torch.no_grad():
         table.pair_scores(torch.tensor([[0, 1]]), table, 0.0)
     assert table.weight.touched.is_empty
+
+
+@pytest.mark.parametrize("what", ["weight", "pairs"])
+def test_what_a_gradient_needs_must_stay_until_the_step(what):
+    weight, pairs = nn.Parameter(torch.ones(5, 4)), torch.tensor([[0, 1]])
+    optimizer = optim.SGD([weight], lr=1.0)
+    ops.pair_scores(weight, pairs, FullSpec(5, 4)).sum().backward()
+    with torch.no_grad():
+        {"weight": weight, "pairs": pairs}[what].mul_(0)
+    with pytest.raises(
+        RuntimeError, match=r"shape \[.*\] that a gradient needs was changed in place after the"
+    ):
+        optimizer.step()
 
 
 def test_two_tables_in_one_pool_are_refused_between_steps():

@@ -11,33 +11,39 @@ _ROW = 100  # values, 400 bytes
 _REPEATS = 7
 
 
+# Loops run over slices, from 0: an index that might be negative keeps LLVM from using vectors.
+
+
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
 def _stream(array, threads, sums):
     for t in prange(threads):
+        part = array[array.shape[0] * t // threads : array.shape[0] * (t + 1) // threads]
         total = array.dtype.type(0)
-        for i in range(array.shape[0] * t // threads, array.shape[0] * (t + 1) // threads):
-            total += array[i]
+        for i in range(part.shape[0]):
+            total += part[i]
         sums[t] = total
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
 def _rows(array, starts, length, threads, sums):
     for t in prange(threads):
+        part = starts[starts.shape[0] * t // threads : starts.shape[0] * (t + 1) // threads]
         total = array.dtype.type(0)
-        end = starts.shape[0] * (t + 1) // threads
-        for i in range(starts.shape[0] * t // threads, end):
-            cpu._prefetch_run(array, starts[min(i + 8, end - 1)], length)
+        for i in range(part.shape[0]):
+            cpu._prefetch_run(array, part[min(i + 16, part.shape[0] - 1)], length)
+            row = array[part[i] : part[i] + length]
             for k in range(length):
-                total += array[starts[i] + k]
+                total += row[k]
         sums[t] = total
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
 def _gather(array, places, threads, sums):
     for t in prange(threads):
+        part = places[places.shape[0] * t // threads : places.shape[0] * (t + 1) // threads]
         total = array.dtype.type(0)
-        for i in range(places.shape[0] * t // threads, places.shape[0] * (t + 1) // threads):
-            total += array[places[i]]
+        for i in range(part.shape[0]):
+            total += array[part[i]]
         sums[t] = total
 
 

@@ -13,65 +13,9 @@ from numba import njit, prange
 from cemb import hashing
 from cemb.kernels import cpu, lanes
 
-_CELL_BITS = 4  # 16 values of a pool share a mark; of a full table, a row does
-_WORD_BITS = 5  # 32 marks to a word, of two bits each: whether one block lies there, and whether more do
-_SPARE = 8  # words for what a thread is not to mark: a cache line
-
-
-@njit(inline="always")
-def _cells(table, row, place, length):
-    """First and last cell of a block."""
-    if table.num_starts == 0:
-        return row, row
-    return place >> _CELL_BITS, (place + length - 1) >> _CELL_BITS
-
-
-@njit(inline="always")
-def _most_cells(table, length):
-    """The most cells a block of this length lies in."""
-    if table.num_starts == 0:
-        return 1
-    return ((length - 2) >> _CELL_BITS) + 2
-
-
-@njit(inline="always")
-def _is_alone(marks, first, last, most):
-    """Whether no other block lies in these cells."""
-    several = np.uint64(0)
-    for c in range(most):
-        cell = min(first + c, last)
-        several |= marks[cell >> _WORD_BITS] >> np.uint64(2 * (cell & 31) + 1)
-    return several & np.uint64(1) == 0
-
-
-@njit(parallel=True, cache=True, nogil=True)
-def _mark(pairs, marks, words, threads, table, word_offset, context_offset):
-    n = pairs.shape[0]
-    for t in prange(threads):
-        low_word, high_word, spare = words * t // threads, words * (t + 1) // threads, words + _SPARE * t
-        marks[low_word:high_word] = 0
-        keys = np.zeros((2, cpu._TILE), np.uint64)
-        places = np.empty((2, table.num_blocks, cpu._TILE), np.int64)
-        signs = np.ones((2, table.num_blocks, cpu._TILE), np.int64)
-        for low in range(0, n, cpu._TILE):
-            tile = min(cpu._TILE, n - low)
-            cpu._find(pairs, keys, places, signs, low, low + tile, table, word_offset, context_offset)
-            for side in range(2):
-                offset = np.int64(context_offset if side else word_offset)
-                for b in range(table.num_blocks):
-                    length = cpu._block_length(table, b)
-                    most = _most_cells(table, length)
-                    for i in range(tile):
-                        first, last = _cells(table, pairs[low + i, side] + offset, places[side, b, i], length)
-                        for c in range(most):
-                            word = (first + c) >> _WORD_BITS
-                            # No branch, since none could be predicted.
-                            is_own = (word >= low_word) & (word < high_word) & (first + c <= last)
-                            word = word if is_own else spare
-                            shift = np.uint64(2 * ((first + c) & 31))
-                            old = marks[word]
-                            one_before = (old >> shift) & np.uint64(1)
-                            marks[word] = old | ((np.uint64(1) + one_before + one_before) << shift)
+_MARKS_PER_WORD = 8  # of two bits each: whether a block starts in this cell of the table, and whether more do
+_LOWER_BITS = np.uint16(0x5555)
+_MARGIN = 1  # cell before the first, and after the last, where nothing starts
 
 
 class Runs(NamedTuple):
@@ -118,86 +62,168 @@ def _num_bits(count):
     return bits
 
 
+def _cell_bits(block_size: int) -> int:
+    """Logarithm of the values to a cell, so large that blocks that overlap start in neighbouring ones."""
+    return max(4, (block_size - 1).bit_length())
+
+
+@njit(inline="always")
+def _cell(table, cell_bits, row, place):
+    """The cell that a block starts in; a row of a full table is one."""
+    return (row if table.num_starts == 0 else place >> cell_bits) + _MARGIN
+
+
+@njit(inline="always")
+def _share(n, t, threads):
+    """The pairs of a thread: whole tiles, so that their order is the same for any number of threads."""
+    tiles = (n + cpu._TILE - 1) // cpu._TILE
+    return min(tiles * t // threads * cpu._TILE, n), min(tiles * (t + 1) // threads * cpu._TILE, n)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _separate(
+    pairs, is_whole, cell_bits, planes, alone, listed, num_listed, table, word_offset, context_offset
+):
+    """Say in `alone` which blocks overlap no other, and list the rest: where they start, and their codes."""
+    n, blocks = pairs.shape[0], table.num_blocks
+    threads, words = planes.shape
+    block_bits = _num_bits(blocks)
+    # Of the cells where a block that overlaps one could start, all marks but that of the one itself.
+    reach = 0 if table.num_starts == 0 else _MARGIN
+    others = ((1 << (4 * reach + 2)) - 1) ^ (1 << (2 * reach))
+    for t in prange(threads):
+        marks = planes[t]
+        keys = np.zeros((2, cpu._TILE), np.uint64)
+        places = np.empty((2, blocks, cpu._TILE), np.int64)
+        signs = np.ones((2, blocks, cpu._TILE), np.int64)
+        begin, end = _share(n, t, threads)
+        if is_whole:
+            end = begin
+        else:
+            marks[:] = 0
+        for low in range(begin, end, cpu._TILE):
+            tile = min(cpu._TILE, end - low)
+            cpu._find(pairs, keys, places, signs, low, low + tile, table, word_offset, context_offset)
+            for side in range(2):
+                offset = np.int64(context_offset if side else word_offset)
+                for b in range(blocks):
+                    for i in range(tile):
+                        cell = _cell(table, cell_bits, pairs[low + i, side] + offset, places[side, b, i])
+                        shift = 2 * (cell % _MARKS_PER_WORD)
+                        old = np.int64(marks[cell // _MARKS_PER_WORD])
+                        one_before = (old >> shift) & 1
+                        marks[cell // _MARKS_PER_WORD] = np.uint16(old | (1 << (shift + one_before)))
+    for t in prange(threads):
+        for w in range(words * t // threads, words * (t + 1) // threads):
+            merged = planes[0, w]
+            for other in range(1, threads):
+                both = merged & planes[other, w] & _LOWER_BITS
+                merged |= planes[other, w] | np.uint16(both << 1)
+            planes[0, w] = merged
+    for t in prange(threads):
+        marks = planes[0]
+        keys = np.zeros((2, cpu._TILE), np.uint64)
+        places = np.empty((2, blocks, cpu._TILE), np.int64)
+        signs = np.ones((2, blocks, cpu._TILE), np.int64)
+        found = listed[t]
+        count = 0
+        begin, end = _share(n, t, threads)
+        for low in range(begin, end, cpu._TILE):
+            tile = min(cpu._TILE, end - low)
+            cpu._find(pairs, keys, places, signs, low, low + tile, table, word_offset, context_offset)
+            for side in range(2):
+                offset = np.int64(context_offset if side else word_offset)
+                for b in range(blocks):
+                    for i in range(tile):
+                        row, place = pairs[low + i, side] + offset, places[side, b, i]
+                        cell = _cell(table, cell_bits, row, place)
+                        is_alone = lanes.bits_from(marks, 2 * (cell - reach)) & others == 0
+                        is_listed = np.int64(is_whole | (not is_alone))
+                        alone[low + i, side, b] = 1 - is_listed
+                        code = ((2 * (low + i) + side) << block_bits) | b
+                        start = row if table.num_starts == 0 else place
+                        found[count] = (np.uint64(start) << cpu._S32) | np.uint64(code)
+                        count += is_listed
+        num_listed[t] = count
+
+
+@njit(inline="always")
+def _decode(entry, block_bits):
+    """Pair, side and block of a listed block."""
+    code = np.int64(entry & np.uint64(0xFFFFFFFF))
+    return code >> (block_bits + 1), (code >> block_bits) & 1, code & ((1 << block_bits) - 1)
+
+
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _pair_runs(
+def _sum_listed(
     weight,
     pairs,
     kept,
     factors,
+    listed,
+    num_listed,
     values,
     all_starts,
     all_offsets,
     counts,
     keys,
-    marks,
-    is_whole,
     table,
     word_offset,
     context_offset,
 ):
     # Arrays come one by one: inside parallel loops, Numba drops what is written to those in a tuple.
-    n, blocks = pairs.shape[0], table.num_blocks
+    blocks = table.num_blocks
     block_bits = _num_bits(blocks)
-    # Rows of a full table are sorted as such, to save passes.
+    # Rows of a full table are listed and sorted as such, to save passes.
     unit = np.int64(table.dim if table.num_starts == 0 else 1)
     units = weight.shape[0] // unit
     # Blocks that reach into a slice from before it keep their order too.
     reach = np.int64(0 if table.num_starts == 0 else table.block_size - 1)
     threads = counts.shape[0]
     for t in prange(threads):
-        low_end, high_end = units * t // threads * unit, units * (t + 1) // threads * unit
+        low_unit, high_unit = units * t // threads, units * (t + 1) // threads
+        low_end, high_end = low_unit * unit, high_unit * unit
         sorted_keys, spare = keys[t, 0], keys[t, 1]
         tile_keys = np.zeros((2, cpu._TILE), np.uint64)
-        places, signs = np.empty((2, cpu._TILE), np.int64), np.ones((2, cpu._TILE), np.int64)
+        # Of two tiles: while one is computed, the other's partners are on their way.
+        both_places = np.empty((2, 2, cpu._TILE), np.int64)
+        both_signs = np.ones((2, 2, cpu._TILE), np.int64)
+        last_length = cpu._block_length(table, blocks - 1)
         count = 0
-        for low in range(0, n, cpu._TILE):
-            tile = min(cpu._TILE, n - low)
-            for i in range(tile):
-                tile_keys[0, i] = cpu._key(table, pairs[low + i, 0], word_offset)
-                tile_keys[1, i] = cpu._key(table, pairs[low + i, 1], context_offset)
-            for side in range(2):
-                offset = np.int64(context_offset if side else word_offset)
-                for b in range(blocks):
-                    length = cpu._block_length(table, b)
-                    most = _most_cells(table, length)
-                    cpu._hash_tile(tile_keys[side], b, places[side], signs[side], table)
-                    for i in range(tile):
-                        place = places[side, i]
-                        first, last = _cells(table, pairs[low + i, side] + offset, place, length)
-                        relative = first - low_end // unit if unit > 1 else place - low_end + reach
-                        code = ((2 * (low + i) + side) << block_bits) | b
-                        sorted_keys[count] = (np.uint64(relative) << cpu._S32) | np.uint64(code)
-                        # No branch, since none could be predicted.
-                        is_wanted = (place < high_end) & (place + length > low_end)
-                        if not is_whole:
-                            is_wanted &= not _is_alone(marks, first, last, most)
-                        count += np.int64(is_wanted)
-        sorted_keys = _sort(sorted_keys, spare, count, _num_bits((high_end - low_end + reach) // unit))
-        found = np.empty((cpu._TILE, 2), np.int64)  # pair and block
+        for other in range(threads):
+            for x in range(num_listed[other]):
+                entry = listed[other, x]
+                start = np.int64(entry >> cpu._S32)
+                b = np.int64(entry & np.uint64((1 << block_bits) - 1))
+                length = last_length if b == blocks - 1 else table.block_size
+                relative = start - low_unit + reach
+                sorted_keys[count] = (np.uint64(relative) << cpu._S32) | (entry & np.uint64(0xFFFFFFFF))
+                count += np.int64((start < high_unit) & (start + (length if unit == 1 else 1) > low_unit))
+        sorted_keys = _sort(sorted_keys, spare, count, _num_bits(high_unit - low_unit + reach))
         starts, offsets = all_starts[t], all_offsets[t]
         used = values.shape[0] * t // threads
-        run, end, base = 0, np.int64(-1), np.int64(0)
-        for low in range(0, count, cpu._TILE):
-            tile = min(cpu._TILE, count - low)
-            for x in range(tile):
-                code = np.int64(sorted_keys[low + x] & np.uint64(0xFFFFFFFF))
-                b, side, i = (
-                    code & ((1 << block_bits) - 1),
-                    (code >> block_bits) & 1,
-                    code >> (block_bits + 1),
-                )
-                found[x, 0], found[x, 1] = i, b
+        run, end, base, turn = 0, np.int64(-1), np.int64(0), 0
+        for low in range(-cpu._TILE, count, cpu._TILE):
+            places, signs = both_places[turn], both_signs[turn]
+            turn = 1 - turn
+            next_places = both_places[turn]
+            tile, following = min(cpu._TILE, count - low) if low >= 0 else 0, min(low + 2 * cpu._TILE, count)
+            for x in range(low + cpu._TILE, following):
+                i, side, b = _decode(sorted_keys[x], block_bits)
                 own, other = (context_offset, word_offset) if side else (word_offset, context_offset)
                 # A full table has but block 0.
-                tile_keys[0, x] = cpu._key(table, pairs[i, side], own) + np.uint64(b)
-                tile_keys[1, x] = cpu._key(table, pairs[i, 1 - side], other) + np.uint64(b)
-            cpu._hash_tile(tile_keys[0], 0, places[0], signs[0], table)
-            cpu._hash_tile(tile_keys[1], 0, places[1], signs[1], table)
-            for x in range(tile):
-                cpu._prefetch_run(weight, places[1, x], cpu._block_length(table, found[x, 1]))
-            for x in range(tile):
-                i, b, place, partner = found[x, 0], found[x, 1], places[0, x], places[1, x]
-                length = cpu._block_length(table, b)
+                tile_keys[0, x - low - cpu._TILE] = cpu._key(table, pairs[i, side], own) + np.uint64(b)
+                tile_keys[1, x - low - cpu._TILE] = cpu._key(table, pairs[i, 1 - side], other) + np.uint64(b)
+            cpu._hash_tile(tile_keys[0], 0, next_places[0], both_signs[turn, 0], table)
+            cpu._hash_tile(tile_keys[1], 0, next_places[1], both_signs[turn, 1], table)
+            for x in range(cpu._TILE):
+                if low + cpu._TILE + x < following:
+                    cpu._prefetch_run(weight, next_places[1, x], table.block_size)
+                if x >= tile:
+                    continue
+                i, side, b = _decode(sorted_keys[low + x], block_bits)
+                place, partner = places[0, x], places[1, x]
+                length = last_length if b == blocks - 1 else table.block_size
                 begin = max(0, low_end - place)
                 first, length = b * table.block_size + begin, min(length, high_end - place) - begin
                 place, partner = place + begin, partner + begin
@@ -210,10 +236,15 @@ def _pair_runs(
                 for k in range(0, length, cpu._LANES):
                     mask = cpu._mask(length - k)
                     bits = lanes.bits_from(kept[i], first + k) & mask
-                    old = cpu._mask(overlap - k) & mask
-                    lanes.append_scaled(
-                        values, base + place + k, weight, partner + k, factor, bits, old, mask
-                    )
+                    if overlap > k:
+                        old = cpu._mask(overlap - k) & mask
+                        lanes.append_scaled(
+                            values, base + place + k, weight, partner + k, factor, bits, old, mask
+                        )
+                    else:  # no load, which would wait for the store before
+                        lanes.append_scaled(
+                            values, base + place + k, weight, partner + k, factor, bits, 0, mask
+                        )
                 end = max(end, place + length)
                 used = base + end
         offsets[run] = used
@@ -221,46 +252,40 @@ def _pair_runs(
 
 
 class Room(NamedTuple):
-    """Memory for runs and for sorting them, kept from step to step. What is not touched costs nothing."""
+    """Memory for `pair_runs`, kept from step to step. What is not touched costs nothing."""
 
     runs: Runs
     keys: np.ndarray
+    planes: np.ndarray
+    alone: np.ndarray  # uint8 [pairs, 2, blocks]: which blocks overlap no other
+    listed: np.ndarray
+    num_listed: np.ndarray
 
     @classmethod
     def of(
         cls, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, dtype: np.dtype, threads: int
     ) -> "Room":
         blocks = 2 * num_pairs * spec.num_blocks
+        cells = spec.num_embeddings if spec.num_starts == 0 else spec.pool_size >> _cell_bits(spec.block_size)
+        of_a_thread = 2 * (num_pairs // threads + 2 * cpu._TILE) * spec.num_blocks
         runs = Runs(
             np.empty(threads * 2 * num_pairs * spec.embedding_dim, dtype),
             np.empty((threads, blocks + 1), np.int64),
             np.empty((threads, blocks + 1), np.int64),
             np.zeros(threads, np.int64),
         )
-        return cls(runs, np.empty((threads, 2, blocks + 1), np.uint64))
-
-    def fits(self, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, threads: int) -> bool:
-        return (
-            len(self.runs.counts) == threads
-            and self.runs.starts.shape[1] > 2 * num_pairs * spec.num_blocks
-            and len(self.runs.values) >= threads * 2 * num_pairs * spec.embedding_dim
+        return cls(
+            runs,
+            np.empty((threads, 2, blocks + 1), np.uint64),
+            np.empty((threads, (cells + 2 * _MARGIN) // _MARKS_PER_WORD + 3), np.uint16),
+            np.empty((num_pairs, 2, spec.num_blocks), np.uint8),
+            np.empty((threads, of_a_thread), np.uint64),
+            np.zeros(threads, np.int64),
         )
 
-
-def num_marks(spec: hashing.HashSpec | hashing.FullSpec, threads: int) -> int:
-    """Words of memory that `mark` needs."""
-    cells = spec.num_embeddings if spec.num_starts == 0 else (spec.pool_size >> _CELL_BITS) + 1
-    return (cells >> _WORD_BITS) + 1 + _SPARE * threads
-
-
-def mark(
-    pairs: np.ndarray, spec: hashing.HashSpec | hashing.FullSpec, context_offset: int, marks: np.ndarray
-) -> None:
-    """Note in `marks`, of `num_marks` uint64, where blocks of the pairs lie, and where several do."""
-    with cpu._launch:
-        threads = cpu._set_threads()
-        words = len(marks) - _SPARE * threads
-        _mark(pairs, marks, words, threads, *cpu._pair_constants(spec, context_offset))
+    def fits(self, num_pairs: int, threads: int) -> bool:
+        """Whether it has room for so many pairs of the table it was made for."""
+        return len(self.runs.counts) == threads and len(self.alone) >= num_pairs
 
 
 def pair_runs(
@@ -271,13 +296,14 @@ def pair_runs(
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     room: Room | None,
-    marks: np.ndarray | None = None,
+    *,
+    is_whole: bool = True,
 ) -> Room:
     """The gradient of ``Σ factors[i] · score[i]``, before dropout's scale, as runs in `room`.
 
-    Given `marks`, without the blocks that stand alone. Each thread sorts the blocks that lie in its slice of
-    the pool and sums them in order, so that the gradient is deterministic for any number of threads. Returns
-    `room`, or a larger one.
+    Unless `is_whole`, without the blocks that ``room.alone`` then says to overlap no other of the batch. Each
+    thread sorts the blocks that lie in its slice of the pool and sums them in order, so that the gradient is
+    deterministic for any number of threads. Returns `room`, or a larger one for the same table.
 
     Raises ValueError for more pairs than 32 bits number the blocks of.
     """
@@ -285,9 +311,10 @@ def pair_runs(
         threads = cpu._set_threads()
         if (2 * len(pairs)) << (spec.num_blocks - 1).bit_length() > 2**32:
             raise ValueError(f"{len(pairs)} pairs of {spec.num_blocks} blocks are too many for one gradient")
-        if room is None or not room.fits(len(pairs), spec, threads):
+        if room is None or not room.fits(len(pairs), threads):
             room = Room.of(len(pairs), spec, weight.dtype, threads)
-        selection = (np.empty(0, np.uint64), True) if marks is None else (marks, False)
+        found = (room.listed, room.num_listed)
         constants = cpu._pair_constants(spec, context_offset)
-        _pair_runs(weight, pairs, kept, factors, *room.runs, room.keys, *selection, *constants)
+        _separate(pairs, is_whole, _cell_bits(spec.block_size), room.planes, room.alone, *found, *constants)
+        _sum_listed(weight, pairs, kept, factors, *found, *room.runs, room.keys, *constants)
         return room

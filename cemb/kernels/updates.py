@@ -177,7 +177,7 @@ def _update_alone(
     pairs,
     kept,
     factors,
-    marks,
+    alone,
     threads,
     table,
     word_offset,
@@ -224,13 +224,10 @@ def _update_alone(
                         _prefetch_states(rule, weight, first_state, second_state, both_places[turn], i, table)
                     for b in range(blocks):
                         first, length = b * table.block_size, cpu._block_length(table, b)
-                        most = runs._most_cells(table, length)
                         factor = factors[low + i] * (signs[0, b, i] * signs[1, b, i])
                         for side in range(2):
                             place, partner = places[side, b, i], places[1 - side, b, i]
-                            row = pairs[low + i, side] + np.int64(context_offset if side else word_offset)
-                            first_cell, last_cell = runs._cells(table, row, place, length)
-                            if not runs._is_alone(marks, first_cell, last_cell, most):
+                            if not alone[low + i, side, b]:
                                 continue
                             for k in range(0, length, _LANES):
                                 mask = cpu._mask(length - k)
@@ -295,16 +292,16 @@ def update_alone(
     pairs: np.ndarray,
     kept: np.ndarray,
     factors: np.ndarray,
-    marks: np.ndarray,
+    alone: np.ndarray,
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
 ) -> None:
-    """Update weights and states at the blocks that stand alone, by the `marks` of `cemb.kernels.runs.mark`.
+    """Update weights and states at the blocks that stand alone, see `cemb.kernels.runs.Room`.
 
     Their gradients are those of ``Σ factors[i] · score[i]``, before dropout's scale. The weights of all other
     blocks must still be what they were in the forward pass.
     """
     with cpu._launch:
         threads = cpu._set_threads()
-        batch = (pairs, kept, factors, marks, threads)
+        batch = (pairs, kept, factors, alone, threads)
         _update_alone(*_arguments(weight, states, rule), *batch, *cpu._pair_constants(spec, context_offset))
