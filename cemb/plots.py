@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cemb import targets
+
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -356,10 +358,6 @@ def learning_curves(quality: pd.DataFrame, training: str) -> Figure:
     return figure
 
 
-# Values kept for each of a table's: itself and the optimizer's.
-_COPIES = {"sgd": 1, "adagrad": 2, "adam": 3}
-
-
 def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
     """What a pool of one size does as rows become more: quality, time of a step, memory in training.
 
@@ -388,7 +386,7 @@ def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
                 rows = speed[chosen].sort_values("num_embeddings")
                 if rows.empty:
                     continue
-                memory = rows.parameters_mib * rows.optimizer.map(_COPIES) + rows.peak_mib.fillna(0)
+                memory = rows.parameters_mib * rows.optimizer.map(targets.COPIES) + rows.peak_mib.fillna(0)
                 values = rows.total_ms if shown == "time" else memory
                 spread = None
                 if shown == "time":
@@ -399,7 +397,7 @@ def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
                 )
             if shown == "memory":
                 row = speed.iloc[0]
-                mib = 4 * _COPIES[row.optimizer] * row.embedding_dim / 2**20
+                mib = 4 * targets.COPIES[row.optimizer] * row.embedding_dim / 2**20
                 ends = np.array([speed.num_embeddings.min(), speed.num_embeddings.max()])
                 panel.plot(ends, mib * ends, color=GREY, linestyle=":", label="full, counted")
                 panel.set_yscale("log")

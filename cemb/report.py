@@ -326,13 +326,13 @@ def quality_frame(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(median_seeds(_trained(found), "run"))
 
 
-def gap_text(record: dict) -> str:
+def gap_text(record: dict, digits: int = 3) -> str:
     """A gap, with the range over seeds if there were several; or how the run failed."""
     if pd.isna(record["gap"]):
         return "none" if pd.isna(record.get("failure")) else "failed"
-    text = _signed(record["gap"], 3)
+    text = _signed(record["gap"], digits)
     if record.get("num_seeds", 1) > 1:
-        text += f" ({_signed(record['gap_low'], 3)} to {_signed(record['gap_high'], 3)})"
+        text += f" ({_signed(record['gap_low'], digits)} to {_signed(record['gap_high'], digits)})"
     return text
 
 
@@ -476,13 +476,60 @@ def point(found: list[dict], method: str, ratio: float | None = None) -> dict | 
     return median_seeds(rows, "method")[0] if rows else None
 
 
-def point_text(found: list[dict], method: str, ratio: float | None = None) -> str:
+def point_text(found: list[dict], method: str, ratio: float | None = None, digits: int = 3) -> str:
     """The gap of `point`, or that it is not measured."""
     record = point(found, method, ratio)
-    return "(not measured)" if record is None else gap_text(record)
+    return "(not measured)" if record is None else gap_text(record, digits)
 
 
 TRIVIAL = "lower rank, then int8"
+
+
+def beats_trivial(found: list[dict], ratio: float) -> str:
+    """Names of the methods with a smaller gap than the trivial one's, by gap, at a ratio asked for."""
+    trivial = point(found, TRIVIAL, ratio)
+    if trivial is None:
+        return "(not measured)"
+    rows = frontier_frame(found)
+    rows = rows[(rows.asked_ratio == ratio) & (rows.gap < trivial["gap"])].sort_values("gap")
+    return ", ".join(rows.method) or "none"
+
+
+def rounding_cost(found: list[dict]) -> str:
+    """The most that rounding a trained table to int8 added to its gap."""
+    costs = [r["gap"] - r["float32_gap"] for r in found if r.get("float32_gap") is not None]
+    return f"{max(costs):.4f}" if costs else "(not measured)"
+
+
+def best_rounded(found: list[dict], ratio: float) -> str:
+    """The trained table rounded to int8 of the smallest gap at a ratio asked for, and that gap."""
+    rows = [point(found, name, ratio) for group in ("int8", "int8-others") for name in study.FRONTIER[group]]
+    rows = [r for r in rows if r is not None and r["gap"] is not None]
+    if not rows:
+        return "(not measured)"
+    best = min(rows, key=lambda r: r["gap"])
+    return f"{best['method'].removesuffix(', then int8')}, {gap_text(best)}"
+
+
+def growth_texts(found: list[dict]) -> dict[str, str]:
+    """What the growth of a pool's rows costs in time and memory, in words; by name, for the book's text."""
+    speed = growth_speed(found)
+    if speed.empty:
+        names = ("fewest", "most", "block_1", "block_25", "hashed_mib", "full_gib")
+        return dict.fromkeys(names, "(not measured)")
+    hashed = speed[speed.table == "hashed"].sort_values("num_embeddings")
+    last, texts = hashed.iloc[-1], {}
+    for block, own in hashed.groupby("block_size"):
+        texts[f"block_{block}"] = f"{own.total_ms.iloc[0]:.1f} to {own.total_ms.iloc[-1]:.1f}"
+    copies = targets.COPIES[last.optimizer]
+    return {
+        **dict.fromkeys(("block_1", "block_25"), "(not measured)"),
+        **texts,
+        "fewest": f"{hashed.num_embeddings.iloc[0]:,}",
+        "most": f"{last.num_embeddings:,}",
+        "hashed_mib": f"{copies * last.parameters_mib:.0f}",
+        "full_gib": f"{4 * copies * last.num_embeddings * last.embedding_dim / 2**30:,.0f}",
+    }
 
 
 def same_bytes_table(found: list[dict]) -> pd.DataFrame:
@@ -588,7 +635,12 @@ def csv_text(found: list[dict], kind: str) -> str:
 
 
 def show(table: pd.DataFrame):
-    """A table as the book shows it: no index, text cells left, figures right, the same markup each time."""
+    """A table as the book shows it: no index, text cells left, figures right, the same markup each time.
+
+    An empty one says that there is nothing.
+    """
+    if table.empty:
+        table = pd.DataFrame({"what": ["Not among these records; PROFILE=full make book measures it."]})
     # The style's rules are global to a page, so tables of other columns need names of their own.
     name = hashlib.sha256(" ".join(table.columns).encode()).hexdigest()[:8]
     numeric = [

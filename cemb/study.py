@@ -196,7 +196,7 @@ def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> l
     ratios = {
         "hashed": trained,
         "tiers": trained,
-        "composed": [4],
+        "composed": [16],
         "int8": [16],
         "trivial": after,
         "after": after,

@@ -184,6 +184,54 @@ def test_the_trivial_table_is_the_first_at_the_same_bytes(trained):
     assert list(table.set_index("table").loc["hashed"])[1:] == ["0.900", ""]
 
 
+def test_words_for_what_beats_the_trivial_table(trained):
+    assert report.beats_trivial(trained, 16.0) == "(not measured)"
+    points = [
+        *trained,
+        _point(report.TRIVIAL, 0.7, ratio=16.0),
+        _point("int8", 0.0001, ratio=None),
+        _point("low-rank", 0.6, ratio=16.0),
+        _point("clustered", 0.5, ratio=4.0),
+    ]
+    assert report.beats_trivial(points, 16.0) == "transform coding, low-rank"
+    points.append(_point(report.TRIVIAL, 0.1, ratio=4.0))
+    assert report.beats_trivial(points, 4.0) == "none"
+    assert report.point_text(points, "int8", digits=4) == "0.0001"
+
+
+def test_words_for_rounded_tables(trained):
+    assert report.rounding_cost(trained) == report.best_rounded(trained, 8) == "(not measured)"
+    rounded = [
+        {**_point("hashed, then int8", 0.55, ratio=8), "float32_gap": 0.5499},
+        {**_point("clustered, then int8", 0.41, ratio=8), "float32_gap": 0.4085},
+        {**_point("low-rank, then int8", None, ratio=8, failure="diverged"), "float32_gap": None},
+    ]
+    assert report.rounding_cost([*trained, *rounded]) == "0.0015"
+    assert report.best_rounded([*trained, *rounded], 8) == "clustered, 0.410"
+
+
+def test_words_for_growth(trained):
+    assert set(report.growth_texts(trained).values()) == {"(not measured)"}
+    shared = {"kind": "speed", "run": "growth-speed"}
+    speed = [
+        {**_speed("hashed", rows, 25), **shared, "total_ms": 2.0 + rows / 10**9} for rows in (1000, 10**9)
+    ]
+    found = report.growth_texts([*trained, *speed, {**_speed("full-fused", 10**6), **shared}])
+    assert found == {
+        "block_1": "(not measured)",
+        "block_25": "2.0 to 3.0",
+        "fewest": "1,000",
+        "most": "1,000,000,000",
+        "hashed_mib": "3",
+        "full_gib": "1,118",
+    }
+    assert set(found) == set(report.growth_texts(trained))
+
+
+def test_an_empty_table_says_so():
+    assert "Not among these records" in report.show(pd.DataFrame()).to_html()
+
+
 def test_curves_are_against_steps_and_seconds(trained):
     figure = plots.learning_curves(report.quality_frame(trained), "full-batch")
     steps, seconds = figure.axes[:3], figure.axes[3:]
