@@ -407,6 +407,11 @@ def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
                 panel.set(ylabel="milliseconds a step")
             panel.set(xlabel="rows (log)")
         panel.set_xscale("log")
+        if shown == "quality":
+            panel.set_xticks(sorted(set(quality.num_words)))
+            panel.minorticks_off()
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.3g}k")
+            panel.tick_params(axis="x", labelsize=8)
         panel.legend(fontsize=8)
     return figure
 
@@ -417,7 +422,8 @@ def composition(points: pd.DataFrame) -> Figure:
     `points` is `report.frontier_frame`. Behind each are the tables made after training, the same in all.
     """
     points = points[points.failure.isna()]
-    behind = (("lower rank", "--"), ("product quantization", ":"), ("transform coding", "-"))
+    behind = (("lower rank", "--"), ("lower rank, then int8", "-."))
+    behind += (("product quantization", ":"), ("transform coding", "-"))
     names = [name for name in FRONTIER_STYLES if f"{name}, then int8" in set(points.method)]
     columns = min(4, max(1, len(names)))
     lines = -(-max(1, len(names)) // columns)
@@ -437,11 +443,10 @@ def composition(points: pd.DataFrame) -> Figure:
             rows = points[points.method == method].sort_values("inference_ratio")
             panel.plot(rows.inference_ratio, rows.gap, color=colour, marker=marker, markersize=4, label=label)
         panel.set(xscale="log", yscale="log")
-        panel.set_xticks([4, 8, 16, 32])
+        panel.set_xticks([4, 16, 64])
+        panel.minorticks_off()
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        panel.xaxis.set_minor_formatter(lambda value, _: "")
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.yaxis.set_minor_formatter(lambda value, _: "")
         panel.set_title(name, fontsize=9)
     figure.supylabel("gap to the optimum (log)", fontsize=10)
     figure.supxlabel("fewer bytes at inference (log)", fontsize=10)
