@@ -18,7 +18,7 @@ OUT ?= results/local/gpu
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  CORPUS=path/to.txt make book runs the study on a text of your own"
-	@echo "  PROFILE=full make book runs all of it: more ratios, three seeds, word2vec; some 40 minutes"
+	@echo "  PROFILE=full make book runs all of it: more ratios, three seeds, word2vec; some two hours"
 
 $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or later is needed, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12 ..." if v < (3, 11) else 0)'

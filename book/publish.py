@@ -1,9 +1,11 @@
 """Keep this machine's study as a named reference, and renew the README's numbers and picture from it.
 
-    python book/publish.py NAME
+    python book/publish.py NAME [--add]
 
-The study must be up to date. What `python -m cemb` left in results/local goes with it: bench.jsonl,
-rates.jsonl, and second.jsonl, which is the frontier on a second corpus.
+The study must be up to date. With --add, records of the runs that are take the place of the reference's, or
+come after them, and all others stay: so that new runs do not ask for the old ones again. What
+`python -m cemb` left in results/local goes with it: bench.jsonl, rates.jsonl, and second.jsonl, which is
+the frontier on a second corpus.
 `results/reference/NAME` is what gets committed.
 """
 
@@ -13,7 +15,7 @@ import sys
 
 import matplotlib.pyplot as plt
 
-from cemb import plots, records, report
+from cemb import plots, records, report, study
 
 README = records.ROOT / "README.md"
 REFERENCES = records.ROOT / "results" / "reference"
@@ -26,19 +28,33 @@ def renewed_readme(readme: str, name: str, found: list[dict]) -> str:
     return ANSWER.sub(lambda _: f"{report.readme_answer(found)}\n\n{picture}\n", readme)
 
 
+def extended(kept: list[dict], new: list[dict]) -> list[dict]:
+    """Records, those of the new ones' runs replaced, in the study's order; of other runs last."""
+    renewed = {record["run"] for record in new}
+    found = [*(record for record in kept if record["run"] not in renewed), *new]
+    places = {run.name: place for place, run in enumerate(report.book_runs())}
+    return sorted(found, key=lambda record: places.get(record["run"], len(places)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("name", help="of the reference machine: letters, digits and hyphens")
-    name = parser.parse_args().name
+    parser.add_argument("--add", action="store_true", help="to a reference there is, what is up to date")
+    arguments = parser.parse_args()
+    name = arguments.name
     if not re.fullmatch(r"[a-z0-9-]+", name):
         print(f"a name is of lower-case letters, digits and hyphens, got {name!r}", file=sys.stderr)
         return 2
+    folder = REFERENCES / name
     try:
-        found = report.load()
+        if arguments.add:
+            runs = [run for run in report.book_runs() if study.staleness(run) is None]
+            found = extended(records.read(folder / "records.jsonl"), study.current_records(runs))
+        else:
+            found = report.load()
     except (OSError, ValueError) as error:
         print(f"nothing to publish: {error}", file=sys.stderr)
         return 1
-    folder = REFERENCES / name
     records.write(found, folder / "records.jsonl")
     for other in ("bench.jsonl", "rates.jsonl", "second.jsonl"):
         if (local := records.results_dir() / "local" / other).exists():

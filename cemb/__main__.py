@@ -176,7 +176,10 @@ def _study(arguments: argparse.Namespace) -> int:
     from cemb import study
 
     runs = study.select(
-        study.study_runs(arguments.grid, arguments.corpus), arguments.optimizer, arguments.pool_size
+        study.study_runs(arguments.grid, arguments.corpus),
+        arguments.optimizer,
+        arguments.pool_size,
+        arguments.run,
     )
     if not arguments.check:
         study.run_study(runs, workers=arguments.workers)
@@ -282,10 +285,11 @@ def _parser() -> argparse.ArgumentParser:
     rates.add_argument("--out", help="file for the records, one JSON object a line")
 
     study = command("study", _study, "run the notebooks that are not up to date")
-    study.add_argument("--grid", default="default", help="default or smoke")
+    study.add_argument("--grid", default="default", help="default, full or smoke")
     study.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
     study.add_argument("--optimizer", nargs="+", help="only these")
     study.add_argument("--pool-size", type=int, nargs="+", help="only these")
+    study.add_argument("--run", nargs="+", help="only these names, or patterns such as 'growth-*'")
     study.add_argument("--workers", type=int, help="untimed runs side by side")
     study.add_argument("--check", action="store_true", help="only say what is stale and why; status 1 if any")
     return parser

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cemb import records
 from cemb.alternating import STORES, Store, train_alternating, transform_code
@@ -27,6 +28,7 @@ from cemb.tables import (
     all_rows,
     num_bytes,
 )
+from cemb.tables.sizes import check_budget
 from cemb.tables.transform_coded import allocate_bits
 
 Pair = tuple[nn.Module, nn.Module]
@@ -39,6 +41,9 @@ TRAINED = {
     "hashed, signed": QualityCase("hashed", "adam", compression_ratio=1, signed=True),
     **{name: QualityCase(name, "adam", compression_ratio=1) for name in COMPRESSED_TABLES},
 }
+# Trained small, then every value in a byte.
+QUANTIZED = {f"{name}, then int8": name for name in ("hashed", *COMPRESSED_TABLES)}
+_INT8_RUN = 64  # values that share a scale
 
 
 def _rounded(store: Store) -> Callable[..., Pair]:
@@ -57,24 +62,79 @@ def _lower_rank(objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_by
     return tuple(nn.Embedding.from_pretrained(side[:, :rank].clone()) for side in (words, contexts))
 
 
-def _product_quantized(objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_bytes: int) -> Pair:
-    dim = words.shape[1]
-    codebooks = 2 * 256 * dim * torch.float16.itemsize
-    groups = min(dim, (max_bytes - codebooks) // (len(words) + len(contexts)))
-    return tuple(ProductQuantizedEmbedding.from_vectors(side, groups) for side in (words, contexts))
+def _lower_rank_int8(objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_bytes: int) -> Pair:
+    num_rows = len(words) + len(contexts)
+    rank = max_bytes // num_rows - torch.float16.itemsize
+    if rank < 1:
+        raise ValueError(f"rank 1 needs {num_rows * (1 + torch.float16.itemsize)} bytes, got {max_bytes}")
+    return tuple(
+        RowQuantizedEmbedding.from_vectors(side[:, :rank].contiguous()) for side in (words, contexts)
+    )
+
+
+def _product_quantized(axes: Callable[[Tensor, int], Tensor]) -> Callable[..., Pair]:
+    """Product quantization, both sides turned before by the orthogonal ``axes(variances, groups)``."""
+
+    def compress(objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_bytes: int) -> Pair:
+        dim = words.shape[1]
+        codebooks = 2 * 256 * dim * torch.float16.itemsize
+        groups = min(dim, (max_bytes - codebooks) // (len(words) + len(contexts)))
+        if groups < 1:
+            raise ValueError(
+                f"one group's codes need {codebooks + len(words) + len(contexts)} bytes, got {max_bytes}"
+            )
+        turn = axes(words.square().sum(dim=0), groups)
+        return tuple(
+            ProductQuantizedEmbedding.from_vectors(side @ turn, groups) for side in (words, contexts)
+        )
+
+    return compress
+
+
+def _principal_axes(variances: Tensor, groups: int) -> Tensor:
+    # The truncated SVD's factors are in them.
+    return torch.eye(len(variances))
+
+
+def _random_axes(variances: Tensor, groups: int) -> Tensor:
+    dim = len(variances)
+    turn, _ = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0)))
+    return turn
+
+
+def _balanced_axes(variances: Tensor, groups: int) -> Tensor:
+    """Principal axes dealt out so that groups have like products of variances.
+
+    The parametric solution of Ge, He, Ke and Sun, "Optimized product quantization", CVPR 2013: each axis, by
+    falling variance, goes to the group of the smallest product that still has room.
+    """
+    dim = len(variances)
+    room = [len(part) for part in torch.arange(dim).tensor_split(groups)]
+    logs = (variances / variances.max()).clamp(min=1e-12).log().tolist()
+    members: list[list[int]] = [[] for _ in range(groups)]
+    products = [0.0] * groups
+    least = min(logs)  # the unit of variance: no product is to fall when an axis is added
+    for axis in variances.argsort(descending=True, stable=True).tolist():
+        group = min((g for g in range(groups) if len(members[g]) < room[g]), key=products.__getitem__)
+        members[group].append(axis)
+        products[group] += logs[axis] - least
+    return torch.eye(dim)[:, [axis for group in members for axis in group]]
 
 
 # From the truncated SVD's factors, which came out of full tables of float32.
 COMPRESSED_AFTER: dict[str, Callable[..., Pair]] = {
     "lower rank": _lower_rank,
+    "lower rank, then int8": _lower_rank_int8,
     "int8": _rounded(lambda vectors, _: RowQuantizedEmbedding.from_vectors(vectors, 8)),
     "int4": _rounded(lambda vectors, _: RowQuantizedEmbedding.from_vectors(vectors, 4)),
-    "product quantization": _product_quantized,
+    "product quantization": _product_quantized(_principal_axes),
+    "product quantization, random axes": _product_quantized(_random_axes),
+    "product quantization, balanced axes": _product_quantized(_balanced_axes),
     "transform coding": transform_code,
 }
 ALTERNATING = {f"alternating, {name}": name for name in (*STORES, "transform coding")}
 FIXED_RATIO = ("full", "int8", "int4", *(f"alternating, {name}" for name in STORES))
-METHODS = (*TRAINED, *COMPRESSED_AFTER, *ALTERNATING)
+METHODS = (*TRAINED, *QUANTIZED, *COMPRESSED_AFTER, *ALTERNATING)
 
 
 def _coded(max_bytes: int) -> Store:
@@ -85,6 +145,40 @@ def _coded(max_bytes: int) -> Store:
         return TransformCodedEmbedding.from_vectors(vectors, importance, bits)
 
     return store
+
+
+def _int8_bytes(model: nn.Module) -> int:
+    runs = sum(-(-parameter.numel() // _INT8_RUN) for parameter in model.parameters())
+    floats = sum(4 * parameter.numel() for parameter in model.parameters())
+    return num_bytes(model) - floats + runs * (_INT8_RUN + torch.float16.itemsize)
+
+
+def _within_as_int8(case: QualityCase, data: PmiDataset, max_bytes: int) -> QualityCase:
+    """The case whose tables take no more than `max_bytes` once their parameters are in int8."""
+    rank = len(data.optimum.singular_values)
+    full = 4 * rank * sum(data.matrix.shape)
+    check_budget(max_bytes, _INT8_RUN + torch.float16.itemsize)
+    ratio = full / max_bytes / 4
+    case = replace(case, compression_ratio=ratio)
+    while (size := _int8_bytes(case.build(data.matrix.shape[0], rank))) > max_bytes:
+        # Codes, and scales of runs that are not full, take more than a quarter.
+        ratio *= max(1.001, size / max_bytes)
+        case = replace(case, compression_ratio=ratio)
+    return case
+
+
+@torch.no_grad()
+def round_to_int8(model: nn.Module) -> int:
+    """Round a model's parameters in place to int8, with a float16 scale for each 64 values; its bytes then.
+
+    Buffers stay, and count, as they are.
+    """
+    for parameter in model.parameters():
+        count = parameter.numel()
+        runs = F.pad(parameter.flatten(), (0, -count % _INT8_RUN)).view(-1, _INT8_RUN)
+        rounded = all_rows(RowQuantizedEmbedding.from_vectors(runs, 8))
+        parameter.copy_(rounded.flatten()[:count].view_as(parameter))
+    return _int8_bytes(model)
 
 
 def _record(
@@ -168,11 +262,20 @@ def measure(
         raise ValueError(f"compression_ratio must be positive, got {compression_ratio}")
     asked = {"asked_ratio": None if method in FIXED_RATIO else compression_ratio}
     try:
-        if method in TRAINED:
-            case = replace(TRAINED[method], seed=seed, num_steps=num_steps, learning_rate=learning_rate)
-            if method not in FIXED_RATIO:
+        if method in TRAINED or method in QUANTIZED:
+            case = TRAINED[QUANTIZED.get(method, method)]
+            case = replace(case, seed=seed, num_steps=num_steps, learning_rate=learning_rate)
+            if method in QUANTIZED:
+                full = 4 * len(data.optimum.singular_values) * sum(data.matrix.shape)
+                case = _within_as_int8(case, data, int(full / compression_ratio))
+            elif method not in FIXED_RATIO:
                 case = replace(case, compression_ratio=compression_ratio)
-            record, _ = measure_quality(case, data)
+            record, model = measure_quality(case, data)
+            if method in QUANTIZED and model is not None:
+                record |= {"float32_gap": record["gap"], "float32_ratio": case.compression_ratio}
+                record["inference_bytes"] = round_to_int8(model)
+                with torch.no_grad():
+                    record |= score(*model.factors(), data, objective)
             kept = {
                 name: value
                 for name, value in record.items()

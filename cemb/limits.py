@@ -1,5 +1,7 @@
 """How few bits a factorization could do with: rate–distortion limits, in gap to the optimum."""
 
+import math
+
 import numpy as np
 
 from cemb.evaluate import Optimum
@@ -41,3 +43,15 @@ def gap_limit(optimum: Optimum, bits: float, *, by_row: bool) -> float:
         rows = weighted.sum(axis=1) if by_row else np.full(len(side), weighted.sum() / len(side))
         energies.append(np.outer(rows / rows.sum(), np.square(s)))
     return float(water_filling(np.concatenate(energies), bits) / np.square(s).sum())
+
+
+def hashed_gap(compression_ratio: float) -> float:
+    """Expected gap of one factor read from a pool beside the other exact, if its values were alike.
+
+    For independent values of one variance and one weight, c to a pool value on average: a pool value is at
+    best the mean of those that read it, and k of them keep a k-th of their energy. Poisson's distribution
+    of k leaves ``1 − (1 − e^−c) / c``.
+    """
+    if not compression_ratio > 0:
+        raise ValueError(f"compression_ratio must be positive, got {compression_ratio}")
+    return 1 + math.expm1(-compression_ratio) / compression_ratio

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cemb import targets
+
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -209,9 +211,12 @@ FRONTIER_STYLES = {
     "clustered": (ORANGE, "D", ":"),
     "low-rank": (GREY, "o", "-"),
     "lower rank": (GREY, "x", "--"),
+    "lower rank, then int8": (GREY, "^", ":"),
     "int8": (GREEN, "s", ""),
     "int4": (GREEN, "D", ""),
     "product quantization": (GREEN, "^", ":"),
+    "product quantization, random axes": (GREEN, "v", "--"),
+    "product quantization, balanced axes": (GREEN, "x", "-."),
     "transform coding": (GREEN, "o", "-"),
     "alternating, float32": (PURPLE, "s", ""),
     "alternating, bfloat16": (PURPLE, "^", ""),
@@ -316,31 +321,137 @@ def learning_curve(record: dict) -> Figure:
 
 
 def learning_curves(quality: pd.DataFrame, training: str) -> Figure:
-    """Learning curves side by side, a panel for each optimizer, a line for each table."""
+    """Learning curves side by side, a panel for each optimizer, a line for each table.
+
+    Against steps above, against seconds below.
+    """
     rows = quality[(quality.training == training) & (quality.weight_power == 0)]
-    figure, panels = _figure(1, 3, size=(7.4, 3.2), sharey=True)
+    is_exact = training == "full-batch"
+    figure, panels = _figure(2, 3, size=(7.4, 5.6), sharey=True)
     tables = sorted(rows[rows.table == "hashed"].compression_ratio.round(2).unique())
     colours = dict(zip(tables, (SKY, BLUE, PURPLE, RED) if len(tables) > 1 else (RED,), strict=False))
-    for panel, (optimizer, (_, _, name)) in zip(panels, OPTIMIZER_STYLES.items(), strict=True):
+    for column, (optimizer, (_, _, name)) in zip(panels.T, OPTIMIZER_STYLES.items(), strict=True):
         for row in rows[rows.optimizer == optimizer].to_dict("records"):
             history = pd.DataFrame(row["history"])
+            if history.empty:  # of a run that diverged at every rate
+                continue
             is_full = row["table"] != "hashed"
-            panel.plot(
-                history.step,
-                history["gap" if training == "full-batch" else "loss"],
-                color="#000000" if is_full else colours[round(row["compression_ratio"], 2)],
-                linestyle="--" if is_full else "-",
-                marker="" if training == "full-batch" else "o",
-                label="full table" if is_full else f"hashed, {row['compression_ratio']:.3g}×",
-            )
-        panel.set_title(name, fontsize=10)
-        panel.set_xlabel("steps")
-        if training == "full-batch":
-            panel.set_yscale("log")
-    panels[0].set_ylabel("gap to the optimum (log)" if training == "full-batch" else "mean batch loss")
-    if training == "full-batch":
-        handles, labels = panels[0].get_legend_handles_labels()
+            for panel, against in zip(column, ("step", "seconds"), strict=True):
+                panel.plot(
+                    history[against],
+                    history["gap" if is_exact else "loss"],
+                    color="#000000" if is_full else colours[round(row["compression_ratio"], 2)],
+                    linestyle="--" if is_full else "-",
+                    marker="" if is_exact else "o",
+                    label="full table" if is_full else f"hashed, {row['compression_ratio']:.3g}×",
+                )
+        column[0].set_title(name, fontsize=10)
+        for panel, label in zip(column, ("steps", "seconds"), strict=True):
+            panel.set_xlabel(label)
+            if is_exact:
+                panel.set_yscale("log")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("gap to the optimum (log)" if is_exact else "mean batch loss")
+    if is_exact:
+        handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
+    """What a pool of one size does as rows become more: quality, time of a step, memory in training.
+
+    `quality` is `report.growth_frame` and may be empty, as may the speed records `speed`. Memory is that of
+    the values, the optimizer's state and a step; the line is what full tables' values and state would be.
+    """
+    panels = ["quality"] if not quality.empty else []
+    panels += ["time", "memory"] if not speed.empty else []
+    figure, axes = _figure(1, max(1, len(panels)), size=(7.4, 3.2), squeeze=False)
+    for panel, shown in zip(axes[0], panels, strict=False):
+        if shown == "quality":
+            for table, colour, marker in (("full", GREY, "s"), ("hashed", BLUE, "o")):
+                rows = quality[quality.table == table].sort_values("num_words")
+                spread = [rows.gap - rows.gap_low, rows.gap_high - rows.gap]
+                panel.errorbar(
+                    rows.num_words, rows.gap, yerr=spread, color=colour, marker=marker, label=f"{table}, gap"
+                )
+            panel.set(xlabel="words (log)", ylabel="gap to the optimum", ylim=(-0.05, 1.05))
+        else:
+            series = [(speed.table == "full-fused", GREY, "s", "full")]
+            series += [
+                ((speed.table == "hashed") & (speed.block_size == block), colour, marker, f"block {block}")
+                for block, colour, marker in ((1, BLUE, "o"), (25, GREEN, "^"))
+            ]
+            for chosen, colour, marker, label in series:
+                rows = speed[chosen].sort_values("num_embeddings")
+                if rows.empty:
+                    continue
+                memory = rows.parameters_mib * rows.optimizer.map(targets.COPIES) + rows.peak_mib.fillna(0)
+                values = rows.total_ms if shown == "time" else memory
+                spread = None
+                if shown == "time":
+                    low, high = np.array([np.percentile(v, [25, 75]) for v in rows.total_ms_repeats]).T
+                    spread = [values - low, high - values]
+                panel.errorbar(
+                    rows.num_embeddings, values, yerr=spread, color=colour, marker=marker, label=label
+                )
+            if shown == "memory":
+                row = speed.iloc[0]
+                mib = 4 * targets.COPIES[row.optimizer] * row.embedding_dim / 2**20
+                ends = np.array([speed.num_embeddings.min(), speed.num_embeddings.max()])
+                panel.plot(ends, mib * ends, color=GREY, linestyle=":", label="full, counted")
+                panel.set_yscale("log")
+                panel.set(ylabel="MiB in training (log)")
+            else:
+                panel.set_ylim(bottom=0)
+                panel.set(ylabel="milliseconds a step")
+            panel.set(xlabel="rows (log)")
+        panel.set_xscale("log")
+        if shown == "quality":
+            panel.set_xticks(sorted(set(quality.num_words)))
+            panel.minorticks_off()
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.3g}k")
+            panel.tick_params(axis="x", labelsize=8)
+        panel.legend(fontsize=8)
+    return figure
+
+
+def composition(points: pd.DataFrame) -> Figure:
+    """For each trained table its gap (log) by fewer bytes (log), as trained and with its values in int8.
+
+    `points` is `report.frontier_frame`. Behind each are the tables made after training, the same in all.
+    """
+    points = points[points.failure.isna()]
+    behind = (("lower rank", "--"), ("lower rank, then int8", "-."))
+    behind += (("product quantization", ":"), ("transform coding", "-"))
+    names = [name for name in FRONTIER_STYLES if f"{name}, then int8" in set(points.method)]
+    columns = min(4, max(1, len(names)))
+    lines = -(-max(1, len(names)) // columns)
+    figure, panels = _figure(
+        lines, columns, size=(7.4, 0.9 + 2.1 * lines), sharex=True, sharey=True, squeeze=False
+    )
+    for panel in panels.flat[len(names) :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        for method, line in behind:
+            rows = points[points.method == method].sort_values("inference_ratio")
+            panel.plot(rows.inference_ratio, rows.gap, color=GREY, linestyle=line, linewidth=1, label=method)
+        for method, colour, marker, label in (
+            (name, BLUE, "o", "trained, float32"),
+            (f"{name}, then int8", RED, "D", "trained, then int8"),
+        ):
+            rows = points[points.method == method].sort_values("inference_ratio")
+            panel.plot(rows.inference_ratio, rows.gap, color=colour, marker=marker, markersize=4, label=label)
+        panel.set(xscale="log", yscale="log")
+        panel.set_xticks([4, 16, 64])
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_title(name, fontsize=9)
+    figure.supylabel("gap to the optimum (log)", fontsize=10)
+    figure.supxlabel("fewer bytes at inference (log)", fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 

@@ -45,19 +45,28 @@ def _parse(source: str) -> ast.Module:
                 gc.enable()
 
 
+# Parsing is most of the time that it takes to see which of a study's runs are current.
+@functools.lru_cache(maxsize=256)
+def _imports(source: str) -> tuple[tuple[str, str | None], ...]:
+    """What Python source imports: modules, and where they are the sources of names, those names."""
+    found: list[tuple[str, str | None]] = []
+    for node in ast.walk(_parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found += [(node.module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+    return tuple(found)
+
+
 def imported_modules(source: str) -> set[str]:
     """Names of the modules of cemb that Python source imports directly, as ``cemb.x``.
 
     ``from cemb import x`` counts as importing ``cemb.x`` alone where that is a module.
     """
     names = set()
-    for node in ast.walk(_parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            for alias in node.names:
-                submodule = f"{node.module}.{alias.name}"
-                names.add(submodule if is_ours(submodule) else node.module)
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+    for module, name in _imports(source):
+        submodule = f"{module}.{name}"
+        names.add(submodule if name and is_ours(submodule) else module)
     return {name for name in names if is_ours(name)}
 
 

@@ -314,26 +314,31 @@ def median_seeds(found: list[dict], *names: str) -> list[dict]:
     return chosen
 
 
+def _trained(found: list[dict], part: str = "quality") -> list[dict]:
+    """Quality records of trained tables from one part of the study, which is how its runs' names begin."""
+    return [
+        r for r in found if r["kind"] == "quality" and r.get("training") and r["run"].startswith(f"{part}-")
+    ]
+
+
 def quality_frame(found: list[dict]) -> pd.DataFrame:
-    """The quality records of trained tables, a row for each run: that of the median seed."""
-    return pd.DataFrame(
-        median_seeds([r for r in found if r["kind"] == "quality" and r.get("training")], "run")
-    )
+    """The quality study's records of trained tables, a row for each run: that of the median seed."""
+    return pd.DataFrame(median_seeds(_trained(found), "run"))
 
 
-def gap_text(record: dict) -> str:
+def gap_text(record: dict, digits: int = 3) -> str:
     """A gap, with the range over seeds if there were several; or how the run failed."""
     if pd.isna(record["gap"]):
         return "none" if pd.isna(record.get("failure")) else "failed"
-    text = _signed(record["gap"], 3)
+    text = _signed(record["gap"], digits)
     if record.get("num_seeds", 1) > 1:
-        text += f" ({_signed(record['gap_low'], 3)} to {_signed(record['gap_high'], 3)})"
+        text += f" ({_signed(record['gap_low'], digits)} to {_signed(record['gap_high'], digits)})"
     return text
 
 
 def quality_table(found: list[dict], training: str, *, weighted: bool = False) -> pd.DataFrame:
     """Quality records of one training, with what the matrix and the corpus give otherwise first."""
-    rows = [r for r in found if r["kind"] == "quality" and r.get("training") == training]
+    rows = [r for r in _trained(found) if r["training"] == training]
     rows = [r for r in rows if bool(r["weight_power"]) == weighted]
     baselines = [] if weighted else [r for r in found if r["kind"] == "quality" and "training" not in r]
     rows = [*baselines, *median_seeds(rows, "run")]
@@ -364,7 +369,7 @@ def seconds_to_gap(history: list[dict], gap: float) -> float | None:
 
 def time_table(found: list[dict], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0.01)) -> pd.DataFrame:
     """Seconds of exact training until a full table's gap is small, by optimizer and by alternation."""
-    rows = [r for r in found if r["kind"] == "quality" and r.get("training") == "full-batch"]
+    rows = [r for r in _trained(found) if r["training"] == "full-batch"]
     rows = [r for r in rows if r["table"] == "full" and not r["weight_power"]]
     named = [(OPTIMIZER_NAMES[r["optimizer"]], r) for r in median_seeds(rows, "run")]
     stored = [r for r in found if r["kind"] == "frontier" and r["method"] == "alternating, float32"]
@@ -374,6 +379,67 @@ def time_table(found: list[dict], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0.0
         seconds = [seconds_to_gap(record["history"], gap) for _, record in named]
         table[f"gap {gap:g} (s)"] = ["not reached" if s is None else f"{s:.1f}" for s in seconds]
     table["final gap"] = [gap_text(record) for _, record in named]
+    return pd.DataFrame(table)
+
+
+def mini_batch_table(found: list[dict]) -> pd.DataFrame:
+    """Tables in fewer bytes after mini-batches, beside the same tables after full batches; none if not run.
+
+    The full table's row is of as many passes.
+    """
+    rows = _trained(found, "mini-batch")
+    if rows and all(r["table"] != "full-fused" for r in rows):
+        passes = rows[0]["num_epochs"]
+        whole = [r for r in _trained(found) if r["training"] == "mini-batch" and r["optimizer"] == "adam"]
+        rows = [*(r for r in whole if r["num_epochs"] == passes), *rows]
+    exact = [r for r in found if r["kind"] == "frontier"]
+    table = []
+    for record in median_seeds(rows, "run"):
+        name = "full" if record["table"] == "full-fused" else record["table"]
+        size = record["inference_bytes"]  # by which the same table is known
+        same = [r for r in exact if r["method"] == name and r.get("inference_bytes") == size]
+        table.append(
+            {
+                "table": name,
+                "× smaller": f"{record['compression_ratio']:.1f}",
+                "gap, mini-batches": gap_text(record),
+                "gap, full batches": gap_text(median_seeds(same, "method")[0]) if same else "not measured",
+                "WordSim-353": score_text(record, "wordsim353"),
+                "seconds": f"{record['train_s']:.0f}",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def growth_frame(found: list[dict]) -> pd.DataFrame:
+    """Full tables and a pool of one size by vocabulary: a row for each, the whole vocabulary's among them."""
+    whole = ("quality-adam-full-full-batch", f"quality-adam-hashed-{study.POOL_SIZES[0]}-full-batch")
+    rows = [*_trained(found, "growth"), *(r for r in _trained(found) if r["run"] in whole)]
+    return pd.DataFrame(median_seeds(rows, "run"))
+
+
+def growth_speed(found: list[dict]) -> pd.DataFrame:
+    """Speed records of tables by their number of rows; empty if not run."""
+    return pd.DataFrame([r for r in found if r["kind"] == "speed" and r["run"] == "growth-speed"])
+
+
+def growth_table(found: list[dict]) -> pd.DataFrame:
+    """Gap and similarity of a full table and of a pool of one size, by vocabulary."""
+    rows = growth_frame(found)
+    table = []
+    for words, own in rows.groupby("num_words"):
+        named = {r["table"]: r for r in own.to_dict("records")}
+        full, hashed = named.get("full"), named.get("hashed")
+        table.append(
+            {
+                "words": f"{words:,}",
+                "× smaller": f"{hashed['compression_ratio']:.1f}" if hashed else "",
+                "hashed, gap": gap_text(hashed) if hashed else "",
+                "full, gap": gap_text(full) if full else "",
+                "hashed, WordSim-353": score_text(hashed, "wordsim353") if hashed else "",
+                "full, WordSim-353": score_text(full, "wordsim353") if full else "",
+            }
+        )
     return pd.DataFrame(table)
 
 
@@ -403,6 +469,86 @@ def frontier_table(found: list[dict]) -> tuple[pd.DataFrame, list[str]]:
     return table, [f"{r['method']} at {r['asked_ratio']:g}: {r['failure']}" for r in failed]
 
 
+def point(found: list[dict], method: str, ratio: float | None = None) -> dict | None:
+    """The frontier's record of a method at a ratio asked for, or at its only one; None if there is none."""
+    rows = [r for r in found if r["kind"] == "frontier" and r["method"] == method]
+    rows = [r for r in rows if r["asked_ratio"] == ratio]
+    return median_seeds(rows, "method")[0] if rows else None
+
+
+def point_text(found: list[dict], method: str, ratio: float | None = None, digits: int = 3) -> str:
+    """The gap of `point`, or that it is not measured."""
+    record = point(found, method, ratio)
+    return "(not measured)" if record is None else gap_text(record, digits)
+
+
+TRIVIAL = "lower rank, then int8"
+
+
+def beats_trivial(found: list[dict], ratio: float) -> str:
+    """Names of the methods with a smaller gap than the trivial one's, by gap, at a ratio asked for."""
+    trivial = point(found, TRIVIAL, ratio)
+    if trivial is None:
+        return "(not measured)"
+    rows = frontier_frame(found)
+    rows = rows[(rows.asked_ratio == ratio) & (rows.gap < trivial["gap"])].sort_values("gap")
+    return ", ".join(rows.method) or "none"
+
+
+def rounding_cost(found: list[dict]) -> str:
+    """The most that rounding a trained table to int8 added to its gap."""
+    costs = [r["gap"] - r["float32_gap"] for r in found if r.get("float32_gap") is not None]
+    return f"{max(costs):.4f}" if costs else "(not measured)"
+
+
+def best_rounded(found: list[dict], ratio: float) -> str:
+    """The trained table rounded to int8 of the smallest gap at a ratio asked for, and that gap."""
+    rows = [point(found, name, ratio) for group in ("int8", "int8-others") for name in study.FRONTIER[group]]
+    rows = [r for r in rows if r is not None and r["gap"] is not None]
+    if not rows:
+        return "(not measured)"
+    best = min(rows, key=lambda r: r["gap"])
+    return f"{best['method'].removesuffix(', then int8')}, {gap_text(best)}"
+
+
+def growth_texts(found: list[dict]) -> dict[str, str]:
+    """What the growth of a pool's rows costs in time and memory, in words; by name, for the book's text."""
+    speed = growth_speed(found)
+    if speed.empty:
+        names = ("fewest", "most", "block_1", "block_25", "hashed_mib", "full_gib")
+        return dict.fromkeys(names, "(not measured)")
+    hashed = speed[speed.table == "hashed"].sort_values("num_embeddings")
+    last, texts = hashed.iloc[-1], {}
+    for block, own in hashed.groupby("block_size"):
+        texts[f"block_{block}"] = f"{own.total_ms.iloc[0]:.1f} to {own.total_ms.iloc[-1]:.1f}"
+    copies = targets.COPIES[last.optimizer]
+    return {
+        **dict.fromkeys(("block_1", "block_25"), "(not measured)"),
+        **texts,
+        "fewest": f"{hashed.num_embeddings.iloc[0]:,}",
+        "most": f"{last.num_embeddings:,}",
+        "hashed_mib": f"{copies * last.parameters_mib:.0f}",
+        "full_gib": f"{4 * copies * last.num_embeddings * last.embedding_dim / 2**30:,.0f}",
+    }
+
+
+def same_bytes_table(found: list[dict]) -> pd.DataFrame:
+    """Gaps of all methods that have a size to choose, a column for each ratio; the trivial one first."""
+    rows = frontier_frame(found)
+    rows = rows[rows.asked_ratio.notna()]
+    methods = sorted(dict.fromkeys(rows.method), key=lambda name: name != TRIVIAL)
+    texts = {(r["method"], r["asked_ratio"]): gap_text(r) for r in rows.to_dict("records")}
+    return pd.DataFrame(
+        {
+            "table": methods,
+            **{
+                f"{ratio:g}×": [texts.get((name, ratio), "") for name in methods]
+                for ratio in sorted(rows.asked_ratio.unique())
+            },
+        }
+    )
+
+
 def best_point(found: list[dict], budget: str, ratio: float, methods: Sequence[str] | None = None) -> dict:
     """The record of the smallest gap that is at least `ratio` times smaller in a budget.
 
@@ -421,7 +567,7 @@ def best_point(found: list[dict], budget: str, ratio: float, methods: Sequence[s
 def decisions(found: list[dict]) -> pd.DataFrame:
     """What to use at which budget: the smallest gap there is, and beside it the smallest of hashing."""
     rows = []
-    hashed = study.FRONTIER["hashed"][1:]
+    hashed = [*study.FRONTIER["hashed"][1:], "hashed, then int8"]
     for budget, ratios in BUDGETS.items():
         for ratio in ratios:
             best, rival = (best_point(found, budget, ratio, methods) for methods in (None, hashed))
@@ -489,7 +635,12 @@ def csv_text(found: list[dict], kind: str) -> str:
 
 
 def show(table: pd.DataFrame):
-    """A table as the book shows it: no index, text cells left, figures right, the same markup each time."""
+    """A table as the book shows it: no index, text cells left, figures right, the same markup each time.
+
+    An empty one says that there is nothing.
+    """
+    if table.empty:
+        table = pd.DataFrame({"what": ["Not among these records; PROFILE=full make book measures it."]})
     # The style's rules are global to a page, so tables of other columns need names of their own.
     name = hashlib.sha256(" ".join(table.columns).encode()).hexdigest()[:8]
     numeric = [

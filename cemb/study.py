@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from cemb import corpus as corpora
@@ -26,6 +27,16 @@ POOL_SIZES = (targets.SMALL, targets.LARGE)
 COMPRESSION_RATIOS = (1, 4, 16)
 # Mini-batches whose expected loss is that of all cells; most samples go where most cells are.
 MINI_BATCH = {"training": "mini-batch", "loss": "all-cells", "negative_share": 0.8, "negative_power": 0.5}
+# Tables in fewer bytes that train on mini-batches beside full ones.
+SMALL_TABLES = (
+    "hashed",
+    "hybrid",
+    "mixed-dimension",
+    "low-rank",
+    "quotient-remainder",
+    "multi-hash",
+    "clustered",
+)
 WEIGHT_POWER = 0.5
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -76,13 +87,14 @@ def _quality_runs(seeds: list[int], mini_batch: dict[str, dict], **settings) -> 
     pools = [(name, {**pool, "training": "full-batch"}) for name, pool in pools]
     # The longest first, so that none is left running alone at the end.
     cases = [
-        (o, "full-mini-batch", {"table": "full-fused", **MINI_BATCH, **mini_batch.get(o, {})})
+        (o, "full-mini-batch", {"table": "full-fused", **MINI_BATCH, "seeds": seeds, **mini_batch.get(o, {})})
         for o in OPTIMIZERS
     ]
     cases += [(o, f"{name}-full-batch", {**pool, "seeds": seeds}) for o in OPTIMIZERS for name, pool in pools]
     cases += [("lbfgs", "full-full-batch", {"table": "full", "seeds": seeds})]
     cases += [
-        ("adam", f"{name}-weighted", {**pool, "weight_power": WEIGHT_POWER}) for name, pool in pools[:-1]
+        ("adam", f"{name}-weighted", {**pool, "weight_power": WEIGHT_POWER, "seeds": seeds})
+        for name, pool in pools[:-1]
     ]
     return [
         Run(
@@ -95,18 +107,59 @@ def _quality_runs(seeds: list[int], mini_batch: dict[str, dict], **settings) -> 
     ]
 
 
+def _mini_batch_runs(tables: Iterable[str], ratios: list[int], seeds: list[int], **settings) -> list[Run]:
+    """Tables in fewer bytes, and a full one if there is more than one, each for one pass by Adam."""
+    cases = [("full", {"table": "full-fused"})] if len(tables) > 1 else []
+    cases += [
+        (f"{table}-{ratio}-times", {"table": table, "compression_ratio": ratio})
+        for table in tables
+        for ratio in ratios
+    ]
+    return [
+        Run(
+            f"mini-batch-{name}",
+            f"Mini-batches: {name.replace('-', ' ')}",
+            "quality.ipynb",
+            {"optimizer": "adam", **case, **MINI_BATCH, "seeds": seeds, **settings},
+        )
+        for name, case in cases
+    ]
+
+
+def _growth_runs(vocabularies: list[int], seeds: list[int], sizes: dict, **settings) -> list[Run]:
+    """A pool of one size for more and more rows: its quality where there is data, its speed beyond."""
+    pool = {"table": "hashed", "pool_size": POOL_SIZES[0]}
+    return [
+        Run("growth-speed", "Growth: speed by the number of rows", "growth.ipynb", sizes, is_timed=True),
+        *(
+            Run(
+                f"growth-{case['table']}-{words}",
+                f"Growth: {case['table']}, {words:,} words",
+                "quality.ipynb",
+                {"optimizer": "adam", **case, "max_vocab": words, "seeds": seeds, **settings},
+            )
+            for words in vocabularies
+            for case in ({"table": "full"}, pool)
+        ),
+    ]
+
+
 # Methods of `cemb.frontier` that share a run, since loading takes as long as one of them.
 FRONTIER = {
     "hashed": ["full", "hashed", "hashed, blocks of 25", "hashed, blocks of 100", "hashed, signed"],
     "tiers": ["hybrid", "mixed-dimension", "low-rank"],
     "composed": ["quotient-remainder", "multi-hash", "clustered"],
+    "int8": [f"{table}, then int8" for table in ("hashed", "low-rank")],
+    "int8-others": [f"{table}, then int8" for table in SMALL_TABLES if table not in ("hashed", "low-rank")],
+    "trivial": ["lower rank, then int8"],
+    "axes": ["product quantization, random axes", "product quantization, balanced axes"],
     "after": ["lower rank", "int8", "int4", "product quantization", "transform coding"],
     "alternating": [f"alternating, {store}" for store in ("float32", "bfloat16", "int8", "int4")]
     + ["alternating, transform coding"],
 }
 
 
-def _frontier_runs(trained_ratios: list[int], ratios: list[int], seeds: list[int], **settings) -> list[Run]:
+def _frontier_runs(ratios: dict[str, list[int]], seeds: list[int], **settings) -> list[Run]:
     return [
         Run(
             f"frontier-{group}",
@@ -114,12 +167,13 @@ def _frontier_runs(trained_ratios: list[int], ratios: list[int], seeds: list[int
             "frontier.ipynb",
             {
                 "methods": methods,
-                "compression_ratios": ratios if group in ("after", "alternating") else trained_ratios,
+                "compression_ratios": ratios[group],
                 "seeds": seeds,
                 **settings,
             },
         )
         for group, methods in FRONTIER.items()
+        if group in ratios
     ]
 
 
@@ -138,49 +192,81 @@ def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> l
     pmi, frontier_settings = data, data
     repeats = 6  # what the 2021 project averaged
     seeds, mini_batch = [0], {}
-    trained_ratios, ratios = [4, 16], [4, 8, 16, 32, 64]
+    trained, after = [4, 16], [4, 8, 16, 32, 64]
+    ratios = {
+        "hashed": trained,
+        "tiers": trained,
+        "composed": [16],
+        "int8": [16],
+        "trivial": after,
+        "after": after,
+        "alternating": [4, 8, 16],
+    }
+    tables, mini_batch_ratios = SMALL_TABLES[:1], [4]
+    vocabularies, rows = [10_000], {}
     if grid == "full":
         seeds = [0, 1, 2]
         # Far enough to come near the optimum, at a lower rate than a short run's.
         mini_batch = {"adam": {"num_epochs": 8, "learning_rate": 0.005}}
-        trained_ratios = [4, 8, 16]
+        trained = [4, 8, 16]
+        is_trained = {"hashed", "tiers", "composed", "int8", "int8-others"}
+        ratios = {group: trained if group in is_trained else after for group in FRONTIER}
+        tables, mini_batch_ratios = SMALL_TABLES, [4, 16]
+        vocabularies = [2_500, 5_000, 10_000, 20_000]
         pmi = {**data, "sgns_epochs": 5}
     elif grid == "smoke":
         data = pmi = {"corpus": corpus, "min_count": 2, "rank": 8}
         speed = {"num_embeddings": 3000, "embedding_dim": 32, "batch_size": 256}
+        rows = {"rows": [1000, 10**9], "full_rows": [1000], "embedding_dim": 32, "batch_size": 256}
         repeats = 2
         quality = {**data, "num_steps": 30, "batch_size": 2048}
         frontier_settings = {**data, "num_steps": 6}
-        trained_ratios, ratios = [2], [2, 4]
+        # One run of each kind is enough to try its page's code.
+        after = [2, 4]
+        ratios = {"tiers": [2], "int8": [8], "trivial": after, "after": after, "alternating": after}
+        tables, vocabularies = ("hybrid",), [300]
     runs = [
         Run("pmi", "Data: the PMI matrix", "pmi.ipynb", pmi),
         *_speed_runs(repeats, **speed),
-        *_frontier_runs(trained_ratios, ratios, seeds, **frontier_settings),
+        *_frontier_runs(ratios, seeds, **frontier_settings),
         *_quality_runs(seeds, mini_batch, **quality),
+        *_mini_batch_runs(tables, mini_batch_ratios, seeds, **quality),
+        *_growth_runs(vocabularies, seeds, rows, **quality),
     ]
     if grid == "smoke":
         # Nobody reads these times, so they need not wait for each other.
         runs = [replace(run, is_timed=False) for run in runs]
-        # One run of each kind is enough to try its page's code.
-        kept = {"frontier-tiers", "frontier-after", "frontier-alternating"}
-        runs = [run for run in runs if not run.name.startswith("frontier") or run.name in kept]
     return runs
 
 
-def select(runs: list[Run], optimizers: Iterable[str] | None, pool_sizes: Iterable[int] | None) -> list[Run]:
-    """The runs of the named optimizers and pool sizes; ValueError names one that no run has."""
-    for name, wanted in (("optimizer", optimizers), ("pool_size", pool_sizes)):
-        known = sorted({run.parameters[name] for run in runs if name in run.parameters})
+def select(
+    runs: list[Run],
+    optimizers: Iterable[str] | None = None,
+    pool_sizes: Iterable[int] | None = None,
+    names: Iterable[str] | None = None,
+) -> list[Run]:
+    """The runs of the named optimizers and pool sizes, and of names, which may be shell patterns.
+
+    ValueError for one that no run has.
+    """
+    for parameter, wanted in (("optimizer", optimizers), ("pool_size", pool_sizes)):
+        known = sorted({run.parameters[parameter] for run in runs if parameter in run.parameters})
         for value in wanted or ():
             if value not in known:
                 raise ValueError(
-                    f"no run of this grid has {name}={value}; it has {', '.join(map(str, known))}"
+                    f"no run of this grid has {parameter}={value}; it has {', '.join(map(str, known))}"
                 )
+    for pattern in names or ():
+        if not any(fnmatchcase(run.name, pattern) for run in runs):
+            raise ValueError(
+                f"no run of this grid has a name like {pattern!r}; it has {', '.join(r.name for r in runs)}"
+            )
     return [
         run
         for run in runs
         if (optimizers is None or run.parameters.get("optimizer") in optimizers)
         and (pool_sizes is None or run.parameters.get("pool_size") in pool_sizes)
+        and (names is None or any(fnmatchcase(run.name, pattern) for pattern in names))
     ]
 
 

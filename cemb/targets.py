@@ -8,6 +8,7 @@ ROWS = 1_000_000
 HUGE_TABLE = 10**9  # rows
 BLOCK = 25
 OPTIMIZERS = ("sgd", "adagrad", "adam")
+COPIES = {"sgd": 1, "adagrad": 2, "adam": 3}  # values in training for each of a table's, itself included
 PEAK_LIMIT_MIB = 64
 _FULL_PEERS = ("full", "full-fbgemm", "full-fbgemm-rowwise")
 

@@ -142,6 +142,10 @@ def _check(loss: float, first_loss: float, step: int, learning_rate: float) -> N
         )
 
 
+def _reclustering(model: PairModel) -> list[torch.nn.Module]:
+    return [t for t in (model.word_table, model.context_table) if hasattr(t, "recluster")]
+
+
 def train_full_batch(
     model: PairModel,
     objective: AllCellsLoss,
@@ -168,7 +172,7 @@ def train_full_batch(
     num_words = model.num_words
     history: list[dict[str, float]] = []
     start = time.perf_counter()
-    tables = [t for t in (model.word_table, model.context_table) if hasattr(t, "recluster")]
+    tables = _reclustering(model)
 
     def note(step: int, loss: float) -> None:
         history.append({"step": step, "loss": loss, "seconds": time.perf_counter() - start})
@@ -257,6 +261,8 @@ def train_mini_batches(
 
     Raises:
         DivergenceError: a batch's loss is ten times the first batch's or not finite.
+
+    Tables that recluster do so after each report but the last.
     """
     step_of = make_optimizer(
         optimizer,
@@ -270,6 +276,7 @@ def train_mini_batches(
     total = num_epochs * len(batches)
     report_every = max(1, len(batches) // reports_per_epoch)
     history, losses, first_loss, step = [], [], None, 0
+    tables = _reclustering(model)
     model.train()
     with tqdm(total=total, desc=f"mini-batches, {optimizer}", unit="step") as progress:
         for _ in range(num_epochs):
@@ -289,6 +296,9 @@ def train_mini_batches(
                     mean = sum(losses) / len(losses)
                     history.append({"step": step, "epoch": epoch, "loss": mean, "seconds": seconds})
                     losses = []
+                    if step < total:
+                        for table in tables:
+                            table.recluster()
                 progress.update()
     model.eval()
     return history

@@ -4,12 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.optimize
+import torch
 from conftest import zipf_text
+from torch import nn
 
 from cemb import evaluate, frontier, quality
 from cemb.dataset import PmiConfig, load_pmi
-from cemb.frontier import FIXED_RATIO, METHODS, TRAINED, measure
-from cemb.limits import gap_limit, water_filling
+from cemb.frontier import FIXED_RATIO, METHODS, QUANTIZED, TRAINED, measure
+from cemb.limits import gap_limit, hashed_gap, water_filling
 from cemb.quality import QualityCase, measure_quality
 from cemb.tables.transform_coded import overhead_bytes
 
@@ -88,6 +90,21 @@ def test_the_limit_of_one_component_is_that_of_its_rows():
     assert gap_limit(best, 3, by_row=True) == pytest.approx(4 * level / 9, rel=1e-5)
 
 
+@pytest.mark.parametrize("compression_ratio", [0.25, 1, 4, 16])
+def test_the_gap_of_a_hashed_factor_is_that_of_means_of_what_collides(compression_ratio):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=400_000)
+    places = rng.integers(round(len(values) / compression_ratio), size=len(values))
+    means = np.bincount(places, values) / np.maximum(np.bincount(places), 1)
+    lost = np.square(values - means[places]).sum() / np.square(values).sum()
+    assert hashed_gap(compression_ratio) == pytest.approx(lost, abs=0.005)
+
+
+def test_a_hashed_factor_needs_a_ratio():
+    with pytest.raises(ValueError, match="compression_ratio must be positive, got 0"):
+        hashed_gap(0)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("frontier") / "text.txt"
@@ -121,19 +138,23 @@ def bytes_of(module):
     return sum(tensors.values())
 
 
-def expected_bytes(method, data, compression_ratio):
+def expected_bytes(method, data, compression_ratio, trained_ratio=None):
     """Inference and training bytes."""
     num_rows = 2 * len(data.words)
     values = num_rows * RANK
-    if method in TRAINED:
-        case = TRAINED[method]
+    if method in TRAINED or method in QUANTIZED:
+        case = TRAINED[QUANTIZED.get(method, method)]
         if method != "full":
-            case = replace(case, compression_ratio=compression_ratio)
+            case = replace(case, compression_ratio=trained_ratio or compression_ratio)
         model = case.build(len(data.words), RANK)
         small = bytes_of(model)
         parameters = list(model.parameters())
         # Adam's two moments, and a step counter of 4 bytes for each tensor.
-        return small, small + sum(8 * p.numel() + 4 for p in parameters)
+        training = small + sum(8 * p.numel() + 4 for p in parameters)
+        if method in QUANTIZED:
+            # A scale of 2 bytes for 64 values of 1 byte.
+            small += sum(66 * -(-p.numel() // 64) - 4 * p.numel() for p in parameters)
+        return small, training
     name = method.removeprefix("alternating, ")
     budget = 4 * values / compression_ratio
     codebooks = 2 * 256 * RANK * 2
@@ -143,31 +164,41 @@ def expected_bytes(method, data, compression_ratio):
         "int8": values + 2 * num_rows,
         "int4": values // 2 + 2 * num_rows,
         "lower rank": RANK // compression_ratio * num_rows * 4,
-        "product quantization": (budget - codebooks) // (2 * len(data.words)) * 2 * len(data.words)
-        + codebooks,
+        "lower rank, then int8": (int(budget // num_rows) - 2 + 2) * num_rows,
+        **dict.fromkeys(
+            PRODUCT_QUANTIZED,
+            (budget - codebooks) // (2 * len(data.words)) * 2 * len(data.words) + codebooks,
+        ),
         # The budget is more than 8 bits a value.
         "transform coding": values + 2 * overhead_bytes(len(data.words), RANK),
     }[name]
     return small, small if name != method else 4 * values
 
 
+PRODUCT_QUANTIZED = [name for name in METHODS if name.startswith("product quantization")]
 IMPOSSIBLE = {"hashed, blocks of 25": 25, "hashed, blocks of 100": 100}
+
+
+# What a byte a value can do at all.
+RATIOS = {**dict.fromkeys(QUANTIZED, 8), "lower rank, then int8": 4}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_records_of_every_method(method, data, objective, scored):
-    record = measure(method, data, objective, compression_ratio=2, num_steps=12)
+    ratio = RATIOS.get(method, 2)
+    record = measure(method, data, objective, compression_ratio=ratio, num_steps=12)
     assert record["kind"] == "frontier"
     assert (record["method"], record["seed"]) == (method, 0)
     assert (record["num_words"], record["embedding_dim"]) == (len(data.words), RANK)
-    assert record["asked_ratio"] == (None if method in FIXED_RATIO else 2)
+    assert record["asked_ratio"] == (None if method in FIXED_RATIO else ratio)
     if method in IMPOSSIBLE:
         assert f"block_size must be at most embedding_dim=8, got {IMPOSSIBLE[method]}" in record["failure"]
         assert record["gap"] is record["inference_ratio"] is record["training_ratio"] is None
         assert not scored
         return
     assert record["failure"] is None
-    ((words, contexts),) = scored
+    *as_trained, (words, contexts) = scored
+    assert len(as_trained) == (method in QUANTIZED)
     dense = np.square(
         data.matrix.toarray().astype(np.float64) - (words.double() @ contexts.double().T).numpy()
     )
@@ -177,24 +208,66 @@ def test_records_of_every_method(method, data, objective, scored):
     if method == "lower rank":
         kept = np.square(data.optimum.singular_values[: RANK // 2]).sum()
         assert dense.sum() == pytest.approx(data.optimum.squared_norm - kept, rel=1e-4)
-    inference, training = expected_bytes(method, data, 2)
+    inference, training = expected_bytes(method, data, ratio, record.get("float32_ratio"))
     assert record["inference_bytes"] == inference
     assert record["training_bytes"] == training
     full = 2 * len(data.words) * RANK * 4
     assert record["inference_ratio"] == pytest.approx(full / inference)
     assert record["training_ratio"] == pytest.approx(3 * full / training)
     if method not in FIXED_RATIO:
-        assert 1.99 <= record["inference_ratio"] < 2.7
+        assert 0.99 * ratio <= record["inference_ratio"] < 1.35 * ratio
+    if method in QUANTIZED:
+        assert ratio / 4 <= record["float32_ratio"] < ratio / 2
+        assert record["inference_ratio"] >= ratio
     assert record["train_s"] > 0
-    if method in TRAINED or method in frontier.ALTERNATING:
-        assert record["history"][-1]["step"] == (12 if method in TRAINED else 4)
-        assert record["history"][-1]["gap"] == pytest.approx(record["gap"], abs=1e-5)
+    if method in TRAINED or method in QUANTIZED or method in frontier.ALTERNATING:
+        assert record["history"][-1]["step"] == (4 if method in frontier.ALTERNATING else 12)
+        trained_gap = record["float32_gap" if method in QUANTIZED else "gap"]
+        assert record["history"][-1]["gap"] == pytest.approx(trained_gap, abs=1e-5)
+
+
+def test_rounding_to_int8_is_nearest_in_each_64_values():
+    model = nn.ParameterList([torch.randn(3, 50), torch.randn(7) * 100])
+    model.register_buffer("codes", torch.arange(5))
+    before = [p.detach().clone().numpy().ravel() for p in model.parameters()]
+    assert frontier.round_to_int8(model) == 3 * 66 + 66 + 40
+    for values, parameter in zip(before, model.parameters(), strict=True):
+        for first in range(0, len(values), 64):
+            run, rounded = (v[first : first + 64] for v in (values, parameter.detach().numpy().ravel()))
+            scale = np.float32(np.float16(np.abs(run).max() / 127))
+            np.testing.assert_allclose(rounded, np.clip(np.round(run / scale), -127, 127) * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 5, 8])
+def test_axes_of_product_quantization(groups):
+    variances = torch.tensor([64.0, 16, 8, 4, 2, 1, 0.5, 0.25])
+    assert frontier._principal_axes(variances, groups).equal(torch.eye(8))
+    turned = frontier._random_axes(variances, groups)
+    torch.testing.assert_close(turned @ turned.T, torch.eye(8))
+    assert (turned.abs() < 0.99).all()
+    dealt = frontier._balanced_axes(variances, groups)
+    assert sorted(dealt.argmax(dim=0).tolist()) == list(range(8))
+    assert dealt.sum() == 8
+    if groups == 8:  # of one axis each there is nothing to balance
+        return
+
+    def spread(axes):
+        parts = np.array_split((variances @ axes).log2().numpy(), groups)
+        return np.ptp([part.mean() for part in parts])
+
+    assert spread(dealt) <= spread(torch.eye(8)) / (1 if groups == 1 else 2)
+
+
+def test_axes_balance_two_pairs():
+    # 8 · 1 and 4 · 2 are the same product.
+    dealt = frontier._balanced_axes(torch.tensor([8.0, 4, 2, 1]), 2)
+    assert dealt.argmax(dim=0).tolist() == [0, 3, 1, 2]
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(FIXED_RATIO) - set(IMPOSSIBLE)))
 def test_a_ratio_beyond_reach_is_a_failure(method, data, objective, scored):
     record = measure(method, data, objective, compression_ratio=10**6, num_steps=2)
-    if "hashed" in method:
+    if "hashed" in method and method not in QUANTIZED:
         assert record["failure"] is None  # one value serves all
         assert record["num_parameters"] == 1
         return

@@ -1,6 +1,7 @@
 """The project's files agree with each other."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -132,12 +133,32 @@ def test_every_docstring_example_runs():
         assert result.failed == 0
 
 
-def test_readme_says_what_the_reference_records_say():
-    sys.path.insert(0, str(ROOT / "book"))
-    try:
-        import publish
-    finally:
-        sys.path.pop(0)
+@pytest.fixture
+def publish(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book")
+    return importlib.import_module("publish")
+
+
+def test_records_of_new_runs_replace_their_own_alone(publish, monkeypatch):
+    for name in ("CORPUS", "CEMB_GRID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def of(run, value):
+        return {"run": run, "value": value}
+
+    kept = [of("pmi", 1), of("frontier-after", 1), of("of-old", 1), of("quality-sgd-full-mini-batch", 1)]
+    new = [of("frontier-after", 2), of("frontier-after", 3), of("growth-speed", 2)]
+    assert publish.extended(kept, new) == [
+        of("pmi", 1),
+        of("frontier-after", 2),
+        of("frontier-after", 3),
+        of("quality-sgd-full-mini-batch", 1),
+        of("growth-speed", 2),
+        of("of-old", 1),
+    ]
+
+
+def test_readme_says_what_the_reference_records_say(publish):
     readme = (ROOT / "README.md").read_text()
     (name,) = re.findall(r"results/reference/([a-z0-9-]+)/answer\.svg", readme)
     found = records.read(ROOT / "results" / "reference" / name / "records.jsonl")

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from cemb import plots, report
+from cemb import plots, report, study
 from cemb.train import default_learning_rate
 
 
@@ -96,6 +96,193 @@ def test_the_frontier_is_drawn_with_its_ranges(found):
     plt.close(figure)
     # As a run's own page draws them, before seeds are put together.
     plt.close(plots.frontier(pd.DataFrame(found)))
+
+
+def _trained(run, table, gap, **fields):
+    return {
+        "kind": "quality",
+        "run": run,
+        "table": table,
+        "training": "full-batch",
+        "optimizer": "adam",
+        "gap": gap,
+        "weight_power": 0,
+        "num_words": 1000,
+        "num_epochs": 1,
+        "compression_ratio": 4.0,
+        "inference_bytes": 100,
+        "train_s": 7.0,
+        "num_parameters": 25,
+        "history": [{"step": s, "seconds": s / 2, "gap": g, "loss": g} for s, g in ((0, 1.0), (10, gap))],
+        **{f"wordsim353_{field}": 50.0 for field in ("score", "low", "high")},
+        **{f"simlex999_{field}": 30.0 for field in ("score", "low", "high")},
+        **fields,
+    }
+
+
+POOL = study.POOL_SIZES[0]
+
+
+@pytest.fixture
+def trained(found):
+    mini = {"training": "mini-batch"}
+    return [
+        *found,
+        {**_point("hashed", 0.61), "inference_bytes": 100},
+        {
+            **_point("full", 0.003, ratio=None, training_ratio=1.0),
+            "inference_ratio": 1.0,
+            "inference_bytes": 400,
+        },
+        _trained("quality-adam-full-full-batch", "full", 0.003, num_words=9000, inference_bytes=400),
+        _trained(f"quality-adam-hashed-{POOL}-full-batch", "hashed", 0.8, num_words=9000),
+        _trained("quality-sgd-full-full-batch", "full", 0.1, optimizer="sgd"),
+        _trained("quality-adam-full-mini-batch", "full-fused", 0.3, inference_bytes=400, **mini),
+        *(_trained("mini-batch-hashed-4-times", "hashed", gap, seed=gap, **mini) for gap in (0.7, 0.6, 0.65)),
+        _trained("mini-batch-clustered-4-times", "clustered", None, failure="diverged", **mini),
+        _trained("growth-full-1000", "full", 0.002),
+        *(_trained("growth-hashed-1000", "hashed", gap, compression_ratio=0.5) for gap in (0.2, 0.1)),
+    ]
+
+
+def test_mini_batches_stand_beside_full_batches_of_the_same_bytes(trained):
+    table = report.mini_batch_table(trained).set_index("table")
+    assert list(table.index) == ["full", "hashed", "clustered"]
+    assert list(table["gap, mini-batches"]) == ["0.300", "0.650 (0.600 to 0.700)", "failed"]
+    assert list(table["gap, full batches"]) == ["0.003", "0.610", "not measured"]
+    # With a full table's own run of as many passes, the quality study's is left out.
+    own = _trained("mini-batch-full", "full-fused", 0.25, inference_bytes=400, training="mini-batch")
+    table = report.mini_batch_table([*trained, own])
+    assert list(table.table) == ["hashed", "clustered", "full"]
+    assert report.mini_batch_table(trained[:8]).empty
+
+
+def test_growth_ends_with_the_whole_vocabulary(trained):
+    table = report.growth_table(trained)
+    assert list(table.words) == ["1,000", "9,000"]
+    assert list(table["× smaller"]) == ["0.5", "4.0"]
+    assert list(table["hashed, gap"]) == ["0.100 (0.100 to 0.200)", "0.800"]
+    assert list(table["full, gap"]) == ["0.002", "0.003"]
+    assert report.growth_speed(trained).empty
+    # What is not of the quality study is not in its own tables.
+    assert len(report.quality_table(trained, "full-batch")) == 3
+    assert len(report.quality_table(trained, "mini-batch")) == 1
+
+
+def test_points_are_those_asked_for(trained):
+    assert report.point_text(trained, "hashed", 16.0) == "0.900"
+    assert report.point_text(trained, "full") == "0.003"
+    assert report.point(trained, "hashed", 8) is None
+    assert report.point_text(trained, "hashed", 8) == "(not measured)"
+    assert report.point_text(trained, "low-rank", 64) == "failed"
+
+
+def test_the_trivial_table_is_the_first_at_the_same_bytes(trained):
+    table = report.same_bytes_table([*trained, _point(report.TRIVIAL, 0.2)])
+    assert list(table.columns) == ["table", "4×", "16×", "64×"]
+    assert list(table.iloc[0]) == [report.TRIVIAL, "0.200", "", ""]
+    assert list(table.set_index("table").loc["hashed"])[1:] == ["0.900", ""]
+
+
+def test_words_for_what_beats_the_trivial_table(trained):
+    assert report.beats_trivial(trained, 16.0) == "(not measured)"
+    points = [
+        *trained,
+        _point(report.TRIVIAL, 0.7, ratio=16.0),
+        _point("int8", 0.0001, ratio=None),
+        _point("low-rank", 0.6, ratio=16.0),
+        _point("clustered", 0.5, ratio=4.0),
+    ]
+    assert report.beats_trivial(points, 16.0) == "transform coding, low-rank"
+    points.append(_point(report.TRIVIAL, 0.1, ratio=4.0))
+    assert report.beats_trivial(points, 4.0) == "none"
+    assert report.point_text(points, "int8", digits=4) == "0.0001"
+
+
+def test_words_for_rounded_tables(trained):
+    assert report.rounding_cost(trained) == report.best_rounded(trained, 8) == "(not measured)"
+    rounded = [
+        {**_point("hashed, then int8", 0.55, ratio=8), "float32_gap": 0.5499},
+        {**_point("clustered, then int8", 0.41, ratio=8), "float32_gap": 0.4085},
+        {**_point("low-rank, then int8", None, ratio=8, failure="diverged"), "float32_gap": None},
+    ]
+    assert report.rounding_cost([*trained, *rounded]) == "0.0015"
+    assert report.best_rounded([*trained, *rounded], 8) == "clustered, 0.410"
+
+
+def test_words_for_growth(trained):
+    assert set(report.growth_texts(trained).values()) == {"(not measured)"}
+    shared = {"kind": "speed", "run": "growth-speed"}
+    speed = [
+        {**_speed("hashed", rows, 25), **shared, "total_ms": 2.0 + rows / 10**9} for rows in (1000, 10**9)
+    ]
+    found = report.growth_texts([*trained, *speed, {**_speed("full-fused", 10**6), **shared}])
+    assert found == {
+        "block_1": "(not measured)",
+        "block_25": "2.0 to 3.0",
+        "fewest": "1,000",
+        "most": "1,000,000,000",
+        "hashed_mib": "3",
+        "full_gib": "1,118",
+    }
+    assert set(found) == set(report.growth_texts(trained))
+
+
+def test_an_empty_table_says_so():
+    assert "Not among these records" in report.show(pd.DataFrame()).to_html()
+
+
+def test_curves_are_against_steps_and_seconds(trained):
+    figure = plots.learning_curves(report.quality_frame(trained), "full-batch")
+    steps, seconds = figure.axes[:3], figure.axes[3:]
+    (adam_full, adam_hashed) = steps[2].lines
+    assert list(adam_full.get_xdata()) == [0, 10]
+    assert list(seconds[2].lines[0].get_xdata()) == [0, 5]
+    assert list(adam_hashed.get_ydata()) == [1.0, 0.8] == list(seconds[2].lines[1].get_ydata())
+    assert len(steps[0].lines) == len(seconds[0].lines) == 1
+    plt.close(figure)
+
+
+def _speed(table, rows, block=1):
+    return {
+        "table": table,
+        "optimizer": "adam",
+        "num_embeddings": rows,
+        "embedding_dim": 100,
+        "block_size": block,
+        "total_ms": 5.0,
+        "total_ms_repeats": [4.0, 5.0, 7.0],
+        "parameters_mib": rows * 100 * 4 / 2**20 if table == "full-fused" else 1.0,
+        "peak_mib": 2.0,
+    }
+
+
+def test_growth_is_drawn_with_what_there_is(trained):
+    speed = pd.DataFrame([_speed("full-fused", 1000), *(_speed("hashed", rows) for rows in (1000, 10**9))])
+    figure = plots.growth(report.growth_frame(trained), speed)
+    quality, times, memory = figure.axes
+    assert quality.get_legend_handles_labels()[1] == ["full, gap", "hashed, gap"]
+    assert times.get_ylabel() == "milliseconds a step"
+    (counted,) = [line for line in memory.lines if line.get_label() == "full, counted"]
+    # A value and Adam's two, 4 bytes each.
+    assert counted.get_ydata()[1] == pytest.approx(10**9 * 100 * 12 / 2**20)
+    plt.close(figure)
+    plt.close(plots.growth(report.growth_frame(trained), pd.DataFrame()))
+    plt.close(plots.growth(pd.DataFrame(), speed))
+
+
+def test_compositions_are_drawn_beside_what_is_made_after_training(trained):
+    points = [
+        *trained,
+        _point("hashed, then int8", 0.55),
+        _point("low-rank, then int8", 0.4),
+        _point("transform coding", 0.01),
+    ]
+    figure = plots.composition(report.frontier_frame(points))
+    shown = [panel for panel in figure.axes if panel.get_visible()]
+    assert [panel.get_title() for panel in shown] == ["hashed", "low-rank"]
+    plt.close(figure)
+    plt.close(plots.composition(report.frontier_frame(trained)))
 
 
 def test_learning_rates_are_as_good_as_what_the_reference_found():

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import nbformat
 import pytest
 from conftest import ROOT, SCRATCH
 
 from cemb import frontier, report, study
+from cemb.model import COMPRESSED_TABLES
 
 
 def _pretend(run, **changes):
@@ -38,7 +40,8 @@ def test_the_default_grid_covers_the_question():
         (r.parameters["optimizer"], r.parameters["pool_size"]) for r in runs if r.notebook == "speed.ipynb"
     }
     assert speed == {(o, p) for o in ("sgd", "adagrad", "adam") for p in (262_144, 100_000_000)}
-    quality = [r.parameters for r in runs if r.parameters.get("training") == "full-batch"]
+    quality = [r.parameters for r in runs if r.name.startswith("quality-")]
+    quality = [p for p in quality if p.get("training") == "full-batch"]
     for optimizer in ("sgd", "adagrad", "adam"):
         sizes = [
             (p["table"], p.get("compression_ratio"), p.get("pool_size"))
@@ -57,6 +60,44 @@ def test_the_default_grid_covers_the_question():
 def test_the_frontier_has_every_method_once():
     named = [method for methods in study.FRONTIER.values() for method in methods]
     assert sorted(named) == sorted(frontier.METHODS)
+    in_full = [r.parameters["methods"] for r in study.study_runs("full") if r.name.startswith("frontier-")]
+    assert sorted(chain(*in_full)) == sorted(frontier.METHODS)
+
+
+def test_the_full_grid_trains_every_small_table_both_ways():
+    assert sorted(study.SMALL_TABLES) == sorted(("hashed", *COMPRESSED_TABLES))
+    runs = [r.parameters for r in study.study_runs("full") if r.name.startswith("mini-batch-")]
+    assert [p["table"] for p in runs if "compression_ratio" not in p] == ["full-fused"]
+    small = {(p["table"], p["compression_ratio"]) for p in runs if "compression_ratio" in p}
+    assert small == {(table, ratio) for table in study.SMALL_TABLES for ratio in (4, 16)}
+    for parameters in runs:
+        assert parameters["training"] == "mini-batch"
+        assert parameters["seeds"] == [0, 1, 2]
+    few_seeds = [r.name for r in study.study_runs("full") if len(r.parameters.get("seeds", range(3))) < 3]
+    assert not few_seeds
+
+
+def test_growth_keeps_its_pool():
+    runs = [r.parameters for r in study.study_runs("full") if r.name.startswith("growth-")]
+    speed, *quality = runs
+    assert "max_vocab" not in speed
+    words = {p["table"]: [] for p in quality}
+    for parameters in quality:
+        words[parameters["table"]].append(parameters["max_vocab"])
+    assert words["full"] == words["hashed"]
+    assert words["full"] == sorted(words["full"])
+    assert {p["pool_size"] for p in quality if p["table"] == "hashed"} == {study.POOL_SIZES[0]}
+
+
+def test_runs_are_selected_by_name_too():
+    runs = study.study_runs("full")
+    assert study.select(runs) == runs
+    growth = study.select(runs, names=["growth-*", "pmi"])
+    assert [r.name for r in growth] == [r.name for r in runs if r.name[:6] == "growth" or r.name == "pmi"]
+    chosen = study.select(runs, ["adam"], [study.POOL_SIZES[0]], ["growth-hashed-5000"])
+    assert [r.name for r in chosen] == ["growth-hashed-5000"]
+    with pytest.raises(ValueError, match=r"no run of this grid has a name like 'grow'; it has pmi, speed"):
+        study.select(runs, names=["growth-*", "grow"])
 
 
 def test_staleness_says_why():
@@ -90,7 +131,7 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
 
 
 def test_missing_records_are_named():
-    with pytest.raises(FileNotFoundError, match=r"35 of 35 runs are missing or stale:\n  pmi: never run"):
+    with pytest.raises(FileNotFoundError, match=r"41 of 41 runs are missing or stale:\n  pmi: never run"):
         study.current_records(study.study_runs())
 
 
@@ -125,7 +166,7 @@ study.run_study([study.Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "n
 def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):
     environment = {**smoke, "CEMB_RESULTS": str(tmp_path / "results")}
     command = [sys.executable, "-m", "cemb", "study", "--grid", "smoke", "--corpus", smoke["CORPUS"]]
-    command += ["--optimizer", "adam", "--pool-size", "262144", "--workers", "1"]
+    command += ["--optimizer", "adam", "--pool-size", "262144", "--run", "[sq]*", "--workers", "1"]
     runs = tmp_path / "results" / "local" / "runs"
     started = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -155,26 +196,30 @@ def test_smoke_records(smoke, monkeypatch):
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "pmi": 1,
         "limits": 1,
-        "quality": 26,
-        "speed": 33,
-        "frontier": 17,
+        "quality": 29,
+        "speed": 38,
+        "frontier": 21,
     }
     table = report.beside_original(found)
     assert len(table) == 9
     assert report.quality_table(found, "full-batch").shape[0] == 19
+    assert list(report.mini_batch_table(found).table) == ["full", "hybrid"]
+    # A vocabulary of its own, and the whole.
+    assert list(report.growth_table(found)["hashed, gap"] != "") == [True, True]
+    assert sorted(report.growth_speed(found).num_embeddings) == [1000] * 3 + [10**9] * 2
     for record in found:
         assert record["git_commit"] is None or len(record["git_commit"]) == 40
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
         report.pick(found, table="robe")
     rows = list(csv.DictReader(io.StringIO(report.csv_text(found, "quality"))))
-    assert len(rows) == 26
+    assert len(rows) == 29
     trained = next(row for row in rows if row["training"] == "full-batch")
     assert json.loads(trained["history"])[0]["step"] == 0
 
 
 def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
     pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) >= 33
+    assert len(pages) >= 39
     for page in pages:
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:
@@ -189,5 +234,5 @@ def test_a_page_without_its_records_fails_the_build(tmp_path):
     command = [sys.executable, "book/build.py", "--build-dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "35 of 35 runs are missing or stale" in done.stderr
+    assert "41 of 41 runs are missing or stale" in done.stderr
     assert not (tmp_path / "_build").exists()

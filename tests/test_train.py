@@ -339,6 +339,41 @@ def test_mini_batches_lower_their_loss(optimizer, table, random_matrix):
     assert not model.training
 
 
+@pytest.mark.parametrize("table", COMPRESSED_TABLES)
+def test_mini_batches_train_tables_of_few_bytes(table, random_matrix):
+    torch.manual_seed(0)
+    model = build_compressed_model(table, 40, 8, 1500)
+    before = [p.detach().clone() for p in model.parameters()]
+    history = train_mini_batches(
+        model,
+        PairBatches(random_matrix, 64),
+        mse_loss,
+        optimizer="adam",
+        learning_rate=0.03,
+        num_epochs=20,
+        reports_per_epoch=1,
+    )
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert all((p != old).any() for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_tables_recluster_between_reports_of_mini_batches(random_matrix, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ClusteredEmbedding, "recluster", lambda table: calls.append(table))
+    model = PairModel(ClusteredEmbedding(40, 4, 5, 2), ClusteredEmbedding(30, 4, 5, 2))
+    history = train_mini_batches(
+        model,
+        PairBatches(random_matrix, 64),
+        mse_loss,
+        optimizer="adam",
+        learning_rate=0.01,
+        num_epochs=2,
+        reports_per_epoch=2,
+    )
+    assert len(history) == 4
+    assert calls == [model.word_table, model.context_table] * 3
+
+
 def test_divergence_is_noticed_and_the_rate_halved(random_matrix):
     objective = evaluate.AllCellsLoss(random_matrix)
     rates = []
