@@ -16,8 +16,11 @@ from cemb import records, report
 
 # Each module may import only from the groups before its own.
 LAYERS = (
-    ("hashing", "corpus", "cooccurrence", "pmi", "measure", "records", "targets"),
-    ("reference", "kernels", "kernels.lanes"),
+    ("hashing", "corpus", "measure", "records", "targets"),
+    ("csr",),
+    ("reference", "kernels", "kernels.lanes", "pmi"),
+    ("cooccurrence",),
+    ("counting",),
     ("kernels.cpu", "kernels.cuda"),
     ("kernels.updates", "kernels.floors"),
     ("touched",),
