@@ -16,8 +16,10 @@ from cemb import records, report
 
 # Each module may import only from the groups before its own.
 LAYERS = (
-    ("hashing", "corpus", "cooccurrence", "pmi", "measure", "records", "targets"),
-    ("reference", "kernels", "kernels.lanes"),
+    ("hashing", "reading", "cooccurrence", "pmi", "measure", "records", "targets"),
+    ("catalog", "events"),
+    ("reference", "kernels", "kernels.lanes", "kernels.tokens"),
+    ("corpus",),
     ("kernels.cpu", "kernels.cuda"),
     ("kernels.updates", "kernels.floors"),
     ("touched",),
