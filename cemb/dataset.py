@@ -5,6 +5,7 @@ The optimum is kept too since the truncated SVD takes longer than all the rest.
 
 import hashlib
 import json
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ class PmiConfig:
     """How text becomes a PMI matrix; see `encode`, `count_cooccurrences` and `pmi_matrix`."""
 
     corpus: str = corpora.DEFAULT_CORPUS
+    text_field: str | None = None
+    borders: str | None = None
     min_count: int = 5
     max_vocab: int | None = None
     window_size: int = 5
@@ -54,7 +57,7 @@ def load_pmi(config: PmiConfig | None = None) -> PmiDataset:
     config = config or PmiConfig()
     identity = {
         **asdict(config),
-        "corpus_fingerprint": corpora.fingerprint(config.corpus),
+        "corpus_fingerprint": corpora.fingerprint(config.corpus, config.text_field),
         "code_hash": records.code_hash(Path(__file__).read_text(encoding="utf-8")),
         **{name: value for name, value in records.environment().items() if name.endswith("_version")},
     }
@@ -76,12 +79,19 @@ def _build(config: PmiConfig, identity: dict[str, object], work: Path) -> None:
         seconds[f"{stage}_s"] = round(now - lap, 3)
         lap = now
 
-    encoded = corpora.encode(
-        corpora.read_texts(config.corpus), min_count=config.min_count, max_vocab=config.max_vocab
-    )
+    with tempfile.TemporaryDirectory(prefix=".corpus-", dir=work) as scratch:
+        encoded = corpora.encode(
+            config.corpus,
+            Path(scratch) / "corpus",
+            min_count=config.min_count,
+            max_vocab=config.max_vocab,
+            text_field=config.text_field,
+            borders=config.borders,
+        )
+        token_ids = np.concatenate([encoded.shard(i) for i in range(len(encoded.shard_sizes))])
     done("encode")
     counts = count_cooccurrences(
-        encoded.token_ids,
+        token_ids,
         vocab_size=len(encoded.words),
         window_size=config.window_size,
         distance_weighting=config.distance_weighting,
@@ -95,7 +105,7 @@ def _build(config: PmiConfig, identity: dict[str, object], work: Path) -> None:
         "kind": "pmi",
         **identity,
         "num_tokens": encoded.num_tokens,
-        "num_tokens_in_vocabulary": len(encoded.token_ids),
+        "num_tokens_in_vocabulary": len(token_ids),
         "num_words": len(encoded.words),
         "num_counted_cells": int(counts.nnz),
         "total_count": float(counts.sum()),
