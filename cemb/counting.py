@@ -40,7 +40,7 @@ from cemb.cooccurrence import (
     total_dtype,
 )
 from cemb.csr import CsrFolder, CsrWriter, disk_errors, row_blocks
-from cemb.records import atomic_directory, write_atomic
+from cemb.records import atomic_directory, exclusive, write_atomic
 
 DEFAULT_MEMORY = 2 * 2**30  # bytes
 # More would show progress too rarely, and memory that is used again is faster than new memory.
@@ -433,29 +433,44 @@ def count(
         _check_same(out, found.manifest, options)
         shutil.rmtree(partial, ignore_errors=True)
         return found
+    with exclusive(partial, wait=False):
+        _count(
+            shards, word_counts, partial, options, windows, size, memory // workers, dtype, workers, executor
+        )
+        (partial / "result").rename(out)
+        shutil.rmtree(partial)
+    return CooccurrenceCounts(out)
+
+
+def _count(shards, word_counts, partial, options, windows, size, memory, dtype, workers, executor) -> None:
+    """Count into ``partial/result``; `memory` is that of one task."""
     with disk_errors(partial):
-        plan = {**options, "task_tokens": size, "task_memory": memory // workers}
-        stream = _begin(partial, plan, shards, word_counts, executor is not None)
+        plan = _begin(partial, options, {"task_tokens": size, "task_memory": memory, "dtype": dtype.name})
+        stream = _open_stream(partial, plan, shards, word_counts, executor is not None)
+    size, dtype = plan["task_tokens"], np.dtype(plan["dtype"])
     again = f"what is finished stays in {str(partial)!r}: run it again to go on"
+    firsts = range(0, stream.num_tokens, size)
     tasks = [
         _CountTask(
-            stream, windows, first, min(first + size, num_tokens), dtype.name, str(partial / f"run-{i:05d}")
+            stream,
+            windows,
+            first,
+            min(first + size, stream.num_tokens),
+            dtype.name,
+            str(partial / f"run-{i:05d}"),
         )
-        for i, first in enumerate(range(0, num_tokens, size))
+        for i, first in enumerate(firsts)
     ]
     own = ThreadPoolExecutor(workers) if executor is None else nullcontext(executor)
     with own as pool:
-        with tqdm(total=num_tokens, desc="counting", unit=" tokens", unit_scale=True) as progress:
+        with tqdm(total=stream.num_tokens, desc="counting", unit=" tokens", unit_scale=True) as progress:
             _run(tasks, pool, progress, again)
-        merges = _plan_merge(partial, [task.folder for task in tasks], vocab_size, memory // workers, dtype)
+        merges = _plan_merge(partial, [task.folder for task in tasks], stream.vocab_size, memory, dtype)
         cells = sum(task.num_cells for task in merges)
         with tqdm(total=cells, desc="merging", unit=" cells", unit_scale=True) as progress:
             _run(merges, pool, progress, again)
     with disk_errors(partial):
-        _assemble(partial, merges, vocab_size, {**options, "denominator": windows.denominator})
-    (partial / "result").rename(out)
-    shutil.rmtree(partial)
-    return CooccurrenceCounts(out)
+        _assemble(partial, merges, stream.vocab_size, {**options, "denominator": windows.denominator})
 
 
 def _check_same(folder: Path, found: dict, wanted: dict) -> None:
@@ -467,16 +482,29 @@ def _check_same(folder: Path, found: dict, wanted: dict) -> None:
         )
 
 
-def _begin(partial: Path, plan: dict, shards: Sequence[np.ndarray], word_counts, elsewhere: bool) -> _Stream:
-    """Make or find the folder of unfinished work; the stream as its tasks read it."""
-    plan_path = partial / "plan.json"
-    partial.mkdir(parents=True, exist_ok=True)
-    if plan_path.exists():
-        _check_same(partial, json.loads(plan_path.read_text()), plan)
+def _begin(partial: Path, options: dict, sizes: dict) -> dict:
+    """The plan of unfinished work: what was begun goes on as planned, unless its tasks are now too large."""
+    path = partial / "plan.json"
+    if path.exists():
+        plan = json.loads(path.read_text())
+        _check_same(partial, plan, options)
+        if plan["task_memory"] > sizes["task_memory"]:
+            raise ValueError(
+                f"{str(partial)!r} was begun with {plan['task_memory'] / 2**20:,.0f} MiB a worker, and "
+                f"{sizes['task_memory'] / 2**20:,.0f} MiB are less; give as much, or remove it"
+            )
     else:
-        write_atomic(plan_path, json.dumps(plan, indent=1))
+        plan = {**options, **sizes}
+        write_atomic(path, json.dumps(plan, indent=1))
     for left in (*partial.glob(".*"), partial / "result"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
+    return plan
+
+
+def _open_stream(
+    partial: Path, plan: dict, shards: Sequence[np.ndarray], word_counts, elsewhere: bool
+) -> _Stream:
+    """The stream as its tasks read it: from files if they run elsewhere."""
     seen = []
     for i, shard in enumerate(shards):
         if (file := _file_of(shard)) is None and elsewhere:
@@ -516,7 +544,7 @@ def _plan_merge(partial: Path, runs: list[str], vocab_size: int, memory: int, dt
     return [
         _MergeTask(
             tuple(runs), tuple(starts[:, i].tolist()), int(cells[first:last].sum()), first, last, vocab_size,
-            dtype.name, str(partial / f"block-{i:05d}"),
+            dtype.name, str(partial / f"block-{first:010d}-{last:010d}"),
         )
         for i, (first, last) in enumerate(blocks)
     ]  # fmt: skip

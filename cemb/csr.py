@@ -190,7 +190,8 @@ class CsrFolder:
 
         Writing to it changes the mapping, never the files.
         """
-        indices, data = (np.load(self.folder / f"{name}.npy", mmap_mode="c") for name in ("indices", "data"))
+        paths = (self.folder / f"{name}.npy" for name in ("indices", "data"))
+        indices, data = (np.asarray(np.load(path, mmap_mode="c")) for path in paths)
         indptr = self.read("indptr", 0, self.shape[0] + 1).astype(indices.dtype)
         return sp.csr_array((data, indices, indptr), shape=self.shape, copy=False)
 

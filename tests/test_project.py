@@ -16,10 +16,10 @@ from cemb import records, report
 
 # Each module may import only from the groups before its own.
 LAYERS = (
-    ("hashing", "corpus", "measure", "records", "targets"),
-    ("csr",),
-    ("reference", "kernels", "kernels.lanes", "pmi"),
-    ("cooccurrence",),
+    ("hashing", "reading", "measure", "records", "targets"),
+    ("csr", "catalog", "events"),
+    ("reference", "kernels", "kernels.lanes", "kernels.tokens", "pmi"),
+    ("corpus", "cooccurrence"),
     ("counting",),
     ("kernels.cpu", "kernels.cuda"),
     ("kernels.updates", "kernels.floors"),
