@@ -8,6 +8,7 @@ Kernels release Python's lock and use no threading of Numba's, so they may run o
 """
 
 import math
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from numba import get_num_threads, njit, types
 from numba.extending import intrinsic
 
 from cemb import hashing
+from cemb.csr import row_blocks
 from cemb.kernels.lanes import prefetch
 
 DISTANCE_WEIGHTINGS = ("flat", "harmonic")
@@ -26,6 +28,7 @@ LARGEST_TOTAL = 2**63 - 1
 
 # Columns that one byte of `Row.touched` stands for, as a power of two: 16 words of its bitmap.
 _TOUCHED_SHIFT = 10
+_ROOM_CELLS = 2**20  # of a block; more would leave the cache before they are copied
 _PREFETCH = 32  # positions ahead
 _ONE, _S6, _S27, _S30, _S31 = (np.uint64(value) for value in (1, 6, 27, 30, 31))
 _S_TOUCHED, _LOW6 = np.uint64(_TOUCHED_SHIFT), np.uint64(63)
@@ -301,6 +304,14 @@ class PositionIndex:
         )  # fmt: skip
 
 
+class _Room:
+    """What one block is counted in."""
+
+    def __init__(self, num_cells: int, vocab_size: int, dtype: np.dtype):
+        self.columns, self.values = np.empty(num_cells, np.int32), np.empty(num_cells, dtype)
+        self.row = Row(vocab_size, dtype)
+
+
 def total_dtype(largest_total: int) -> np.dtype:
     """The unsigned integers that totals take."""
     return np.dtype(np.uint32 if largest_total < 2**32 else np.uint64)
@@ -338,7 +349,8 @@ def count_cooccurrences(
     Returns:
         float64 CSR ``[vocab_size, vocab_size]`` with sorted columns, the same bits for any number of threads:
         sums are of integers, and harmonic ones are divided once, at the end. Without borders, n tokens'
-        counts sum to ``Σ_k (n − k)·weight(k)`` over k = 1 … window_size, twice that if symmetric.
+        counts sum to ``Σ_k (n − k)·weight(k)`` over k = 1 … window_size, twice that if symmetric. Where the
+        result may be too large for memory, `cemb.counting.count` puts it on disk.
 
     Raises:
         ValueError: an unknown weighting, a window below 1, or an id out of range.
@@ -353,25 +365,34 @@ def count_cooccurrences(
     padded = np.full(len(token_ids) + 2 * window_size, BORDER, np.int32)
     padded[window_size : len(padded) - window_size] = token_ids
     index = PositionIndex(padded, vocab_size, windows, windows.largest_total(len(token_ids)))
+    bounds = np.minimum(np.diff(index.row_ptr) * 2 * window_size, vocab_size)
+    ends = np.concatenate([[0], np.cumsum(bounds)])
+    room_cells = max(vocab_size, _ROOM_CELLS)
     row_cells = np.zeros(vocab_size, np.int64)
 
-    def count_block(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        bound = np.minimum(np.diff(index.row_ptr[first : last + 1]) * 2 * window_size, vocab_size).sum()
-        columns, values = np.empty(bound, np.int32), np.empty(bound, index.dtype)
-        row = Row(vocab_size, index.dtype)
-        _, found = index.count_rows(first, last, row, row_cells, columns, values)
-        return columns[:found], values[:found]
+    def count_block(first: int, last: int, room: _Room) -> tuple[_Room, int]:
+        _, found = index.count_rows(first, last, room.row, row_cells, room.columns, room.values)
+        return room, found
 
-    threads = get_num_threads()
-    shares = np.linspace(0, index.row_ptr[-1], 16 * threads + 1)
-    borders = np.unique([0, *np.searchsorted(index.row_ptr, shares[1:-1]), vocab_size])
+    # Only what is written of these takes memory, so that the bound costs none.
+    indices, data, end = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float64), 0
+    threads, waiting = get_num_threads(), deque()
+    rooms = [_Room(room_cells, vocab_size, index.dtype) for _ in range(threads + 1)]
+    blocks = row_blocks(ends, room_cells)
     with ThreadPoolExecutor(threads) as pool:
-        blocks = list(pool.map(count_block, borders[:-1], borders[1:]))
+        while True:
+            while rooms and (block := next(blocks, None)) is not None:
+                waiting.append(pool.submit(count_block, *block, rooms.pop()))
+            if not waiting:
+                break
+            room, found = waiting.popleft().result()
+            indices[end : end + found] = room.columns[:found]
+            np.divide(room.values[:found], windows.denominator, out=data[end : end + found])
+            end += found
+            rooms.append(room)
+    indices.resize(end, refcheck=False)
+    data.resize(end, refcheck=False)
     indptr = np.zeros(vocab_size + 1, np.int64)
     np.cumsum(row_cells, out=indptr[1:])
-    index_dtype = np.int32 if indptr[-1] < 2**31 else np.int64
-    indices, data = np.empty(indptr[-1], index_dtype), np.empty(indptr[-1], np.float64)
-    for (columns, values), first in zip(blocks, indptr[borders[:-1]], strict=True):
-        indices[first : first + len(columns)] = columns
-        np.divide(values, windows.denominator, out=data[first : first + len(columns)])
-    return sp.csr_array((data, indices, indptr.astype(index_dtype)), shape=(vocab_size, vocab_size))
+    indptr = indptr.astype(np.int32) if end < 2**31 else indptr
+    return sp.csr_array((data, indices, indptr), shape=(vocab_size, vocab_size))

@@ -35,7 +35,7 @@ LAYERS = (
     ("rivals", "quality"),
     ("frontier",),
     ("speed",),
-    ("bench",),
+    ("bench", "counting_bench"),
     ("study", "plots"),
     ("report",),
     ("__init__", "__main__"),
