@@ -1,4 +1,4 @@
-"""Command line: ``python -m cemb speed|bench|pmi|train|frontier|rates|study``; see ``--help`` of each."""
+"""Command line: ``python -m cemb speed|bench|corpora|encode|pmi|train|frontier|rates|study``; see --help."""
 
 import argparse
 import json
@@ -84,6 +84,38 @@ def _bench(arguments: argparse.Namespace) -> int:
         for record in found:
             _print_record(record)
     return 0 if not arguments.targets or check_targets(found) else 1
+
+
+def _corpora(arguments: argparse.Namespace) -> None:
+    from cemb.catalog import CORPORA
+
+    for name, corpus in CORPORA.items():
+        print(f"{name}: {corpus.title}\n  licence: {corpus.licence}\n  from: {corpus.origin}")
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    import time
+
+    from cemb.corpus import encode
+
+    names = ("min_count", "max_vocab", "borders", "text_field", "shard_tokens", "threads")
+    start = time.perf_counter()
+    encoded = encode(arguments.corpus, arguments.out, **{name: getattr(arguments, name) for name in names})
+    seconds = time.perf_counter() - start
+    _print_record(
+        {
+            "kind": "encoded corpus",
+            "folder": str(encoded.folder),
+            "num_tokens": encoded.num_tokens,
+            "num_tokens_in_vocabulary": int(encoded.word_counts.sum()),
+            "num_words": len(encoded.words),
+            "num_shards": len(encoded.shard_sizes),
+            "borders": encoded.borders,
+            "fingerprint": encoded.fingerprint,
+            "encode_s": round(seconds, 3),
+            "tokens_per_s": round(encoded.num_tokens / seconds),
+        }
+    )
 
 
 def _pmi_config(arguments: argparse.Namespace):
@@ -189,7 +221,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from cemb.corpus import DEFAULT_CORPUS
+    from cemb.catalog import CORPORA, DEFAULT_CORPUS
 
     parser = argparse.ArgumentParser(prog="python -m cemb", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -200,10 +232,26 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(function=function)
         return added
 
-    def corpus_options(added):
-        added.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
+    corpus_help = (
+        f"a name ({', '.join(CORPORA)}), a file, a directory or a quoted glob: UTF-8 text, JSON lines or "
+        "Parquet, plain or compressed"
+    )
+
+    def text_options(added):
+        added.add_argument(
+            "--text-field", default=None, help="field of JSON lines or column of Parquet; None: text"
+        )
+        added.add_argument(
+            "--borders",
+            default=None,
+            help="windows stay inside a document, line or sentence; None: one stream",
+        )
         added.add_argument("--min-count", type=int, default=5, help="occurrences a word needs")
         added.add_argument("--max-vocab", type=int, default=None, help="keep so many frequent words")
+
+    def corpus_options(added):
+        added.add_argument("--corpus", default=DEFAULT_CORPUS, help=corpus_help)
+        text_options(added)
         added.add_argument("--window-size", type=int, default=5, help="tokens to each side")
         added.add_argument("--distance-weighting", default="flat", help="flat or harmonic")
         added.add_argument("--context-smoothing", type=float, default=0.75)
@@ -244,6 +292,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, help="timed steps a turn")
     bench.add_argument("--rounds", type=int, default=3, help="turns")
 
+    command("corpora", _corpora, "list the corpora that have a name, with their licences")
+
+    encode = command("encode", _encode, "tokenize a corpus into a folder of ids; prints a summary as JSON")
+    encode.add_argument("corpus", nargs="+", metavar="CORPUS", help=f"{corpus_help}; - for standard input")
+    encode.add_argument("--out", required=True, help="folder to make")
+    text_options(encode)
+    encode.add_argument("--shard-tokens", type=int, default=2**24, help="ids in a file")
+    encode.add_argument("--threads", type=int, default=None, help="None: one a core")
+
     pmi = command("pmi", _pmi, "build a corpus's PMI matrix and print its record as JSON")
     corpus_options(pmi)
     pmi.add_argument("--histogram-out", help="also write the histogram of the matrix's values here")
@@ -283,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = command("study", _study, "run the notebooks that are not up to date")
     study.add_argument("--grid", default="default", help="default or smoke")
-    study.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
+    study.add_argument("--corpus", default=DEFAULT_CORPUS, help=corpus_help)
     study.add_argument("--optimizer", nargs="+", help="only these")
     study.add_argument("--pool-size", type=int, nargs="+", help="only these")
     study.add_argument("--workers", type=int, help="untimed runs side by side")
