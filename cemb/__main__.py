@@ -86,16 +86,55 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0 if not arguments.targets or check_targets(found) else 1
 
 
+def _corpora(arguments: argparse.Namespace) -> None:
+    from cemb.catalog import CORPORA
+
+    for name, corpus in CORPORA.items():
+        print(f"{name}: {corpus.title}\n  licence: {corpus.licence}\n  from: {corpus.origin}")
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    import time
+
+    from cemb.corpus import encode
+
+    names = ("min_count", "max_vocab", "borders", "text_field", "shard_tokens", "threads")
+    start = time.perf_counter()
+    encoded = encode(arguments.corpus, arguments.out, **{name: getattr(arguments, name) for name in names})
+    seconds = time.perf_counter() - start
+    _print_record(
+        {
+            "kind": "encoded corpus",
+            "folder": str(encoded.folder),
+            "num_tokens": encoded.num_tokens,
+            "num_tokens_in_vocabulary": int(encoded.word_counts.sum()),
+            "num_words": len(encoded.words),
+            "num_shards": len(encoded.shard_sizes),
+            "borders": encoded.borders,
+            "fingerprint": encoded.fingerprint,
+            "encode_s": round(seconds, 3),
+            "tokens_per_s": round(encoded.num_tokens / seconds),
+        }
+    )
+
+
 def _count(arguments: argparse.Namespace) -> None:
     import time
     from contextlib import nullcontext
 
     from cemb.corpus import EncodedCorpus
-    from cemb.counting import cluster_executor, count, parse_memory
+    from cemb.counting import cluster_executor, count, parse_memory, process_executor
 
     encoded, memory = EncodedCorpus.open(arguments.corpus), parse_memory(arguments.memory)
     start = time.perf_counter()
-    where = cluster_executor(arguments.scheduler) if arguments.scheduler else nullcontext((None, None))
+    if arguments.scheduler and arguments.processes:
+        raise ValueError("give --scheduler or --processes, not both")
+    if arguments.scheduler:
+        where = cluster_executor(arguments.scheduler)
+    elif arguments.processes:
+        where = process_executor(arguments.workers)
+    else:
+        where = nullcontext((None, None))
     with where as (executor, threads):
         counts = count(
             [encoded.shard(i) for i in range(len(encoded.shard_sizes))],
@@ -103,7 +142,7 @@ def _count(arguments: argparse.Namespace) -> None:
             vocab_size=len(encoded.words),
             word_counts=encoded.word_counts,
             memory=memory,
-            workers=arguments.workers or threads,
+            workers=threads if arguments.workers is None else arguments.workers,
             executor=executor,
             window_size=arguments.window_size,
             distance_weighting=arguments.distance_weighting,
@@ -255,7 +294,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from cemb.corpus import DEFAULT_CORPUS
+    from cemb.catalog import CORPORA, DEFAULT_CORPUS
 
     parser = argparse.ArgumentParser(prog="python -m cemb", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -276,10 +315,26 @@ def _parser() -> argparse.ArgumentParser:
     def memory_option(added, default="2GiB"):
         added.add_argument("--memory", default=default, help="that counting may take, as 512MiB or 2GiB")
 
-    def corpus_options(added):
-        added.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
+    corpus_help = (
+        f"a name ({', '.join(CORPORA)}), a file, a directory or a quoted glob: UTF-8 text, JSON lines or "
+        "Parquet, plain or compressed"
+    )
+
+    def text_options(added):
+        added.add_argument(
+            "--text-field", default=None, help="field of JSON lines or column of Parquet; None: text"
+        )
+        added.add_argument(
+            "--borders",
+            default=None,
+            help="windows stay inside a document, line or sentence; None: one stream",
+        )
         added.add_argument("--min-count", type=int, default=5, help="occurrences a word needs")
         added.add_argument("--max-vocab", type=int, default=None, help="keep so many frequent words")
+
+    def corpus_options(added):
+        added.add_argument("--corpus", default=DEFAULT_CORPUS, help=corpus_help)
+        text_options(added)
         window_options(added)
         added.add_argument("--context-smoothing", type=float, default=0.75)
         added.add_argument("--num-negative", type=int, default=1, help="PMI is shifted by its logarithm")
@@ -320,6 +375,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, help="timed steps a turn")
     bench.add_argument("--rounds", type=int, default=3, help="turns")
 
+    command("corpora", _corpora, "list the corpora that have a name, with their licences")
+
+    encode = command("encode", _encode, "tokenize a corpus into a folder of ids; prints a summary as JSON")
+    encode.add_argument("corpus", nargs="+", metavar="CORPUS", help=f"{corpus_help}; - for standard input")
+    encode.add_argument("--out", required=True, help="folder to make")
+    text_options(encode)
+    encode.add_argument("--shard-tokens", type=int, default=2**24, help="ids in a file")
+    encode.add_argument("--threads", type=int, default=None, help="None: one a core")
+
     count = command("count", _count, "count an encoded corpus into a folder; prints its manifest as JSON")
     count.add_argument("corpus", metavar="FOLDER", help="that encode made")
     count.add_argument("--out", required=True, help="folder to make; what is finished waits in OUT.partial")
@@ -328,6 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--seed", type=int, default=0, help="of subsampling")
     memory_option(count)
     count.add_argument("--workers", type=int, default=None, help="tasks at once; None: one a core")
+    count.add_argument("--processes", action="store_true", help="tasks run in processes, not threads")
     count.add_argument("--scheduler", help="of a Dask cluster that sees the same folders: tcp://HOST:PORT")
 
     bench_counting = command("bench-counting", _bench_counting, "time counting and its rivals side by side")
@@ -384,7 +449,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = command("study", _study, "run the notebooks that are not up to date")
     study.add_argument("--grid", default="default", help="default or smoke")
-    study.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
+    study.add_argument("--corpus", default=DEFAULT_CORPUS, help=corpus_help)
     study.add_argument("--optimizer", nargs="+", help="only these")
     study.add_argument("--pool-size", type=int, nargs="+", help="only these")
     study.add_argument("--workers", type=int, help="untimed runs side by side")
@@ -397,7 +462,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.function(parsed) or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, OverflowError) as error:
         print(f"cemb: {error}", file=sys.stderr)
         return 2
 

@@ -135,7 +135,11 @@ def dictd_entries(path: Path) -> Iterator[str]:
             raise ValueError(
                 f"{index} does not fit {path}: an entry ends at {start + length} of {len(text)} bytes"
             )
-        yield _GCIDE_MARKS.sub(" ", text[start : start + length].decode())
+        entry = text[start : start + length]
+        try:
+            yield _GCIDE_MARKS.sub(" ", entry.decode())
+        except UnicodeDecodeError:  # a few of Debian's entries hold a byte of Windows's alphabet
+            yield _GCIDE_MARKS.sub(" ", entry.decode("cp1252", "replace"))
 
 
 def wordnet_entries(path: Path) -> Iterator[str]:

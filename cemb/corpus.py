@@ -298,8 +298,9 @@ class _Numbering:
         with (
             tqdm(total=total, desc="encoding", unit="B", unit_scale=True, unit_divisor=1024) as progress,
             ThreadPoolExecutor(threads) as pool,
+            ThreadPoolExecutor(1) as reader,
         ):
-            blocks = reading.read_blocks(sources, _BLOCK_BYTES, progress.update)
+            blocks = _ahead(reader, reading.read_blocks(sources, _BLOCK_BYTES, progress.update))
             for block, scanned in _in_order(pool, blocks, lambda b: self._scan(b.data), threads + 1):
                 ids = self._to_words(block, *scanned)
                 if written >= self._part_tokens:
@@ -378,11 +379,19 @@ class _Numbering:
             )
         # UTF-8 sorts as its characters do.
         strings = self._words.strings(kept)
-        falling = (-counts[kept]).tolist()
-        order = sorted(range(len(kept)), key=lambda i: (falling[i], strings[i]))[:max_vocab]
+        alphabetical = np.array(sorted(range(len(kept)), key=strings.__getitem__))
+        order = alphabetical[np.argsort(-counts[kept[alphabetical]], kind="stable")][:max_vocab]
         final = np.full(len(counts), -1, np.int32)
         final[kept[order]] = np.arange(len(order), dtype=np.int32)
         return [strings[i].decode() for i in order], counts[kept[order]], final
+
+
+def _ahead(pool: ThreadPoolExecutor, items: Iterator) -> Iterator:
+    """Items of which the next is made while the present one is used."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
 
 
 def _in_order(pool: ThreadPoolExecutor, items: Iterator, function, depth: int) -> Iterator[tuple]:

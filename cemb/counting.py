@@ -17,10 +17,18 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +313,14 @@ def _run(tasks: Sequence[Callable[[], int]], executor: Executor, progress: tqdm,
 
 
 @contextmanager
+def process_executor(workers: int | None = None):
+    """An executor of processes of this machine, by default as many as it has processors, and their number."""
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield pool, workers
+
+
+@contextmanager
 def cluster_executor(address: str):
     """An executor on the Dask cluster at `address`, and how many of its threads share a machine's memory.
 
@@ -313,11 +329,12 @@ def cluster_executor(address: str):
 
     Raises:
         ConnectionError: nothing answers there within five seconds, or the cluster has no workers.
+        RuntimeError: `distributed` is not installed.
     """
     try:
         from distributed import Client
     except ImportError:
-        raise ImportError(
+        raise RuntimeError(
             f"a Dask scheduler was named, {address!r}, and the package distributed is not installed"
         ) from None
     try:

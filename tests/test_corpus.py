@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unicodedata
 from collections import Counter
 from itertools import chain
@@ -260,8 +261,10 @@ def test_a_killed_encoding_leaves_no_corpus(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
         process.stdin.write(b"some words to encode " * 1000)
         process.stdin.flush()
+        deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".ids-*/part-00003")):
             assert process.poll() is None
+            assert time.monotonic() < deadline
         os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(FileNotFoundError, match=r"ids is no encoded corpus: it has no manifest\.json"):
         EncodedCorpus.open(tmp_path / "ids")

@@ -1,6 +1,7 @@
 """Counting on disk: the same bits however it is cut, within its memory, and after being stopped."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -11,14 +12,16 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, zipf_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits, scipy_counts, streams, window_options
 
-from cemb import counting, csr
+from cemb import __main__, counting, counting_bench, csr
 from cemb.cooccurrence import count_cooccurrences
+from cemb.corpus import encode
 from cemb.counting import CooccurrenceCounts, cluster_executor, count, parse_memory
+from cemb.records import exclusive
 
 
 @pytest.fixture
@@ -214,6 +217,7 @@ write_pmi(count([small], sys.argv[1] + "-warm", vocab_size=7), sys.argv[1] + "-w
 shards = [np.load(path, mmap_mode="r") for path in sorted(Path(sys.argv[1]).glob("*.npy"))]
 memory, out = int(sys.argv[2]), sys.argv[1] + "-out"
 print(peak_mib(lambda clock: count(shards, out, vocab_size=int(sys.argv[3]), memory=memory, workers=2)))
+from cemb.corpus import encode
 from cemb.counting import CooccurrenceCounts
 print(peak_mib(lambda clock: write_pmi(CooccurrenceCounts(out), out + "-pmi", memory=memory)))
 """
@@ -337,6 +341,87 @@ def test_a_cluster_that_loses_a_worker_loses_nothing(tmp_path, small_tasks):
             killing.result()
         assert len(killed) == 1
     assert_same_bits(found.matrix(), expected)
+
+
+@pytest.fixture
+def encoded(tmp_path):
+    (tmp_path / "text.txt").write_text(zipf_text(20_000))
+    return encode(str(tmp_path / "text.txt"), tmp_path / "corpus", shard_tokens=6000)
+
+
+@pytest.mark.parametrize("where", [[], ["--processes", "--workers", "2"]])
+def test_the_command_counts_an_encoded_corpus(tmp_path, capsys, encoded, where):
+    command = ["count", str(encoded.folder), "--out", str(tmp_path / "out"), "--memory", "256MiB", *where]
+    assert __main__.main([*command, "--subsample-threshold", "1e-3", "--seed", "3"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    ids = np.concatenate([encoded.shard(i) for i in range(len(encoded.shard_sizes))])
+    expected = count_cooccurrences(ids, vocab_size=len(encoded.words), subsample_threshold=1e-3, seed=3)
+    assert_same_bits(CooccurrenceCounts(tmp_path / "out").matrix(), expected)
+    assert said["total"] == expected.sum()
+    assert said["num_cells"] == expected.nnz
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory", "lots"], "memory must be a size such as 512MiB or 2GiB, got 'lots'"),
+        (["--processes", "--scheduler", "tcp://127.0.0.1:9"], "give --scheduler or --processes, not both"),
+        (
+            ["--window-size", "60", "--distance-weighting", "harmonic"],
+            "may exceed 2^63; use a smaller window",
+        ),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, capsys, encoded, options, message):
+    assert __main__.main(["count", str(encoded.folder), "--out", str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("cemb: ")
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_at_once_are_kept_apart(tmp_path):
+    with exclusive(tmp_path / "out.partial", wait=False):
+        with pytest.raises(RuntimeError, match=r"another process is at work in '.*out\.partial'"):
+            count([zipf_ids()], tmp_path / "out", vocab_size=400)
+        # Nothing waits for a folder that is free.
+        with exclusive(tmp_path / "other", wait=True):
+            pass
+
+
+def test_the_benchmark_counts_alike_and_judges(tmp_path):
+    ids = counting_bench.zipf_ids(20_000, 300, bursts=True)
+    assert ids.min() == 0
+    assert 200 < ids.max() < 300
+    expected = count_cooccurrences(ids, vocab_size=300)
+    assert_same_bits(counting_bench.count_row_wise(ids, 300), expected)
+    found = counting_bench.run(num_tokens=20_000, vocab_size=300, repeats=1)
+    said, cases = [], {record["case"]: record for record in found}
+    assert set(cases) >= {"cemb", "cemb on disk", "numba row-wise", "text to PMI"}
+    cases["cemb"]["count_s"], cases["numba row-wise"]["count_s"] = 1.0, 1.21
+    cases["text to PMI"]["tokens_per_s"] = 4_500_000
+    polars = {"kind": "counting", "case": "polars", "count_s": 2.51}
+    judged = [record for record in found if record["case"] != "polars"]
+    assert counting_bench.check_targets([*judged, polars], said.append)
+    assert not counting_bench.check_targets([*judged, {**polars, "count_s": 2.49}], said.append)
+    assert not counting_bench.check_targets(judged, said.append)
+    assert any(line.startswith("not measured  counting / polars") for line in said)
+
+
+def test_polars_counts_the_same():
+    pytest.importorskip("polars")
+    ids = counting_bench.zipf_ids(20_000, 300)
+    found = counting_bench.count_polars(ids).sort("word", "context")
+    expected = count_cooccurrences(ids, vocab_size=300, symmetric=False)
+    assert np.array_equal(found["context"].to_numpy(), expected.indices)
+    assert np.array_equal(found["count"].to_numpy(), expected.data)
+
+
+def test_scaling_leaves_a_record_and_no_folder(tmp_path):
+    (record,) = counting_bench.scaling([50_000], tmp_path, vocab_size=2000, memory=2**28)
+    assert record["num_counted_cells"] > record["num_stored_cells"] > 0
+    assert 0 <= record["count_peak_mib"] <= 256
+    assert not list(tmp_path.glob("scaling-*"))
 
 
 def test_a_cluster_that_does_not_answer_is_named():
