@@ -42,7 +42,7 @@ site: $(STAMP) ## build the site from the runs there are
 	$(BIN)/python book/build.py
 
 $(TEST_STAMP): requirements-test.txt $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-test.txt -c constraints.txt
 	@touch $@
 
 test: $(TEST_STAMP) ## run the tests

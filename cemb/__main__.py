@@ -1,4 +1,4 @@
-"""Command line: ``python -m cemb speed|bench|pmi|train|frontier|rates|study``; see ``--help`` of each."""
+"""Command line: ``python -m cemb COMMAND``; ``--help`` lists the commands, and the options of each."""
 
 import argparse
 import json
@@ -86,6 +86,110 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0 if not arguments.targets or check_targets(found) else 1
 
 
+def _corpora(arguments: argparse.Namespace) -> None:
+    from cemb.catalog import CORPORA
+
+    for name, corpus in CORPORA.items():
+        print(f"{name}: {corpus.title}\n  licence: {corpus.licence}\n  from: {corpus.origin}")
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    import time
+
+    from cemb.corpus import encode
+
+    names = ("min_count", "max_vocab", "borders", "text_field", "shard_tokens", "threads")
+    start = time.perf_counter()
+    encoded = encode(arguments.corpus, arguments.out, **{name: getattr(arguments, name) for name in names})
+    seconds = time.perf_counter() - start
+    _print_record(
+        {
+            "kind": "encoded corpus",
+            "folder": str(encoded.folder),
+            "num_tokens": encoded.num_tokens,
+            "num_tokens_in_vocabulary": int(encoded.word_counts.sum()),
+            "num_words": len(encoded.words),
+            "num_shards": len(encoded.shard_sizes),
+            "borders": encoded.borders,
+            "fingerprint": encoded.fingerprint,
+            "encode_s": round(seconds, 3),
+            "tokens_per_s": round(encoded.num_tokens / seconds),
+        }
+    )
+
+
+def _count(arguments: argparse.Namespace) -> None:
+    import time
+    from contextlib import nullcontext
+
+    from cemb.corpus import EncodedCorpus
+    from cemb.counting import cluster_executor, count, parse_memory, process_executor
+
+    encoded, memory = EncodedCorpus.open(arguments.corpus), parse_memory(arguments.memory)
+    start = time.perf_counter()
+    if arguments.scheduler and arguments.processes:
+        raise ValueError("give --scheduler or --processes, not both")
+    if arguments.scheduler:
+        where = cluster_executor(arguments.scheduler)
+    elif arguments.processes:
+        where = process_executor(arguments.workers)
+    else:
+        where = nullcontext((None, None))
+    with where as (executor, threads):
+        counts = count(
+            [encoded.shard(i) for i in range(len(encoded.shard_sizes))],
+            arguments.out,
+            vocab_size=len(encoded.words),
+            word_counts=encoded.word_counts,
+            memory=memory,
+            workers=threads if arguments.workers is None else arguments.workers,
+            executor=executor,
+            window_size=arguments.window_size,
+            distance_weighting=arguments.distance_weighting,
+            symmetric=not arguments.following,
+            subsample_threshold=arguments.subsample_threshold,
+            seed=arguments.seed,
+        )
+    seconds = time.perf_counter() - start
+    _print_record(
+        {
+            "kind": "counts",
+            "folder": str(counts.folder),
+            **counts.manifest,
+            "count_s": round(seconds, 3),
+            "tokens_per_s": round(counts.manifest["num_tokens"] / seconds),
+        }
+    )
+
+
+def _bench_counting(arguments: argparse.Namespace) -> int:
+    from cemb import counting_bench, records
+
+    out = _output(arguments.out)
+    found = counting_bench.run(repeats=arguments.repeats)
+    if out:
+        records.write(found, out)
+    elif not arguments.targets:
+        for record in found:
+            _print_record(record)
+    return 0 if not arguments.targets or counting_bench.check_targets(found) else 1
+
+
+def _scaling(arguments: argparse.Namespace) -> None:
+    from cemb import counting_bench, records
+    from cemb.counting import parse_memory
+
+    out = _output(arguments.out)
+    found = []
+    options = {"memory": parse_memory(arguments.memory), "workers": arguments.workers}
+    for record in counting_bench.scaling(map(int, arguments.tokens), arguments.scratch, **options):
+        found.append(record)
+        if out:  # after each size, so that stopping loses none
+            records.write(found, out)
+        else:
+            _print_record(record)
+
+
 def _pmi_config(arguments: argparse.Namespace):
     from cemb.dataset import PmiConfig
 
@@ -93,12 +197,13 @@ def _pmi_config(arguments: argparse.Namespace):
 
 
 def _pmi(arguments: argparse.Namespace) -> None:
+    from cemb.counting import parse_memory
     from cemb.dataset import load_pmi
     from cemb.pmi import value_histogram
     from cemb.records import write_atomic
 
     out = _output(arguments.histogram_out)
-    data = load_pmi(_pmi_config(arguments))
+    data = load_pmi(_pmi_config(arguments), memory=parse_memory(arguments.memory))
     _print_record(data.summary)
     if out:
         write_atomic(out, json.dumps(value_histogram(data.matrix), indent=1) + "\n")
@@ -192,7 +297,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from cemb.corpus import DEFAULT_CORPUS
+    from cemb.catalog import CORPORA, DEFAULT_CORPUS
 
     parser = argparse.ArgumentParser(prog="python -m cemb", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -203,14 +308,40 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(function=function)
         return added
 
-    def corpus_options(added):
-        added.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
-        added.add_argument("--min-count", type=int, default=5, help="occurrences a word needs")
-        added.add_argument("--max-vocab", type=int, default=None, help="keep so many frequent words")
+    def window_options(added):
         added.add_argument("--window-size", type=int, default=5, help="tokens to each side")
         added.add_argument("--distance-weighting", default="flat", help="flat or harmonic")
+        added.add_argument(
+            "--subsample-threshold", type=float, default=None, help="as word2vec's; None: all tokens count"
+        )
+
+    def memory_option(added, default="2GiB"):
+        added.add_argument("--memory", default=default, help="that counting may take, as 512MiB or 2GiB")
+
+    corpus_help = (
+        f"a name ({', '.join(CORPORA)}), a file, a directory or a quoted glob: UTF-8 text, JSON lines or "
+        "Parquet, plain or compressed"
+    )
+
+    def text_options(added):
+        added.add_argument(
+            "--text-field", default=None, help="field of JSON lines or column of Parquet; None: text"
+        )
+        added.add_argument(
+            "--borders",
+            default=None,
+            help="windows stay inside a document, line or sentence; None: one stream",
+        )
+        added.add_argument("--min-count", type=int, default=5, help="occurrences a word needs")
+        added.add_argument("--max-vocab", type=int, default=None, help="keep so many frequent words")
+
+    def corpus_options(added):
+        added.add_argument("--corpus", default=DEFAULT_CORPUS, help=corpus_help)
+        text_options(added)
+        window_options(added)
         added.add_argument("--context-smoothing", type=float, default=0.75)
         added.add_argument("--num-negative", type=int, default=1, help="PMI is shifted by its logarithm")
+        added.add_argument("--top-k", type=int, default=None, help="largest cells kept of a row; None: all")
         added.add_argument("--rank", "--embedding-dim", type=int, default=100, help="dimension of vectors")
 
     speed = command("speed", _speed, "time a training step and print its record as JSON")
@@ -247,8 +378,43 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, help="timed steps a turn")
     bench.add_argument("--rounds", type=int, default=3, help="turns")
 
+    command("corpora", _corpora, "list the corpora that have a name, with their licences")
+
+    encode = command("encode", _encode, "tokenize a corpus into a folder of ids; prints a summary as JSON")
+    encode.add_argument("corpus", nargs="+", metavar="CORPUS", help=f"{corpus_help}; - for standard input")
+    encode.add_argument("--out", required=True, help="folder to make")
+    text_options(encode)
+    encode.add_argument("--shard-tokens", type=int, default=2**24, help="ids in a file")
+    encode.add_argument("--threads", type=int, default=None, help="None: one a core")
+
+    count = command("count", _count, "count an encoded corpus into a folder; prints its manifest as JSON")
+    count.add_argument("corpus", metavar="FOLDER", help="that encode made")
+    count.add_argument("--out", required=True, help="folder to make; what is finished waits in OUT.partial")
+    window_options(count)
+    count.add_argument("--following", action="store_true", help="only contexts that follow the word")
+    count.add_argument("--seed", type=int, default=0, help="of subsampling")
+    memory_option(count)
+    count.add_argument("--workers", type=int, default=None, help="tasks at once; None: one a core")
+    count.add_argument("--processes", action="store_true", help="tasks run in processes, not threads")
+    count.add_argument("--scheduler", help="of a Dask cluster that sees the same folders: tcp://HOST:PORT")
+
+    bench_counting = command("bench-counting", _bench_counting, "time counting and its rivals side by side")
+    bench_counting.add_argument(
+        "--targets", action="store_true", help="say which are reached; status 1 if not all"
+    )
+    bench_counting.add_argument("--out", help="file for the records, one JSON object a line")
+    bench_counting.add_argument("--repeats", type=int, default=5)
+
+    scaling = command("scaling", _scaling, "count made-up corpora of growing size; seconds and peak memory")
+    scaling.add_argument("--tokens", type=float, nargs="+", default=[1e6, 1e7, 1e8])
+    memory_option(scaling, "512MiB")
+    scaling.add_argument("--workers", type=int, default=None, help="tasks at once; None: one a core")
+    scaling.add_argument("--scratch", help="folder to work in, 150 bytes a token; by default the system's")
+    scaling.add_argument("--out", help="file for the records, one JSON object a line")
+
     pmi = command("pmi", _pmi, "build a corpus's PMI matrix and print its record as JSON")
     corpus_options(pmi)
+    memory_option(pmi)
     pmi.add_argument("--histogram-out", help="also write the histogram of the matrix's values here")
 
     train = command("train", _train, "train a table on a PMI matrix and print its record as JSON")
@@ -286,7 +452,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = command("study", _study, "run the notebooks that are not up to date")
     study.add_argument("--grid", default="default", help="default, full or smoke")
-    study.add_argument("--corpus", default=DEFAULT_CORPUS, help="its name, or a UTF-8 text file")
+    study.add_argument("--corpus", default=DEFAULT_CORPUS, help=corpus_help)
     study.add_argument("--optimizer", nargs="+", help="only these")
     study.add_argument("--pool-size", type=int, nargs="+", help="only these")
     study.add_argument("--run", nargs="+", help="only these names, or patterns such as 'growth-*'")
@@ -300,7 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.function(parsed) or 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, OverflowError) as error:
         print(f"cemb: {error}", file=sys.stderr)
         return 2
 

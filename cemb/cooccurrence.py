@@ -1,55 +1,329 @@
-"""Windowed co-occurrence counts of a token stream, as a sparse matrix."""
+"""Windowed co-occurrence counts of a token stream, as a sparse matrix: the kernels, and counting in memory.
+
+A row is counted at once: the positions of its word are looked up, and what stands around them is added up
+in a dense row that stays in cache. A bitmap of the columns seen gives them back in order, so nothing is
+sorted. Weights are integers over a common denominator, so sums are exact and independent of their order.
+
+Kernels release Python's lock and use no threading of Numba's, so they may run on any threads at once.
+"""
+
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from numba import get_num_threads, njit, prange
+from llvmlite import ir
+from numba import get_num_threads, njit, types
+from numba.extending import intrinsic
+
+from cemb import hashing
+from cemb.csr import row_blocks
+from cemb.kernels.lanes import prefetch
 
 DISTANCE_WEIGHTINGS = ("flat", "harmonic")
+BORDER = -1  # in place of an id: windows do not cross it
+LARGEST_TOTAL = 2**63 - 1
+
+# Columns that one byte of `Row.touched` stands for, as a power of two: 16 words of its bitmap.
+_TOUCHED_SHIFT = 10
+_ROOM_CELLS = 2**20  # of a block; more would leave the cache before they are copied
+_PREFETCH = 32  # positions ahead
+_ONE, _S6, _S27, _S30, _S31 = (np.uint64(value) for value in (1, 6, 27, 30, 31))
+_S_TOUCHED, _LOW6 = np.uint64(_TOUCHED_SHIFT), np.uint64(63)
+_MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(hashing.MULTIPLIER_1), np.uint64(hashing.MULTIPLIER_2)
 
 
-@njit(parallel=True, cache=True)
-def _count_row_cells(token_ids, positions, row_ptr, window_size, symmetric, workers):
-    """Distinct contexts of each word."""
+@dataclass(frozen=True)
+class Windows:
+    """Which pairs of tokens count, and how much.
+
+    Args:
+        window_size: tokens to each side.
+        distance_weighting: ``"flat"`` counts 1 per pair, ``"harmonic"`` 1/distance.
+        symmetric: count contexts on both sides; otherwise only those that follow the word.
+
+    Raises:
+        ValueError: an unknown weighting, or a window below 1.
+    """
+
+    window_size: int = 5
+    distance_weighting: str = "flat"
+    symmetric: bool = True
+
+    def __post_init__(self):
+        if self.distance_weighting not in DISTANCE_WEIGHTINGS:
+            raise ValueError(
+                f"distance_weighting must be one of {', '.join(DISTANCE_WEIGHTINGS)}, "
+                f"got {self.distance_weighting!r}"
+            )
+        if self.window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
+
+    @property
+    def denominator(self) -> int:
+        """What weights are multiples of one over: 1, or lcm(1 … window_size)."""
+        return 1 if self.distance_weighting == "flat" else math.lcm(*range(1, self.window_size + 1))
+
+    @property
+    def weights(self) -> list[int]:
+        """Of the distances 0 … window_size, times `denominator`; distance 0 does not count."""
+        flat = self.distance_weighting == "flat"
+        return [0, *(1 if flat else self.denominator // k for k in range(1, self.window_size + 1))]
+
+    def largest_total(self, num_tokens: int) -> int:
+        """What no cell can exceed, times `denominator`.
+
+        Raises OverflowError where that does not fit a signed integer of 64 bits.
+        """
+        total = num_tokens * sum(self.weights) * (1 + self.symmetric)
+        if total > LARGEST_TOTAL:
+            raise OverflowError(
+                f"counts of {num_tokens:,} tokens with window_size={self.window_size} and "
+                f"{self.distance_weighting} weights may exceed 2^63; use a smaller window"
+            )
+        return total
+
+
+def keep_thresholds(word_counts: np.ndarray, subsample_threshold: float) -> np.ndarray:
+    """For each word the hash up to which its tokens are kept, uint64 ``[words]``.
+
+    A word of relative frequency f is kept with probability ``min(1, √(t/f) + t/f)``, t being the
+    threshold, as word2vec does (Mikolov et al., "Distributed representations of words and phrases and
+    their compositionality", NeurIPS 2013; the formula is its program's).
+
+    Raises ValueError for a threshold that is not above 0.
+    """
+    if not subsample_threshold > 0:
+        raise ValueError(f"subsample_threshold must be above 0, got {subsample_threshold}")
+    counts = np.maximum(np.asarray(word_counts, np.float64), 1)
+    ratio = subsample_threshold * max(np.asarray(word_counts).sum(), 1) / counts
+    share = np.sqrt(ratio) + ratio
+    thresholds = np.full(len(share), 2**64 - 1, np.uint64)
+    rare = share < 1
+    thresholds[rare] = (share[rare] * 2.0**64).astype(np.uint64)
+    return thresholds
+
+
+@njit(nogil=True, cache=True)
+def _keep(token_ids, first_position, thresholds, salt, kept):
+    found = 0
+    for i in range(token_ids.shape[0]):
+        word = token_ids[i]
+        keep = word < 0
+        if not keep:
+            x = np.uint64(first_position + i) + salt
+            x = (x ^ (x >> _S30)) * _MULTIPLIER_1
+            x = (x ^ (x >> _S27)) * _MULTIPLIER_2
+            keep = (x ^ (x >> _S31)) <= thresholds[word]
+        if keep:
+            kept[found] = word
+            found += 1
+    return found
+
+
+def subsample(
+    token_ids: np.ndarray, thresholds: np.ndarray, *, seed: int = 0, first_position: int = 0
+) -> np.ndarray:
+    """The tokens ``[kept]`` of a piece of a stream that subsampling keeps, int32; borders all stay.
+
+    ``mix(position + mix(seed + GOLDEN))`` of `cemb.hashing` decides, position being that in the whole
+    stream, so that it does not matter how the stream is cut. `thresholds` are of `keep_thresholds`.
+    """
+    kept = np.empty(len(token_ids), np.int32)
+    salt = np.uint64(hashing.mix(seed + hashing.GOLDEN))
+    return kept[: _keep(token_ids, first_position, thresholds, salt, kept)]
+
+
+@intrinsic
+def _trailing_zeros(typing, x):
+    """Position of the lowest bit set of an integer that is not 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@njit(nogil=True, cache=True)
+def _index_positions(padded, first, last, row_ptr, positions):
+    """Where each word stands in ``padded[first:last]``; words from ``len(row_ptr) - 1`` on are borders."""
     vocab_size = row_ptr.shape[0] - 1
-    cells = np.zeros(vocab_size, np.int64)
-    for worker in prange(workers):
-        last_row = np.full(vocab_size, -1, np.int64)
-        # Rows are dealt out in turn: neighbouring ids have similar counts, so the load is even.
-        for row in range(worker, vocab_size, workers):
-            found = 0
-            for p in positions[row_ptr[row] : row_ptr[row + 1]]:
-                low = max(0, p - window_size) if symmetric else p + 1
-                for q in range(low, min(token_ids.shape[0], p + window_size + 1)):
-                    if q != p and last_row[token_ids[q]] != row:
-                        last_row[token_ids[q]] = row
-                        found += 1
-            cells[row] = found
-    return cells
+    row_ptr[:] = 0
+    for p in range(first, last):
+        if padded[p] < vocab_size:
+            row_ptr[padded[p] + 1] += 1
+    for row in range(vocab_size):
+        row_ptr[row + 1] += row_ptr[row]
+    # Each row's start moves to its end, which is the next one's start.
+    for p in range(first, last):
+        word = padded[p]
+        if word < vocab_size:
+            positions[row_ptr[word]] = p
+            row_ptr[word] += 1
+    for row in range(vocab_size, 0, -1):
+        row_ptr[row] = row_ptr[row - 1]
+    row_ptr[0] = 0
 
 
-@njit(parallel=True, cache=True)
-def _fill_rows(
-    token_ids, positions, row_ptr, window_size, symmetric, weights, workers, indptr, indices, data
-):
+class Row:
+    """A dense row of totals ``[vocab_size + 1]`` with what finds the columns touched; all zero between uses.
+
+    The last column takes what stands at borders and is never given out.
+    """
+
+    def __init__(self, vocab_size: int, dtype: np.dtype):
+        self.totals = np.zeros(vocab_size + 1, dtype)
+        self.bits = np.zeros((vocab_size >> 6) + 1, np.uint64)
+        self.touched = np.zeros((vocab_size >> _TOUCHED_SHIFT) + 1, np.uint8)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.totals, self.bits, self.touched
+
+    @staticmethod
+    def num_bytes(vocab_size: int, dtype: np.dtype) -> int:
+        return vocab_size * (np.dtype(dtype).itemsize + 1)
+
+
+@njit(nogil=True, inline="always")
+def _add(totals, bits, touched, column, weight):
+    totals[column] += weight
+    bits[column >> _S6] |= _ONE << (column & _LOW6)
+    touched[column >> _S_TOUCHED] = 1
+
+
+@njit(nogil=True, cache=True)
+def add_cells(totals, bits, touched, columns, values):
+    """Add cells to a row."""
+    for k in range(columns.shape[0]):
+        _add(totals, bits, touched, np.uint64(columns[k]), values[k])
+
+
+@njit(nogil=True, cache=True)
+def emit(totals, bits, touched, columns, values, found):
+    """Move a row's cells, in order of their columns, behind the `found` ones there; returns their number."""
+    vocab_size = np.uint64(totals.shape[0] - 1)
+    totals[vocab_size] = 0
+    bits[vocab_size >> _S6] &= ~(_ONE << (vocab_size & _LOW6))
+    for part in range(touched.shape[0]):
+        if touched[part]:
+            touched[part] = 0
+            for word in range(part << 4, min((part + 1) << 4, bits.shape[0])):
+                left = bits[word]
+                bits[word] = 0
+                while left:
+                    column = (np.uint64(word) << _S6) + _trailing_zeros(left)
+                    left &= left - _ONE
+                    columns[found] = column
+                    values[found] = totals[column]
+                    totals[column] = 0
+                    found += 1
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _count_rows(
+    padded, positions, row_ptr, row, last_row, window_size, weights, symmetric, has_borders,
+    totals, bits, touched, row_cells, columns, values,
+):  # fmt: skip
+    """Count rows from `row` on while their cells are sure to fit; returns the next row and the cells."""
     vocab_size = row_ptr.shape[0] - 1
-    for worker in prange(workers):
-        total = np.zeros(vocab_size, np.float64)
-        for row in range(worker, vocab_size, workers):
-            found = indptr[row]
-            for p in positions[row_ptr[row] : row_ptr[row + 1]]:
-                low = max(0, p - window_size) if symmetric else p + 1
-                for q in range(low, min(token_ids.shape[0], p + window_size + 1)):
-                    if q != p:
-                        context = token_ids[q]
-                        if total[context] == 0.0:
-                            indices[found] = context
-                            found += 1
-                        total[context] += weights[abs(q - p)]
-            columns = indices[indptr[row] : indptr[row + 1]]
-            columns.sort()
-            for k in range(columns.shape[0]):
-                data[indptr[row] + k] = total[columns[k]]
-                total[columns[k]] = 0.0
+    border = padded.dtype.type(vocab_size)
+    reach = min(window_size, 16)  # 16 ids to a cache line; the hardware finds the lines after it
+    found = 0
+    while row < last_row:
+        first, last = row_ptr[row], row_ptr[row + 1]
+        if found + min(vocab_size, (last - first) * 2 * window_size) > columns.shape[0]:
+            break
+        before = found
+        for k in range(first, last):
+            ahead = positions[min(k + _PREFETCH, positions.shape[0] - 1)]
+            prefetch(padded, ahead - reach)
+            prefetch(padded, ahead + reach)
+            p = np.uint64(positions[k])
+            if has_borders:
+                for d in range(1, window_size + 1):
+                    context = padded[p + np.uint64(d)]
+                    if context == border:
+                        break
+                    _add(totals, bits, touched, np.uint64(context), weights[d])
+                if symmetric:
+                    for d in range(1, window_size + 1):
+                        context = padded[p - np.uint64(d)]
+                        if context == border:
+                            break
+                        _add(totals, bits, touched, np.uint64(context), weights[d])
+            else:
+                for d in range(1, window_size + 1):
+                    _add(totals, bits, touched, np.uint64(padded[p + np.uint64(d)]), weights[d])
+                if symmetric:
+                    for d in range(1, window_size + 1):
+                        _add(totals, bits, touched, np.uint64(padded[p - np.uint64(d)]), weights[d])
+        if last > first:
+            found = emit(totals, bits, touched, columns, values, found)
+        row_cells[row] = found - before
+        row += 1
+    return row, found
+
+
+class PositionIndex:
+    """A piece of a stream, ready to be counted by rows.
+
+    Args:
+        padded: int32 ``[window_size + tokens + window_size]``: the piece between what stands before and
+            after it, with `BORDER` where nothing does. It is overwritten and kept.
+        largest_total: bound on a cell; totals take 32 bits if it fits them.
+    """
+
+    def __init__(self, padded: np.ndarray, vocab_size: int, windows: Windows, largest_total: int):
+        margin = windows.window_size
+        inside = padded >= 0
+        first, last = inside.argmax(), len(inside) - inside[::-1].argmax()
+        self.has_borders = not inside[first:last].all()  # at the ends nothing lies beyond them
+        padded[~inside] = vocab_size
+        self._padded = padded.view(np.uint32)
+        self._windows = windows
+        self.vocab_size = vocab_size
+        self.dtype = total_dtype(largest_total)
+        self.row_ptr = np.empty(vocab_size + 1, np.int64)
+        self._positions = np.empty(len(padded) - 2 * margin, np.uint32)
+        _index_positions(self._padded, margin, len(padded) - margin, self.row_ptr, self._positions)
+        self._weights = np.array(windows.weights, self.dtype)
+
+    def count_rows(self, first, last, row: Row, row_cells, columns, values) -> tuple[int, int]:
+        """Count rows from `first` on, up to `last` or as many as `columns` surely holds.
+
+        Returns the row to go on with and the number of cells. `columns` must hold `vocab_size` cells.
+        """
+        return _count_rows(
+            self._padded, self._positions, self.row_ptr, first, last,
+            self._windows.window_size, self._weights, self._windows.symmetric, self.has_borders,
+            *row.arrays, row_cells, columns, values,
+        )  # fmt: skip
+
+
+class _Room:
+    """What one block is counted in."""
+
+    def __init__(self, num_cells: int, vocab_size: int, dtype: np.dtype):
+        self.columns, self.values = np.empty(num_cells, np.int32), np.empty(num_cells, dtype)
+        self.row = Row(vocab_size, dtype)
+
+
+def total_dtype(largest_total: int) -> np.dtype:
+    """The unsigned integers that totals take."""
+    return np.dtype(np.uint32 if largest_total < 2**32 else np.uint64)
+
+
+def check_ids(token_ids: np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError unless all ids lie in ``[0, vocab_size)`` or are `BORDER`."""
+    if token_ids.size and not (token_ids.min() >= BORDER and token_ids.max() < vocab_size):
+        raise ValueError(
+            f"token ids must lie in [0, {vocab_size}), or be {BORDER} for a border, "
+            f"got ids from {token_ids.min()} to {token_ids.max()}"
+        )
 
 
 def count_cooccurrences(
@@ -59,46 +333,66 @@ def count_cooccurrences(
     window_size: int = 5,
     distance_weighting: str = "flat",
     symmetric: bool = True,
+    subsample_threshold: float | None = None,
+    seed: int = 0,
 ) -> sp.csr_array:
     """Count how often context c stands within `window_size` tokens of word w.
 
     Args:
-        token_ids: integers in [0, vocab_size), ``[tokens]``.
+        token_ids: integers in [0, vocab_size), or −1 for a border that windows do not cross, ``[tokens]``.
         distance_weighting: ``"flat"`` counts 1 per pair, ``"harmonic"`` 1/distance.
         symmetric: count contexts on both sides; otherwise only those that follow the word.
+        subsample_threshold: remove tokens of frequent words at random before windows are laid; see
+            `keep_thresholds` and `subsample`. None keeps all.
+        seed: of subsampling.
 
     Returns:
-        float64 CSR ``[vocab_size, vocab_size]`` with sorted columns, the same for any number of threads.
-        With n tokens the counts sum to ``Σ_k (n − k)·weight(k)`` over k = 1 … window_size, twice that if
-        symmetric; flat counts are exact below 2^53.
-
-    Not to be called from two threads at once where Numba's threading layer is `workqueue`.
+        float64 CSR ``[vocab_size, vocab_size]`` with sorted columns, the same bits for any number of threads:
+        sums are of integers, and harmonic ones are divided once, at the end. Without borders, n tokens'
+        counts sum to ``Σ_k (n − k)·weight(k)`` over k = 1 … window_size, twice that if symmetric. Where the
+        result may be too large for memory, `cemb.counting.count` puts it on disk.
 
     Raises:
         ValueError: an unknown weighting, a window below 1, or an id out of range.
+        OverflowError: totals that 64 bits might not hold.
     """
-    if distance_weighting not in DISTANCE_WEIGHTINGS:
-        raise ValueError(
-            f"distance_weighting must be one of {', '.join(DISTANCE_WEIGHTINGS)}, got {distance_weighting!r}"
-        )
-    if window_size < 1:
-        raise ValueError(f"window_size must be at least 1, got {window_size}")
+    windows = Windows(window_size, distance_weighting, symmetric)
     token_ids = np.asarray(token_ids)
-    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-        raise ValueError(
-            f"token ids must lie in [0, {vocab_size}), got ids from {token_ids.min()} to {token_ids.max()}"
-        )
-    token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)
-    distances = np.arange(window_size + 1, dtype=np.float64)
-    weights = np.ones(window_size + 1) if distance_weighting == "flat" else 1 / np.maximum(distances, 1)
-    positions = np.argsort(token_ids, kind="stable")
-    row_ptr = np.zeros(vocab_size + 1, np.int64)
-    np.cumsum(np.bincount(token_ids, minlength=vocab_size), out=row_ptr[1:])
-    window = (token_ids, positions, row_ptr, window_size, symmetric)
-    workers = get_num_threads()
+    check_ids(token_ids, vocab_size)
+    if subsample_threshold is not None:
+        word_counts = np.bincount(token_ids[token_ids >= 0], minlength=vocab_size)
+        token_ids = subsample(token_ids, keep_thresholds(word_counts, subsample_threshold), seed=seed)
+    padded = np.full(len(token_ids) + 2 * window_size, BORDER, np.int32)
+    padded[window_size : len(padded) - window_size] = token_ids
+    index = PositionIndex(padded, vocab_size, windows, windows.largest_total(len(token_ids)))
+    bounds = np.minimum(np.diff(index.row_ptr) * 2 * window_size, vocab_size)
+    ends = np.concatenate([[0], np.cumsum(bounds)])
+    room_cells = max(vocab_size, _ROOM_CELLS)
+    row_cells = np.zeros(vocab_size, np.int64)
+
+    def count_block(first: int, last: int, room: _Room) -> tuple[_Room, int]:
+        _, found = index.count_rows(first, last, room.row, row_cells, room.columns, room.values)
+        return room, found
+
+    # Only what is written of these takes memory, so that the bound costs none.
+    indices, data, end = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float64), 0
+    threads, waiting = get_num_threads(), deque()
+    rooms = [_Room(room_cells, vocab_size, index.dtype) for _ in range(threads + 1)]
+    blocks = row_blocks(ends, room_cells)
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            while rooms and (block := next(blocks, None)) is not None:
+                waiting.append(pool.submit(count_block, *block, rooms.pop()))
+            if not waiting:
+                break
+            room, found = waiting.popleft().result()
+            indices[end : end + found] = room.columns[:found]
+            np.divide(room.values[:found], windows.denominator, out=data[end : end + found])
+            end += found
+            rooms.append(room)
+    indices.resize(end, refcheck=False)
+    data.resize(end, refcheck=False)
     indptr = np.zeros(vocab_size + 1, np.int64)
-    np.cumsum(_count_row_cells(*window, workers), out=indptr[1:])
-    indices = np.empty(indptr[-1], np.int32)
-    data = np.empty(indptr[-1], np.float64)
-    _fill_rows(*window, weights, workers, indptr, indices, data)
+    np.cumsum(row_cells, out=indptr[1:])
+    indptr = indptr.astype(np.int32) if end < 2**31 else indptr
     return sp.csr_array((data, indices, indptr), shape=(vocab_size, vocab_size))

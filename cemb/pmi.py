@@ -1,10 +1,111 @@
 """Pointwise mutual information: from counts, and at random with a real matrix's values."""
 
 import json
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+from numba import get_num_threads, njit
+from tqdm import tqdm
+
+from cemb.csr import CsrFolder, CsrWriter, disk_errors
+from cemb.records import atomic_directory
+
+
+@dataclass(frozen=True)
+class PmiOptions:
+    """How counts become PMI; see `pmi_matrix`. Raises ValueError for options that make no sense."""
+
+    context_smoothing: float = 0.75
+    num_negative: int = 1
+    positive: bool = True
+    top_k: int | None = None
+
+    def __post_init__(self):
+        if not 0 < self.context_smoothing <= 1:
+            raise ValueError(f"context_smoothing must lie in (0, 1], got {self.context_smoothing}")
+        if self.num_negative < 1:
+            raise ValueError(f"num_negative must be at least 1, got {self.num_negative}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+
+
+class _Sums:
+    """Sums of words and of contexts, added up block by block; of integers in integers."""
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype):
+        kind = np.int64 if np.issubdtype(dtype, np.integer) else np.float64
+        self.words, self.contexts = np.zeros(shape[0], kind), np.zeros(shape[1], kind)
+
+    def add(self, first: int, counts: sp.csr_array) -> None:
+        if counts.nnz and counts.data.min() < 0:
+            raise ValueError(f"counts must not be negative, got {counts.data.min()}")
+        filled = np.flatnonzero(np.diff(counts.indptr))
+        self.words[first + filled] = np.add.reduceat(
+            counts.data, counts.indptr[filled], dtype=self.words.dtype
+        )
+        np.add.at(self.contexts, counts.indices, counts.data)
+
+    def logs(self, smoothing: float, shift: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Logarithms of words and of smoothed contexts, and what is added to all cells."""
+        contexts = self.contexts.astype(np.float64)
+        smoothed = np.power(contexts, smoothing, where=contexts > 0, out=np.zeros_like(contexts))
+        with np.errstate(divide="ignore"):
+            word_logs, context_logs = np.log(self.words.astype(np.float64)), np.log(smoothed)
+        return word_logs, context_logs, np.log(smoothed.sum()) - shift
+
+
+@njit(nogil=True, cache=True)
+def _select(indptr, columns, values, positive, top_k, row_cells):
+    """Move the cells that are kept to the front; returns their number. top_k is 0 for all."""
+    found = 0
+    for row in range(indptr.shape[0] - 1):
+        before = found
+        for k in range(indptr[row], indptr[row + 1]):
+            if not positive or values[k] > 0:
+                columns[found], values[found] = columns[k], values[k]
+                found += 1
+        if 0 < top_k < found - before:
+            smallest = np.partition(values[before:found], found - before - top_k)[found - before - top_k]
+            ties = top_k
+            for k in range(before, found):
+                ties -= values[k] > smallest
+            end = before
+            for k in range(before, found):
+                if values[k] > smallest or (values[k] == smallest and ties > 0):
+                    ties -= values[k] == smallest
+                    columns[end], values[end] = columns[k], values[k]
+                    end += 1
+            found = end
+        row_cells[row] = found - before
+    return found
+
+
+def _pmi_block(counts: sp.csr_array, first: int, logs, options: PmiOptions):
+    """Cells of each row ``[rows]``, columns and float32 values of a block of rows that starts at `first`."""
+    word_logs, context_logs, constant = logs
+    with np.errstate(divide="ignore"):
+        values = np.log(counts.data, dtype=np.float64)
+    values -= np.repeat(word_logs[first : first + counts.shape[0]], np.diff(counts.indptr))
+    values -= context_logs[counts.indices]
+    values += constant
+    columns, row_cells = counts.indices.copy(), np.zeros(counts.shape[0], np.int64)
+    found = _select(counts.indptr, columns, values, options.positive, options.top_k or 0, row_cells)
+    return row_cells, columns[:found], values[:found].astype(np.float32)
+
+
+def _check_found(num_cells: int, num_negative: int) -> None:
+    if num_cells == 0:
+        raise ValueError(f"no cell is positive after a shift by log num_negative={num_negative}")
+
+
+def _check_counted(shape: tuple[int, int], sums: _Sums) -> None:
+    if not sums.words.any():
+        raise ValueError(f"no pair was counted: the {shape[0]} × {shape[1]} counts are all zero")
 
 
 def pmi_matrix(
@@ -13,47 +114,99 @@ def pmi_matrix(
     context_smoothing: float = 0.75,
     num_negative: int = 1,
     positive: bool = True,
+    top_k: int | None = None,
 ) -> sp.csr_array:
     """Shifted (positive) PMI with smoothed contexts, of the cells that were counted.
 
     ``log(#(w,c) · Σ_c' #(c')^α / (#(w) · #(c)^α)) − log(num_negative)`` with α = `context_smoothing`, as
     Levy, Goldberg and Dagan define it ("Improving distributional similarity with lessons learned from word
-    embeddings", TACL 2015). Unseen cells are 0; `positive` drops cells at or below 0.
+    embeddings", TACL 2015). Unseen cells are 0; `positive` drops cells at or below 0. A common factor of
+    all counts makes no difference.
 
     Args:
-        counts: non-negative ``[words, contexts]``.
+        counts: non-negative ``[words, contexts]``, integers or floats.
+        top_k: keep only so many cells of each row, the largest; of equal ones the first. None keeps all.
 
     Returns:
         float32 CSR of the same shape, computed in float64.
+
+    Raises:
+        ValueError: options out of range, negative counts, or no cell left.
     """
-    if not 0 < context_smoothing <= 1:
-        raise ValueError(f"context_smoothing must lie in (0, 1], got {context_smoothing}")
-    if num_negative < 1:
-        raise ValueError(f"num_negative must be at least 1, got {num_negative}")
-    counts = sp.csr_array(counts, dtype=np.float64, copy=True)  # zeros are dropped in place below
-    counts.eliminate_zeros()
-    if counts.nnz == 0:
-        raise ValueError(
-            f"no pair was counted: the {counts.shape[0]} × {counts.shape[1]} counts are all zero"
-        )
-    word_sums = counts.sum(axis=1)
-    context_sums = counts.sum(axis=0)
-    smoothed = np.power(
-        context_sums, context_smoothing, where=context_sums > 0, out=np.zeros_like(context_sums)
-    )
-    with np.errstate(divide="ignore"):
-        word_logs, context_logs = np.log(word_sums), np.log(smoothed)
-    values = np.log(counts.data)
-    values -= np.repeat(word_logs, np.diff(counts.indptr))
-    values -= context_logs[counts.indices]
-    values += np.log(smoothed.sum()) - np.log(num_negative)
-    matrix = sp.csr_array((values, counts.indices, counts.indptr), shape=counts.shape)
-    if positive:
-        matrix.data[matrix.data < 0] = 0
-        matrix.eliminate_zeros()
-        if matrix.nnz == 0:
-            raise ValueError(f"no cell is positive after a shift by log num_negative={num_negative}")
-    return matrix.astype(np.float32)
+    options = PmiOptions(context_smoothing, num_negative, positive, top_k)
+    counts = sp.csr_array(counts)
+    if (counts.data == 0).any():
+        counts = counts.copy()
+        counts.eliminate_zeros()
+    sums = _Sums(counts.shape, counts.dtype)
+    sums.add(0, counts)
+    _check_counted(counts.shape, sums)
+    logs = sums.logs(context_smoothing, np.log(num_negative))
+    row_cells, columns, values = _pmi_block(counts, 0, logs, options)
+    _check_found(len(values), num_negative)
+    indptr = np.zeros(counts.shape[0] + 1, counts.indptr.dtype)
+    np.cumsum(row_cells, out=indptr[1:])
+    return sp.csr_array((values, columns, indptr), shape=counts.shape)
+
+
+def write_pmi(
+    counts: CsrFolder,
+    out: str | Path,
+    *,
+    context_smoothing: float = 0.75,
+    num_negative: int = 1,
+    positive: bool = True,
+    top_k: int | None = None,
+    memory: int = 2**31,
+) -> CsrFolder:
+    """`pmi_matrix` of counts in a folder into another folder, the same bits, row block by row block.
+
+    Args:
+        out: the folder to make; it takes its name when it is whole.
+        memory: bytes it may take, besides what it needs for each word and context.
+
+    Raises:
+        ValueError: options out of range, or no cell left.
+        OSError: the disk is full.
+    """
+    out = Path(out)
+    options = PmiOptions(context_smoothing, num_negative, positive, top_k)
+    if out.exists():
+        raise FileExistsError(f"{str(out)!r} is there already; remove it or name another folder")
+    threads = get_num_threads()
+    # A block's cells take 12 bytes as read, and 24 on the way to PMI; one is read ahead for each thread.
+    max_cells = min(max(memory // (48 * (threads + 1)), 2**12), 2**20)
+    sums = _Sums(counts.shape, counts.dtype)
+    with tqdm(total=2 * counts.num_cells, desc="PMI", unit=" cells", unit_scale=True) as progress:
+        for first, block in counts.blocks(max_cells):
+            sums.add(first, block)
+            progress.update(block.nnz)
+        _check_counted(counts.shape, sums)
+        logs = sums.logs(context_smoothing, np.log(num_negative))
+
+        def convert(first_and_block):
+            first, block = first_and_block
+            return block.nnz, _pmi_block(block, first, logs, options)
+
+        with (
+            disk_errors(out),
+            atomic_directory(out) as work,
+            CsrWriter(work, counts.shape[1], np.float32, counts.num_cells) as writer,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+            waiting, blocks = deque(), counts.blocks(max_cells)
+            while True:
+                if (block := next(blocks, None)) is not None:
+                    waiting.append(pool.submit(convert, block))
+                if not waiting:
+                    break
+                if block is None or len(waiting) > threads:
+                    size, rows = waiting.popleft().result()
+                    writer.append(*rows)
+                    progress.update(size)
+            _check_found(writer.num_cells, num_negative)
+            writer.finish(kind="pmi", **asdict(options))
+    return CsrFolder(out)
 
 
 def value_histogram(matrix: sp.csr_array, num_bins: int = 64) -> dict[str, list[float]]:

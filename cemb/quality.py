@@ -1,8 +1,10 @@
 """The quality study: train one table with one optimizer both ways, and score what came out."""
 
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -187,9 +189,16 @@ def sgns_record(
     from gensim.models.word2vec import MAX_WORDS_IN_BATCH
 
     used = data.summary
-    encoded = corpora.encode(
-        corpora.read_texts(used["corpus"]), min_count=used["min_count"], max_vocab=used["max_vocab"]
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        encoded = corpora.encode(
+            used["corpus"],
+            Path(scratch) / "corpus",
+            min_count=used["min_count"],
+            max_vocab=used["max_vocab"],
+            text_field=used.get("text_field"),
+            borders=used.get("borders"),
+        )
+        token_ids = np.concatenate([encoded.shard(i) for i in range(len(encoded.shard_sizes))])
     if encoded.words != data.words:
         raise ValueError(f"corpus {used['corpus']!r} has changed: its words are not those of the data")
     rank = len(data.optimum.singular_values)
@@ -207,14 +216,21 @@ def sgns_record(
         workers=num_workers,
     )
     model.build_vocab_from_freq(dict(zip(data.words, data.word_counts.tolist(), strict=True)))
-    tokens = np.array(data.words, dtype=object)[encoded.token_ids]
+    words = np.array(data.words, dtype=object)
     # gensim cuts off what a sentence has beyond its MAX_WORDS_IN_BATCH.
     sentences = [
-        tokens[first : first + MAX_WORDS_IN_BATCH].tolist()
-        for first in range(0, len(tokens), MAX_WORDS_IN_BATCH)
+        words[ids[first : first + MAX_WORDS_IN_BATCH]].tolist()
+        for part in np.split(token_ids, np.flatnonzero(token_ids < 0))
+        for ids in [part[part >= 0]]
+        for first in range(0, len(ids), MAX_WORDS_IN_BATCH)
     ]
     start = time.perf_counter()
-    model.train(sentences, total_examples=len(sentences), total_words=len(tokens), epochs=num_epochs)
+    model.train(
+        sentences,
+        total_examples=len(sentences),
+        total_words=np.count_nonzero(token_ids >= 0),
+        epochs=num_epochs,
+    )
     seconds = time.perf_counter() - start
     return {
         "kind": "quality",

@@ -1,6 +1,7 @@
 """Records: one flat JSON object per measurement, with where it comes from."""
 
 import ast
+import fcntl
 import functools
 import gc
 import hashlib
@@ -181,6 +182,28 @@ def atomic_directory(path: Path):
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(folder: Path, *, wait: bool):
+    """Make a folder if need be, and keep all others out of it that ask so; the system lets go if we die.
+
+    Raises RuntimeError if another has it and we shall not `wait`.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise RuntimeError(f"another process is at work in {str(folder)!r}") from None
+            # Whoever had it may have removed it meanwhile.
+            if folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat()):
+                yield
+                return
+        finally:
+            os.close(handle)
 
 
 def write_atomic(path: Path, text: str) -> None:

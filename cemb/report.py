@@ -15,7 +15,7 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 
-from cemb import corpus, records, study, targets
+from cemb import catalog, records, study, targets
 from cemb.study import OPTIMIZER_NAMES
 
 # Ratios of bytes that the frontier's decisions are for.
@@ -26,7 +26,7 @@ PHASES = ("forward", "gradient", "step")
 def book_runs() -> list[study.Run]:
     """The runs the book shows: of the grid $CEMB_GRID on the corpus $CORPUS, by default the full study."""
     return study.study_runs(
-        os.environ.get("CEMB_GRID") or "default", os.environ.get("CORPUS") or corpus.DEFAULT_CORPUS
+        os.environ.get("CEMB_GRID") or "default", os.environ.get("CORPUS") or catalog.DEFAULT_CORPUS
     )
 
 

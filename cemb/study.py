@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cemb import corpus as corpora
-from cemb import records, targets
+from cemb import catalog, records, targets
 
 NOTEBOOKS = records.ROOT / "notebooks"
 OPTIMIZERS = targets.OPTIMIZERS
@@ -177,16 +176,16 @@ def _frontier_runs(ratios: dict[str, list[int]], seeds: list[int], **settings) -
     ]
 
 
-def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> list[Run]:
+def study_runs(grid: str = "default", corpus: str = catalog.DEFAULT_CORPUS) -> list[Run]:
     """The runs of a grid: ``"default"``; ``"full"``, with more ratios, seeds and baselines; or ``"smoke"``.
 
-    The last is the default made small. `corpus` is the default corpus or a path from the working directory.
-    Raises ValueError for an unknown grid, and what `cemb.corpus.fingerprint` does.
+    The last is the default made small. `corpus` is a name, or a path or glob from the working directory.
+    Raises ValueError for an unknown grid, and what `cemb.catalog.fingerprint` does.
     """
     if grid not in GRIDS:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {grid!r}")
-    corpora.fingerprint(corpus)  # refuses one that cannot be read, by the name it was given
-    if corpus != corpora.DEFAULT_CORPUS:
+    catalog.fingerprint(corpus)  # refuses one that cannot be read, by the name it was given
+    if corpus not in catalog.CORPORA:
         corpus = os.path.relpath(corpus, NOTEBOOKS)  # kernels work there
     data, speed, quality = {"corpus": corpus}, {}, {"corpus": corpus}
     pmi, frontier_settings = data, data
@@ -280,8 +279,8 @@ def identity(run: Run) -> dict[str, object]:
     """All that a run's result depends on, flat, for comparison key by key."""
     found = {f"parameter {name}": value for name, value in run.parameters.items()}
     if corpus := run.parameters.get("corpus"):
-        path = corpus if corpus == corpora.DEFAULT_CORPUS else str(NOTEBOOKS / corpus)
-        found["corpus fingerprint"] = corpora.fingerprint(path)
+        path = corpus if corpus in catalog.CORPORA else str(NOTEBOOKS / corpus)
+        found["corpus fingerprint"] = catalog.fingerprint(path)
     notebook = NOTEBOOKS / run.notebook
     code = records.code_hash(code_cells(notebook))
     return {**found, "title": run.title, "code": code, **records.environment()}

@@ -182,8 +182,8 @@ def test_command_line_prints_one_record(model, capsys):
             _speed_arguments("--grid", "original", "--out", "/no/where/x.csv"),
             "there is no directory '/no/where'",
         ),
-        (["pmi", "--corpus", "/nowhere.txt"], "corpus '/nowhere.txt' is neither"),
-        (["train", "--table", "full", "--corpus", "/"], "is a directory"),
+        (["pmi", "--corpus", "/nowhere.txt"], "corpus '/nowhere.txt' is neither one of"),
+        (["train", "--table", "full", "--corpus", "/nowhere/*.txt"], "no file matches '/nowhere/*.txt'"),
         (
             ["study", "--optimizer", "lion"],
             "no run of this grid has optimizer=lion; it has adagrad, adam, lbfgs, sgd",
@@ -336,6 +336,6 @@ def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
     try:
         with ThreadPoolExecutor(4) as pool:
             done = pool.map(lambda _: (ParsesWhenCollected(), records.imported_modules(source))[1], range(40))
-            assert set(map(frozenset, done)) == {frozenset({"cemb.corpus", "cemb.records", "cemb.targets"})}
+            assert set(map(frozenset, done)) == {frozenset({"cemb.catalog", "cemb.records", "cemb.targets"})}
     finally:
         gc.set_threshold(*before)
