@@ -40,7 +40,7 @@ def main() -> int:
         return 1
     folder = REFERENCES / name
     records.write(found, folder / "records.jsonl")
-    for other in ("bench.jsonl", "rates.jsonl", "second.jsonl"):
+    for other in ("bench.jsonl", "rates.jsonl", "second.jsonl", "counting.jsonl", "scaling.jsonl"):
         if (local := records.results_dir() / "local" / other).exists():
             records.write(records.read(local), folder / other)
     figure = plots.answer(report.answer_frame(found))
