@@ -56,7 +56,7 @@ def main() -> int:
         print(f"nothing to publish: {error}", file=sys.stderr)
         return 1
     records.write(found, folder / "records.jsonl")
-    for other in ("bench.jsonl", "rates.jsonl", "second.jsonl"):
+    for other in ("bench.jsonl", "rates.jsonl", "second.jsonl", "counting.jsonl", "scaling.jsonl"):
         if (local := records.results_dir() / "local" / other).exists():
             records.write(records.read(local), folder / other)
     figure = plots.answer(report.answer_frame(found))

@@ -56,6 +56,43 @@ def data_overview(word_counts: np.ndarray, values: np.ndarray) -> Figure:
     return figure
 
 
+def sparsity_by_band(word_counts: np.ndarray, indptr: np.ndarray) -> Figure:
+    """Share of a row's cells that are stored, against how often its word occurs (log-log): median, quartiles.
+
+    Words are in bands, each twice as frequent as the one before; `indptr` is that of the matrix.
+    """
+    shares = np.diff(indptr) / len(word_counts)
+    bands = np.floor(np.log2(word_counts)).astype(int)
+    figure, axes = _figure()
+    for band in np.unique(bands):
+        low, middle, high = np.percentile(shares[bands == band], [25, 50, 75])
+        axes.errorbar(
+            2.0 ** (band + 0.5), middle, yerr=[[middle - low], [high - middle]], color=BLUE, marker="o"
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="occurrences of the word (bands of a factor of two)",
+        ylabel="stored share of its row",
+    )
+    return figure
+
+
+def scaling(rows: pd.DataFrame) -> Figure:
+    """Seconds and peak memory against tokens (log-log) of a frame of records of kind ``"scaling"``."""
+    rows = rows.sort_values("num_tokens")
+    figure, (left, right) = _figure(1, 2)
+    for stage, label, colour, marker in (("count", "counting", BLUE, "o"), ("pmi", "PMI", ORANGE, "s")):
+        left.loglog(rows.num_tokens, rows[f"{stage}_s"], color=colour, marker=marker, label=label)
+        right.loglog(rows.num_tokens, rows[f"{stage}_peak_mib"], color=colour, marker=marker, label=label)
+    right.loglog(rows.num_tokens, rows.memory_mib, color=GREY, linestyle="--", label="allowed")
+    left.set(xlabel="tokens", ylabel="seconds")
+    right.set(xlabel="tokens", ylabel="peak memory (MiB)", ylim=(10, None))
+    left.legend()
+    right.legend(loc="lower right")
+    return figure
+
+
 def speed_phases(speed: pd.DataFrame) -> Figure:
     """Stacked phases of a step for each row of a frame of speed records, first row on top."""
     figure, axes = _figure(size=(7, 0.9 + 0.42 * len(speed)))

@@ -120,13 +120,30 @@ def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
 def reference(kind: str) -> tuple[str, list[dict]]:
     """Name of the reference machine, and its records of a kind that the study does not rerun.
 
-    ``"bench"`` and ``"rates"`` are after the commands that make them, ``"second"`` is the frontier on a
-    second corpus. FileNotFoundError if there are none.
+    ``"bench"``, ``"rates"`` and ``"scaling"`` are after the commands that make them, ``"counting"`` is of
+    bench-counting, ``"second"`` is the frontier on a second corpus. FileNotFoundError if there are none.
     """
     paths = sorted((records.ROOT / "results" / "reference").glob(f"*/{kind}.jsonl"))
     if not paths:
         raise FileNotFoundError(f"no machine among results/reference has a {kind}.jsonl")
     return paths[0].parent.name, records.read(paths[0])
+
+
+def counting_table(found: list[dict]) -> pd.DataFrame:
+    """Ways to count the same tokens, fastest first, with their times over the time of counting in memory."""
+    ours = pick(found, case="cemb")["count_s"]
+    rows = sorted(
+        (r for r in found if r["num_tokens"] == pick(found, case="cemb")["num_tokens"]),
+        key=lambda r: r["count_s"],
+    )
+    return pd.DataFrame(
+        {
+            "what": [r["case"] for r in rows],
+            "seconds": [f"{r['count_s']:.2f}" for r in rows],
+            "million tokens/s": [f"{r['tokens_per_s'] / 1e6:.1f}" for r in rows],
+            "times ours": [f"{r['count_s'] / ours:.1f}" for r in rows],
+        }
+    )
 
 
 def rates_table(found: list[dict], kept: Callable[[str, str, str], float]) -> pd.DataFrame:

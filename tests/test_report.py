@@ -3,6 +3,7 @@
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -295,3 +296,34 @@ def test_learning_rates_are_as_good_as_what_the_reference_found():
         assert record["best_rate"] == rates[best]
         kept = default_learning_rate(record["table"], record["optimizer"], record["training"])
         assert gaps[rates.index(kept)] - gaps[best] < 0.01, record
+
+
+def test_counting_is_shown_fastest_first():
+    counted = {"num_tokens": 100, "tokens_per_s": 2_500_000}
+    found = [
+        {"case": "polars", "count_s": 8.0, **counted},
+        {"case": "cemb", "count_s": 2.0, **counted},
+        {"case": "text to PMI", "count_s": 1.0, "num_tokens": 50, "tokens_per_s": 1},
+    ]
+    table = report.counting_table(found)
+    assert table.what.tolist() == ["cemb", "polars"]
+    assert table["times ours"].tolist() == ["1.0", "4.0"]
+
+
+def test_scaling_and_bands_are_drawn():
+    rows = pd.DataFrame(
+        {
+            "num_tokens": [10**7, 10**6],
+            "count_s": [5.0, 1.0],
+            "pmi_s": [1.0, 0.2],
+            "count_peak_mib": [190.0, 170.0],
+            "pmi_peak_mib": [101.0, 115.0],
+            "memory_mib": [512.0, 512.0],
+        }
+    )
+    left, right = plots.scaling(rows).axes
+    assert [line.get_label() for line in right.lines] == ["counting", "PMI", "allowed"]
+    assert left.lines[0].get_xydata().tolist() == [[10**6, 1.0], [10**7, 5.0]]
+    (axes,) = plots.sparsity_by_band(np.array([9, 8, 3, 2]), np.array([0, 4, 6, 7, 8])).axes
+    middles = sorted(tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1)
+    assert middles == [(pytest.approx(2**1.5), 0.25), (pytest.approx(2**3.5), 0.75)]
