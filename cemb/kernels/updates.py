@@ -257,9 +257,9 @@ def _update_alone(
 class Rule(NamedTuple):
     """What an optimizer does with a gradient g.
 
-    - `SGD`: ``weight -= rate · g``
-    - `ADAGRAD`, one state: ``sum += g²; weight -= rate · g / (√sum + eps)``
-    - `ADAM`, two states: the moments ``mean`` and ``square`` move by ``1 − beta`` of the way to g and g²,
+    - ``SGD``: ``weight -= rate · g``
+    - ``ADAGRAD``, one state: ``sum += g²; weight -= rate · g / (√sum + eps)``
+    - ``ADAM``, two states: the moments ``mean`` and ``square`` move by ``1 − beta`` of the way to g and g²,
       and ``weight -= rate · mean / (√square + eps)``
     """
 
