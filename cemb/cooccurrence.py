@@ -63,7 +63,7 @@ class Windows:
 
     @property
     def denominator(self) -> int:
-        """What weights are multiples of one over: 1, or lcm(1 … window_size)."""
+        """Weights are multiples of one over this, which is 1, or lcm(1 … window_size) for harmonic ones."""
         return 1 if self.distance_weighting == "flat" else math.lcm(*range(1, self.window_size + 1))
 
     @property

@@ -274,7 +274,7 @@ class _MergeTask:
             columns[start : start + size] = self._file(run, "columns").read(place, place + size)
             values[start : start + size] = self._file(run, "values").read(place, place + size)
         out = np.empty(self.num_cells, np.int32), np.empty(self.num_cells, np.int64)
-        # Signed, as the totals are: Numba adds int64 and uint64 as floats.
+        # Signed, as the totals are: Numba's older releases add int64 and uint64 as floats.
         values = values.view(np.int64) if values.dtype == np.uint64 else values
         found = _merge_rows(row_cells, starts, columns, values, *row.arrays, cells, *out)
         return out[0][:found], out[1][:found]

@@ -635,8 +635,8 @@ def best_quality(found: list[dict], **size: object) -> dict:
 
 
 def machine(found: list[dict]) -> str:
-    """Where the speed records were measured, in words."""
-    record = next(r for r in found if r["kind"] == "speed")
+    """Where the records of times were measured, in words."""
+    record = next(r for r in found if r["kind"] in ("speed", "counting", "scaling"))
     return (
         f"{record['device_name']}, {record['threads']} threads, Python {record['python_version']}, "
         f"torch {record['torch_version']}, numba {record['numba_version']}"

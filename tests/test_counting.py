@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits, scipy_counts, streams, window_options
 
-from cemb import __main__, counting, counting_bench, csr
+from cemb import __main__, counting, counting_bench, csr, plots, report
 from cemb.cooccurrence import count_cooccurrences
 from cemb.corpus import encode
 from cemb.counting import CooccurrenceCounts, cluster_executor, count, parse_memory
@@ -158,24 +158,19 @@ def test_a_killed_count_goes_on_where_it_was(tmp_path, monkeypatch, finished):
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     partial = tmp_path / "out.partial"
     assert not (tmp_path / "out").exists()
-    finished_runs = sorted(partial.glob("[rb]*-*"))
-    assert len(finished_runs) == finished
-    times = [path.stat().st_mtime_ns for path in finished_runs]
+    kept = {path.name for path in partial.glob("[rb]*-*")}
+    assert len(kept) == finished
 
-    seen = []
-    before = counting._call
+    made, before = [], counting.atomic_directory
     monkeypatch.setattr(counting, "LARGEST_TASK", 700)
-    monkeypatch.setattr(
-        counting,
-        "_call",
-        lambda task: seen.append([p.stat().st_mtime_ns for p in finished_runs]) or before(task),
-    )
+    monkeypatch.setattr(counting, "atomic_directory", lambda path: made.append(path.name) or before(path))
     with pytest.raises(
         ValueError, match=r"holds counts of something else; .* window_size \(5 there, 4 wanted\)"
     ):
         count(shards, tmp_path / "out", vocab_size=400, workers=1, window_size=4)
     found = count(shards, tmp_path / "out", vocab_size=400, workers=1)
-    assert all(moments == times for moments in seen)
+    assert len(made) == len(set(made)) > 0
+    assert not kept & set(made)
     assert_same_bits(found.matrix(), count_cooccurrences(ids, vocab_size=400))
     assert not partial.exists()
     # What is there is used, and told from what was counted otherwise.
@@ -396,6 +391,8 @@ def test_the_benchmark_counts_alike_and_judges(tmp_path):
     expected = count_cooccurrences(ids, vocab_size=300)
     assert_same_bits(counting_bench.count_row_wise(ids, 300), expected)
     found = counting_bench.run(num_tokens=20_000, vocab_size=300, repeats=1)
+    assert report.counting_table(found).what.str.contains("cemb").any()
+    assert report.machine(found)
     said, cases = [], {record["case"]: record for record in found}
     assert set(cases) >= {"cemb", "cemb on disk", "numba row-wise", "text to PMI"}
     cases["cemb"]["count_s"], cases["numba row-wise"]["count_s"] = 1.0, 1.21
@@ -422,6 +419,8 @@ def test_scaling_leaves_a_record_and_no_folder(tmp_path):
     assert record["num_counted_cells"] > record["num_stored_cells"] > 0
     assert 0 <= record["count_peak_mib"] <= 256
     assert not list(tmp_path.glob("scaling-*"))
+    assert record["device_name"] in report.machine([record])
+    plots.scaling(report.frame([record], "scaling"))
 
 
 def test_a_cluster_that_does_not_answer_is_named():
