@@ -320,7 +320,7 @@ class Block:
 
 
 def read_blocks(
-    sources: Iterable[Source], num_bytes: int, advance: Callable[[int], object] = lambda _: None
+    sources: Iterable[Source], num_bytes: int, advance: Callable[[int], object] | None = None
 ) -> Iterator[Block]:
     """Sources one after the other, documents between `DOCUMENT_BREAK`, in blocks of about `num_bytes`.
 
@@ -332,7 +332,7 @@ def read_blocks(
     origins: list[tuple[int, str, int]] = []
     for source in sources:
         offset = 0
-        for piece in source.pieces(advance):
+        for piece in source.pieces(advance or (lambda _: None)):
             origins.append((size, source.name, offset))
             held.append(piece)
             size += len(piece)
