@@ -52,9 +52,11 @@ class Geometry(NamedTuple):
     num_starts: np.uint64
     salt: np.uint64
     sign_mask: np.uint64
+    word_offset: np.int64  # added to a row's number, to that of a pair's first id
+    context_offset: np.int64  # to that of its second
 
     @classmethod
-    def of(cls, spec: hashing.HashSpec | hashing.FullSpec) -> "Geometry":
+    def of(cls, spec: hashing.HashSpec | hashing.FullSpec, context_offset: int = 0) -> "Geometry":
         return cls(
             spec.embedding_dim,
             spec.block_size,
@@ -62,6 +64,8 @@ class Geometry(NamedTuple):
             np.uint64(spec.num_starts),
             np.uint64(spec.salt),
             np.uint64(spec.signed),
+            np.uint64(spec.table_offset).astype(np.int64),  # sums wrap, as those of the hash do
+            np.uint64(context_offset).astype(np.int64),
         )
 
 
@@ -83,11 +87,17 @@ def _mix(x):
 
 
 @njit(inline="always")
-def _key(table, row, offset):
+def _row(table, pairs, i, side):
+    """Row of a pair's id on this side, with the offset of its table."""
+    return pairs[i, side] + (table.context_offset if side else table.word_offset)
+
+
+@njit(inline="always")
+def _key(table, row):
     """Key of a row's first block; of a full table, the row's first value."""
     if table.num_starts == 0:
-        return (np.uint64(row) + offset) * np.uint64(table.dim)
-    return (np.uint64(row) + offset) * np.uint64(table.num_blocks) + table.salt
+        return np.uint64(row) * np.uint64(table.dim)
+    return np.uint64(row) * np.uint64(table.num_blocks) + table.salt
 
 
 @njit(inline="always")
@@ -130,9 +140,9 @@ def _is_single(table):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _lookup(weight, ids, out, table, offset):
+def _lookup(weight, ids, out, table):
     for i in prange(ids.shape[0]):
-        key = _key(table, ids[i], offset)
+        key = _key(table, ids[i] + table.word_offset)
         if _is_single(table):
             for j in range(table.dim):
                 start, sign = _locate(table, key, j)
@@ -160,7 +170,7 @@ def _add_row(grad, i, target, key, table):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _scatter_private(grad, ids, pool, private, table, offset):
+def _scatter_private(grad, ids, pool, private, table):
     threads = private.shape[0] + 1
     rows = ids.shape[0]
     for t in prange(threads):
@@ -168,7 +178,7 @@ def _scatter_private(grad, ids, pool, private, table, offset):
         if t > 0:
             target[:] = 0
         for i in range(rows * t // threads, rows * (t + 1) // threads):
-            _add_row(grad, i, target, _key(table, ids[i], offset), table)
+            _add_row(grad, i, target, _key(table, ids[i] + table.word_offset), table)
     for t in prange(threads):
         low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
         for other in range(threads - 1):
@@ -177,12 +187,12 @@ def _scatter_private(grad, ids, pool, private, table, offset):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _scatter_owned(grad, ids, pool, threads, table, offset):
+def _scatter_owned(grad, ids, pool, threads, table):
     size = pool.shape[0]
     for t in prange(threads):
         low, high = size * t // threads, size * (t + 1) // threads
         for i in range(ids.shape[0]):
-            key = _key(table, ids[i], offset)
+            key = _key(table, ids[i] + table.word_offset)
             for b in range(table.num_blocks):
                 start, sign = _locate(table, key, b)
                 first, length = b * table.block_size, _block_length(table, b)
@@ -208,7 +218,7 @@ def lookup(
     """Write rows `ids` ``[n]`` of the table into `out` ``[n, embedding_dim]``."""
     with _launch:
         _set_threads()
-        _lookup(weight, ids, out, Geometry.of(spec), np.uint64(spec.table_offset))
+        _lookup(weight, ids, out, Geometry.of(spec))
 
 
 def scatter(
@@ -220,13 +230,12 @@ def scatter(
     where each thread owns a slice of the pool and sees every row in order.
     """
     with _launch:
-        threads = _set_threads()
-        table, offset = Geometry.of(spec), np.uint64(spec.table_offset)
+        threads, table = _set_threads(), Geometry.of(spec)
         if threads > 1 and pool.size > PRIVATE_POOL_LIMIT:
-            _scatter_owned(grad, ids, pool, threads, table, offset)
+            _scatter_owned(grad, ids, pool, threads, table)
         else:
             private = _private_pools(threads - 1, pool.size, pool.dtype)
-            _scatter_private(grad, ids, pool, private, table, offset)
+            _scatter_private(grad, ids, pool, private, table)
 
 
 @njit(inline="always")
@@ -256,22 +265,28 @@ def _draw(kept, dim, salt, threshold, threads):
 _last_kept: tuple[tuple, np.ndarray] = ((), np.empty((0, 0), np.uint16))
 
 
-def _kept(num_pairs: int, dim: int, dropout: hashing.PairDropout, threads: int) -> np.ndarray:
-    """Bit j of row i says whether dropout keeps component j of pair i.
+def _room_for_kept(num_pairs: int, dim: int, dropout: hashing.PairDropout) -> tuple[np.ndarray, bool]:
+    """Memory for which components dropout keeps: bit j of row i for component j of pair i.
 
-    The last result is kept, since a backward pass asks for that of its forward pass.
+    The last result is kept, since a backward pass asks for that of its forward pass: the second result says
+    whether this is it. If not, it is to be filled, and then handed to `_keep`.
     """
+    if _last_kept[0] == (num_pairs, dim, dropout.salt, dropout.threshold):
+        return _last_kept[1], True
+    return np.empty((num_pairs, -(-dim // _LANES) + 2), np.uint16), False
+
+
+def _keep(kept: np.ndarray, dim: int, dropout: hashing.PairDropout) -> None:
     global _last_kept
-    wanted = (num_pairs, dim, dropout.salt, dropout.threshold)
-    if _last_kept[0] != wanted:
-        kept = _room_for_kept(num_pairs, dim)
+    _last_kept = ((len(kept), dim, dropout.salt, dropout.threshold), kept)
+
+
+def _kept(num_pairs: int, dim: int, dropout: hashing.PairDropout, threads: int) -> np.ndarray:
+    kept, is_drawn = _room_for_kept(num_pairs, dim, dropout)
+    if not is_drawn:
         _draw(kept, dim, np.uint64(dropout.salt), dropout.threshold, threads)
-        _last_kept = (wanted, kept)
-    return _last_kept[1]
-
-
-def _room_for_kept(num_pairs: int, dim: int) -> np.ndarray:
-    return np.empty((num_pairs, -(-dim // _LANES) + 2), np.uint16)
+        _keep(kept, dim, dropout)
+    return kept
 
 
 @njit(inline="always")
@@ -296,11 +311,21 @@ def _hash_tile(keys, b, places, signs, table):
 
 
 @njit(inline="always")
-def _find(pairs, keys, places, signs, low, high, table, word_offset, context_offset):
-    """Places and signs ``[side, block, _TILE]`` of all blocks of the pairs from `low` to `high`."""
+def _tile_memory(table):
+    """Keys ``[side, _TILE]`` of pairs, and places and signs ``[side, block, _TILE]`` of their blocks."""
+    return (
+        np.zeros((2, _TILE), np.uint64),
+        np.empty((2, table.num_blocks, _TILE), np.int64),
+        np.ones((2, table.num_blocks, _TILE), np.int64),
+    )
+
+
+@njit(inline="always")
+def _find(table, pairs, low, high, keys, places, signs):
+    """Write the places and signs of all blocks of the pairs from `low` to `high`."""
     for i in range(low, high):
-        keys[0, i - low] = _key(table, pairs[i, 0], word_offset)
-        keys[1, i - low] = _key(table, pairs[i, 1], context_offset)
+        keys[0, i - low] = _key(table, _row(table, pairs, i, 0))
+        keys[1, i - low] = _key(table, _row(table, pairs, i, 1))
     for side in range(2):
         for b in range(table.num_blocks):
             _hash_tile(keys[side], b, places[side, b], signs[side, b], table)
@@ -338,25 +363,21 @@ def _pair_scores(
     salt,
     threshold,
     table,
-    word_offset,
-    context_offset,
 ):
     n, dim = pairs.shape[0], table.dim
     for t in prange(threads):
         ones = np.ones(_LANES, scores.dtype)
         terms = np.zeros((_TILE, dim), scores.dtype)
         hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
-        keys = np.zeros((2, _TILE), np.uint64)
         # Of two tiles: while one is computed, the other's blocks are on their way.
-        both_places = np.empty((2, 2, table.num_blocks, _TILE), np.int64)
-        both_signs = np.ones((2, 2, table.num_blocks, _TILE), np.int64)
+        keys, places, signs = _tile_memory(table)
+        _, next_places, next_signs = _tile_memory(table)
         begin, end = n * t // threads, n * (t + 1) // threads
         if not _is_single(table):
             high = min(begin + _TILE, end)
-            _find(pairs, keys, both_places[0], both_signs[0], begin, high, table, word_offset, context_offset)
+            _find(table, pairs, begin, high, keys, next_places, next_signs)
             for i in range(high - begin):
-                _prefetch_pair(weight, both_places[0], i, table)
-        turn = 0
+                _prefetch_pair(weight, next_places, i, table)
         for low in range(begin, end, _TILE):
             high = min(low + _TILE, end)
             if not is_drawn:
@@ -365,27 +386,16 @@ def _pair_scores(
                 for i in range(low, high):
                     _spread(terms[i - low], kept[i], scale, ones)
                 for i in range(low, high):
-                    word = _key(table, pairs[i, 0], word_offset)
-                    context = _key(table, pairs[i, 1], context_offset)
+                    word = _key(table, _row(table, pairs, i, 0))
+                    context = _key(table, _row(table, pairs, i, 1))
                     scores[i] = _score_single(weight, terms[i - low], table, word, context)
                 continue
-            places, signs = both_places[turn], both_signs[turn]
-            turn = 1 - turn
+            places, next_places, signs, next_signs = next_places, places, next_signs, signs
             following = min(high + _TILE, end)
-            _find(
-                pairs,
-                keys,
-                both_places[turn],
-                both_signs[turn],
-                high,
-                following,
-                table,
-                word_offset,
-                context_offset,
-            )
+            _find(table, pairs, high, following, keys, next_places, next_signs)
             for i in range(high - low):
                 if high + i < following:
-                    _prefetch_pair(weight, both_places[turn], i, table)
+                    _prefetch_pair(weight, next_places, i, table)
                 for b in range(table.num_blocks):
                     word, context = places[0, b, i], places[1, b, i]
                     first, length = b * table.block_size, _block_length(table, b)
@@ -404,20 +414,18 @@ def _pair_scores(
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_private(weight, pairs, kept, grad, scale, pool, private, table, word_offset, context_offset):
+def _pair_private(weight, pairs, kept, grad, scale, pool, private, table):
     n = pairs.shape[0]
     threads = private.shape[0] + 1
     for t in prange(threads):
         target = pool if t == 0 else private[t - 1]
         if t > 0:
             target[:] = 0
-        keys = np.zeros((2, _TILE), np.uint64)
-        places = np.empty((2, table.num_blocks, _TILE), np.int64)
-        signs = np.ones((2, table.num_blocks, _TILE), np.int64)
+        keys, places, signs = _tile_memory(table)
         end = n * (t + 1) // threads
         for low in range(n * t // threads, end, _TILE):
             high = min(low + _TILE, end)
-            _find(pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            _find(table, pairs, low, high, keys, places, signs)
             for i in range(high - low):
                 _prefetch_pair(weight, places, i, table)
             for i in range(high - low):
@@ -451,7 +459,7 @@ def _find_single(factors, places, kept, factor, ones, table, word, context):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_private_single(weight, pairs, kept, grad, scale, pool, private, table, word_offset, context_offset):
+def _pair_private_single(weight, pairs, kept, grad, scale, pool, private, table):
     n, dim = pairs.shape[0], table.dim
     threads = private.shape[0]
     for t in prange(threads):
@@ -463,7 +471,7 @@ def _pair_private_single(weight, pairs, kept, grad, scale, pool, private, table,
         ones = np.ones(_LANES, pool.dtype)
         factors, places = np.empty(dim, pool.dtype), np.empty((2, dim), np.uint32)
         for i in range(n * t // threads, n * (t + 1) // threads):
-            word, context = _key(table, pairs[i, 0], word_offset), _key(table, pairs[i, 1], context_offset)
+            word, context = _key(table, _row(table, pairs, i, 0)), _key(table, _row(table, pairs, i, 1))
             _find_single(factors, places, kept[i], grad[i] * scale, ones, table, word, context)
             for j in range(dim):
                 w, c = 2 * np.int64(places[0, j]), 2 * np.int64(places[1, j])
@@ -478,7 +486,7 @@ def _pair_private_single(weight, pairs, kept, grad, scale, pool, private, table,
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table, word_offset, context_offset):
+def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table):
     n, size, dim = pairs.shape[0], pool.shape[0], table.dim
     for t in prange(threads):
         low_end, high_end = size * t // threads, size * (t + 1) // threads
@@ -491,8 +499,8 @@ def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table, w
             count = 0
             for i in range(low, min(low + _TILE, n)):
                 word, context = (
-                    _key(table, pairs[i, 0], word_offset),
-                    _key(table, pairs[i, 1], context_offset),
+                    _key(table, _row(table, pairs, i, 0)),
+                    _key(table, _row(table, pairs, i, 1)),
                 )
                 _find_single(factors, places, kept[i], grad[i] * scale, ones, table, word, context)
                 for side in range(2):
@@ -509,18 +517,16 @@ def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table, w
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table, word_offset, context_offset):
+def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table):
     n, size = pairs.shape[0], pool.shape[0]
     for t in prange(threads):
         low_end, high_end = size * t // threads, size * (t + 1) // threads
-        keys = np.zeros((2, _TILE), np.uint64)
-        places = np.empty((2, table.num_blocks, _TILE), np.int64)
-        signs = np.ones((2, table.num_blocks, _TILE), np.int64)
+        keys, places, signs = _tile_memory(table)
         # Of each block this thread owns a part of: side, block and pair, the last within the tile.
         found = np.empty((2 * _TILE * table.num_blocks + 1, 3), np.int64)
         for low in range(0, n, _TILE):
             high = min(low + _TILE, n)
-            _find(pairs, keys, places, signs, low, high, table, word_offset, context_offset)
+            _find(table, pairs, low, high, keys, places, signs)
             for i in range(high - low):
                 _prefetch_pair(weight, places, i, table)
             count = 0
@@ -547,10 +553,6 @@ def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table, word_off
                     lanes.add_scaled(pool, place + k, weight, partner + k, factor, bits)
 
 
-def _pair_constants(spec, context_offset):
-    return Geometry.of(spec), np.uint64(spec.table_offset), np.uint64(context_offset)
-
-
 def pair_scores(
     weight: np.ndarray,
     pairs: np.ndarray,
@@ -561,16 +563,12 @@ def pair_scores(
 ) -> None:
     """Write the dot products of the rows `pairs` ``[n, 2]`` after dropout into `scores` ``[n]``."""
     with _launch:
-        global _last_kept
         threads = _set_threads()
-        drawn = (len(pairs), spec.embedding_dim, dropout.salt, dropout.threshold)
-        is_drawn = _last_kept[0] == drawn
-        if not is_drawn:
-            _last_kept = (drawn, _room_for_kept(len(pairs), spec.embedding_dim))
-        kept, scale = _last_kept[1], scores.dtype.type(dropout.scale)
+        kept, is_drawn = _room_for_kept(len(pairs), spec.embedding_dim, dropout)
         dropping = (is_drawn, np.uint64(dropout.salt), dropout.threshold)
-        constants = _pair_constants(spec, context_offset)
-        _pair_scores(weight, pairs, kept, scores, scale, threads, *dropping, *constants)
+        scale, table = scores.dtype.type(dropout.scale), Geometry.of(spec, context_offset)
+        _pair_scores(weight, pairs, kept, scores, scale, threads, *dropping, table)
+        _keep(kept, spec.embedding_dim, dropout)
 
 
 def pair_scores_backward(
@@ -590,16 +588,16 @@ def pair_scores_backward(
         threads = _set_threads()
         kept = _kept(len(pairs), spec.embedding_dim, dropout, threads)
         arguments = (weight, pairs, kept, grad, pool.dtype.type(dropout.scale), pool)
-        constants = _pair_constants(spec, context_offset)
+        table = Geometry.of(spec, context_offset)
         is_single = spec.block_size == 1 and spec.num_starts > 0
         if threads > 1 and pool.size > PRIVATE_POOL_LIMIT:
-            (_pair_owned_single if is_single else _pair_owned)(*arguments, threads, *constants)
+            (_pair_owned_single if is_single else _pair_owned)(*arguments, threads, table)
         elif is_single:
             private = _private_pools(threads, 2 * pool.size, pool.dtype)
-            _pair_private_single(*arguments, private, *constants)
+            _pair_private_single(*arguments, private, table)
         else:
             private = _private_pools(threads - 1, pool.size, pool.dtype)
-            _pair_private(*arguments, private, *constants)
+            _pair_private(*arguments, private, table)
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)

@@ -81,9 +81,7 @@ def _share(n, t, threads):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _separate(
-    pairs, is_whole, cell_bits, planes, alone, listed, num_listed, table, word_offset, context_offset
-):
+def _separate(pairs, is_whole, cell_bits, planes, alone, listed, num_listed, table):
     """Say in `alone` which blocks overlap no other, and list the rest: where they start, and their codes."""
     n, blocks = pairs.shape[0], table.num_blocks
     threads, words = planes.shape
@@ -93,9 +91,7 @@ def _separate(
     others = ((1 << (4 * reach + 2)) - 1) ^ (1 << (2 * reach))
     for t in prange(threads):
         marks = planes[t]
-        keys = np.zeros((2, cpu._TILE), np.uint64)
-        places = np.empty((2, blocks, cpu._TILE), np.int64)
-        signs = np.ones((2, blocks, cpu._TILE), np.int64)
+        keys, places, signs = cpu._tile_memory(table)
         begin, end = _share(n, t, threads)
         if is_whole:
             end = begin
@@ -103,12 +99,12 @@ def _separate(
             marks[:] = 0
         for low in range(begin, end, cpu._TILE):
             tile = min(cpu._TILE, end - low)
-            cpu._find(pairs, keys, places, signs, low, low + tile, table, word_offset, context_offset)
+            cpu._find(table, pairs, low, low + tile, keys, places, signs)
             for side in range(2):
-                offset = np.int64(context_offset if side else word_offset)
                 for b in range(blocks):
                     for i in range(tile):
-                        cell = _cell(table, cell_bits, pairs[low + i, side] + offset, places[side, b, i])
+                        row = cpu._row(table, pairs, low + i, side)
+                        cell = _cell(table, cell_bits, row, places[side, b, i])
                         shift = 2 * (cell % _MARKS_PER_WORD)
                         old = np.int64(marks[cell // _MARKS_PER_WORD])
                         one_before = (old >> shift) & 1
@@ -122,20 +118,17 @@ def _separate(
             planes[0, w] = merged
     for t in prange(threads):
         marks = planes[0]
-        keys = np.zeros((2, cpu._TILE), np.uint64)
-        places = np.empty((2, blocks, cpu._TILE), np.int64)
-        signs = np.ones((2, blocks, cpu._TILE), np.int64)
+        keys, places, signs = cpu._tile_memory(table)
         found = listed[t]
         count = 0
         begin, end = _share(n, t, threads)
         for low in range(begin, end, cpu._TILE):
             tile = min(cpu._TILE, end - low)
-            cpu._find(pairs, keys, places, signs, low, low + tile, table, word_offset, context_offset)
+            cpu._find(table, pairs, low, low + tile, keys, places, signs)
             for side in range(2):
-                offset = np.int64(context_offset if side else word_offset)
                 for b in range(blocks):
                     for i in range(tile):
-                        row, place = pairs[low + i, side] + offset, places[side, b, i]
+                        row, place = cpu._row(table, pairs, low + i, side), places[side, b, i]
                         cell = _cell(table, cell_bits, row, place)
                         is_alone = lanes.bits_from(marks, 2 * (cell - reach)) & others == 0
                         is_listed = np.int64(is_whole | (not is_alone))
@@ -168,8 +161,6 @@ def _sum_listed(
     counts,
     keys,
     table,
-    word_offset,
-    context_offset,
 ):
     # Arrays come one by one: inside parallel loops, Numba drops what is written to those in a tuple.
     blocks = table.num_blocks
@@ -186,13 +177,13 @@ def _sum_listed(
         sorted_keys, spare = keys[t, 0], keys[t, 1]
         tile_keys = np.zeros((2, cpu._TILE), np.uint64)
         # Of two tiles: while one is computed, the other's partners are on their way.
-        both_places = np.empty((2, 2, cpu._TILE), np.int64)
-        both_signs = np.ones((2, 2, cpu._TILE), np.int64)
+        places, next_places = np.empty((2, cpu._TILE), np.int64), np.empty((2, cpu._TILE), np.int64)
+        signs, next_signs = np.ones((2, cpu._TILE), np.int64), np.ones((2, cpu._TILE), np.int64)
         last_length = cpu._block_length(table, blocks - 1)
         count = 0
-        for other in range(threads):
-            for x in range(num_listed[other]):
-                entry = listed[other, x]
+        for lister in range(threads):
+            for x in range(num_listed[lister]):
+                entry = listed[lister, x]
                 start = np.int64(entry >> cpu._S32)
                 b = np.int64(entry & np.uint64((1 << block_bits) - 1))
                 length = last_length if b == blocks - 1 else table.block_size
@@ -202,20 +193,17 @@ def _sum_listed(
         sorted_keys = _sort(sorted_keys, spare, count, _num_bits(high_unit - low_unit + reach))
         starts, offsets = all_starts[t], all_offsets[t]
         used = values.shape[0] * t // threads
-        run, end, base, turn = 0, np.int64(-1), np.int64(0), 0
+        run, end, base = 0, np.int64(-1), np.int64(0)
         for low in range(-cpu._TILE, count, cpu._TILE):
-            places, signs = both_places[turn], both_signs[turn]
-            turn = 1 - turn
-            next_places = both_places[turn]
+            places, next_places, signs, next_signs = next_places, places, next_signs, signs
             tile, following = min(cpu._TILE, count - low) if low >= 0 else 0, min(low + 2 * cpu._TILE, count)
             for x in range(low + cpu._TILE, following):
                 i, side, b = _decode(sorted_keys[x], block_bits)
-                own, other = (context_offset, word_offset) if side else (word_offset, context_offset)
-                # A full table has but block 0.
-                tile_keys[0, x - low - cpu._TILE] = cpu._key(table, pairs[i, side], own) + np.uint64(b)
-                tile_keys[1, x - low - cpu._TILE] = cpu._key(table, pairs[i, 1 - side], other) + np.uint64(b)
-            cpu._hash_tile(tile_keys[0], 0, next_places[0], both_signs[turn, 0], table)
-            cpu._hash_tile(tile_keys[1], 0, next_places[1], both_signs[turn, 1], table)
+                for other in range(2):  # the block itself, and its partner; a full table has but block 0
+                    row = cpu._row(table, pairs, i, side ^ other)
+                    tile_keys[other, x - low - cpu._TILE] = cpu._key(table, row) + np.uint64(b)
+            for other in range(2):
+                cpu._hash_tile(tile_keys[other], 0, next_places[other], next_signs[other], table)
             for x in range(cpu._TILE):
                 if low + cpu._TILE + x < following:
                     cpu._prefetch_run(weight, next_places[1, x], table.block_size)
@@ -314,7 +302,7 @@ def pair_runs(
         if room is None or not room.fits(len(pairs), threads):
             room = Room.of(len(pairs), spec, weight.dtype, threads)
         found = (room.listed, room.num_listed)
-        constants = cpu._pair_constants(spec, context_offset)
-        _separate(pairs, is_whole, _cell_bits(spec.block_size), room.planes, room.alone, *found, *constants)
-        _sum_listed(weight, pairs, kept, factors, *found, *room.runs, room.keys, *constants)
+        table = cpu.Geometry.of(spec, context_offset)
+        _separate(pairs, is_whole, _cell_bits(spec.block_size), room.planes, room.alone, *found, table)
+        _sum_listed(weight, pairs, kept, factors, *found, *room.runs, room.keys, table)
         return room

@@ -180,8 +180,6 @@ def _update_alone(
     alone,
     threads,
     table,
-    word_offset,
-    context_offset,
 ):
     n, blocks = pairs.shape[0], table.num_blocks
     for t in prange(threads):
@@ -192,36 +190,24 @@ def _update_alone(
             np.empty(_GROUP * 2 * blocks, np.int64),
             np.empty(_GROUP * 2 * blocks, np.int64),
         )
-        keys = np.zeros((2, cpu._TILE), np.uint64)
         # Of two tiles: while one is computed, the other's blocks are on their way.
-        both_places = np.empty((2, 2, blocks, cpu._TILE), np.int64)
-        both_signs = np.ones((2, 2, blocks, cpu._TILE), np.int64)
+        keys, places, signs = cpu._tile_memory(table)
+        _, next_places, next_signs = cpu._tile_memory(table)
         begin, end = n * t // threads, n * (t + 1) // threads
-        high, turn = min(begin + cpu._TILE, end), 0
-        cpu._find(pairs, keys, both_places[0], both_signs[0], begin, high, table, word_offset, context_offset)
+        high = min(begin + cpu._TILE, end)
+        cpu._find(table, pairs, begin, high, keys, next_places, next_signs)
         for i in range(high - begin):
-            _prefetch_states(rule, weight, first_state, second_state, both_places[0], i, table)
+            _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
         for low in range(begin, end, cpu._TILE):
             high = min(low + cpu._TILE, end)
-            places, signs = both_places[turn], both_signs[turn]
-            turn = 1 - turn
+            places, next_places, signs, next_signs = next_places, places, next_signs, signs
             following = min(high + cpu._TILE, end)
-            cpu._find(
-                pairs,
-                keys,
-                both_places[turn],
-                both_signs[turn],
-                high,
-                following,
-                table,
-                word_offset,
-                context_offset,
-            )
+            cpu._find(table, pairs, high, following, keys, next_places, next_signs)
             for group in range(0, high - low, _GROUP):
                 pieces = total = 0
                 for i in range(group, min(group + _GROUP, high - low)):
                     if high + i < following:
-                        _prefetch_states(rule, weight, first_state, second_state, both_places[turn], i, table)
+                        _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
                     for b in range(blocks):
                         first, length = b * table.block_size, cpu._block_length(table, b)
                         factor = factors[low + i] * (signs[0, b, i] * signs[1, b, i])
@@ -304,4 +290,4 @@ def update_alone(
     with cpu._launch:
         threads = cpu._set_threads()
         batch = (pairs, kept, factors, alone, threads)
-        _update_alone(*_arguments(weight, states, rule), *batch, *cpu._pair_constants(spec, context_offset))
+        _update_alone(*_arguments(weight, states, rule), *batch, cpu.Geometry.of(spec, context_offset))
