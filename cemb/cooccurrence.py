@@ -8,7 +8,6 @@ Kernels release Python's lock and use no threading of Numba's, so they may run o
 """
 
 import math
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from numba.extending import intrinsic
 from cemb import hashing
 from cemb.csr import row_blocks
 from cemb.kernels.lanes import prefetch
+from cemb.pools import in_order
 
 DISTANCE_WEIGHTINGS = ("flat", "harmonic")
 BORDER = -1  # in place of an id: windows do not cross it
@@ -370,22 +370,18 @@ def count_cooccurrences(
     room_cells = max(vocab_size, _ROOM_CELLS)
     row_cells = np.zeros(vocab_size, np.int64)
 
-    def count_block(first: int, last: int, room: _Room) -> tuple[_Room, int]:
+    def count_block(block_and_room) -> tuple[_Room, int]:
+        (first, last), room = block_and_room
         _, found = index.count_rows(first, last, room.row, row_cells, room.columns, room.values)
         return room, found
 
     # Only what is written of these takes memory, so that the bound costs none.
     indices, data, end = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float64), 0
-    threads, waiting = get_num_threads(), deque()
+    threads = get_num_threads()
     rooms = [_Room(room_cells, vocab_size, index.dtype) for _ in range(threads + 1)]
-    blocks = row_blocks(ends, room_cells)
+    blocks = ((block, rooms.pop()) for block in row_blocks(ends, room_cells))
     with ThreadPoolExecutor(threads) as pool:
-        while True:
-            while rooms and (block := next(blocks, None)) is not None:
-                waiting.append(pool.submit(count_block, *block, rooms.pop()))
-            if not waiting:
-                break
-            room, found = waiting.popleft().result()
+        for room, found in in_order(pool, count_block, blocks, threads):
             indices[end : end + found] = room.columns[:found]
             np.divide(room.values[:found], windows.denominator, out=data[end : end + found])
             end += found
