@@ -99,6 +99,10 @@ class EncodedCorpus:
         """Ids of one shard, int32 ``[shard_sizes[i]]``, mapped from disk, to be read only."""
         return np.load(self.folder / _shard_name(i), mmap_mode="r")
 
+    def shards(self) -> list[np.ndarray]:
+        """Ids of all shards in order, each as `shard` gives it."""
+        return [self.shard(i) for i in range(len(self.shard_sizes))]
+
     @classmethod
     def open(cls, folder: str | Path) -> "EncodedCorpus":
         """The corpus that `encode` put into a folder; reads its words, and maps its ids when asked.

@@ -349,7 +349,7 @@ def test_the_command_counts_an_encoded_corpus(tmp_path, capsys, encoded, where):
     command = ["count", str(encoded.folder), "--out", str(tmp_path / "out"), "--memory", "256MiB", *where]
     assert __main__.main([*command, "--subsample-threshold", "1e-3", "--seed", "3"]) == 0
     said = json.loads(capsys.readouterr().out)
-    ids = np.concatenate([encoded.shard(i) for i in range(len(encoded.shard_sizes))])
+    ids = np.concatenate(encoded.shards())
     expected = count_cooccurrences(ids, vocab_size=len(encoded.words), subsample_threshold=1e-3, seed=3)
     assert_same_bits(CooccurrenceCounts(tmp_path / "out").matrix(), expected)
     assert said["total"] == expected.sum()
