@@ -162,7 +162,7 @@ class _CountTask:
     windows: Windows
     first: int
     last: int
-    dtype: str
+    dtype: str  # of totals, as wide in all runs, so that they are merged alike
     folder: str
 
     @staticmethod
@@ -188,12 +188,11 @@ class _CountTask:
         after = self.stream.beside(self.last, margin, 1)
         padded[end : end + len(after)] = after
         padded[end + len(after) : end + margin] = BORDER
-        # Totals are as wide in all runs, so that they are merged alike.
-        largest = 2**32 - 1 if self.dtype == "uint32" else 2**63 - 1
-        index = PositionIndex(padded[: end + margin], vocab_size, self.windows, largest)
+        dtype = np.dtype(self.dtype)
+        index = PositionIndex(padded[: end + margin], vocab_size, self.windows, dtype)
         room = max(vocab_size, _CHUNK)
-        columns, values = np.empty(room, np.int32), np.empty(room, index.dtype)
-        row_cells, row, done = np.zeros(vocab_size, np.uint32), Row(vocab_size, index.dtype), 0
+        columns, values = np.empty(room, np.int32), np.empty(room, dtype)
+        row_cells, row, done = np.zeros(vocab_size, np.uint32), Row(vocab_size, dtype), 0
         with disk_errors(Path(self.folder)), atomic_directory(Path(self.folder)) as work:
             with (work / "columns").open("wb") as column_file, (work / "values").open("wb") as value_file:
                 while done < vocab_size:
