@@ -274,7 +274,7 @@ class _Table:
 
 
 def _longer(array: np.ndarray, length: int) -> np.ndarray:
-    new = np.empty(length, array.dtype)
+    new = np.zeros(length, array.dtype)
     new[: len(array)] = array
     return new
 
@@ -335,9 +335,7 @@ class _Numbering:
             first[is_run] = self._run_ends[runs[is_run]]
             last[is_run] = self._run_ends[runs[is_run] + 1]
         if self._words.size > len(self._counts):
-            longer = np.zeros(len(self._words.key_ends), np.int64)
-            longer[: len(self._counts)] = self._counts
-            self._counts = longer
+            self._counts = _longer(self._counts, len(self._words.key_ends))
         out = np.empty(int(counts @ (last - first)) + np.count_nonzero(ids < 0), np.int32)
         out = out[: kernels.expand(ids, first, last, values, out)]
         self.num_tokens += kernels.add_counts(counts, first, last, values, self._counts)
