@@ -137,7 +137,7 @@ def _count(arguments: argparse.Namespace) -> None:
         where = nullcontext((None, None))
     with where as (executor, threads):
         counts = count(
-            [encoded.shard(i) for i in range(len(encoded.shard_sizes))],
+            encoded.shards(),
             arguments.out,
             vocab_size=len(encoded.words),
             word_counts=encoded.word_counts,

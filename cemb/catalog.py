@@ -205,7 +205,8 @@ def _fetched(name: str, url: str, checksum: str, member: str) -> list[Source]:
     algorithm, _, wanted = checksum.partition(":")
     by_hand = f"place it at {path} by hand ({algorithm} {wanted})"
     if path.exists():
-        if (seen := pooch.file_hash(str(path), alg=algorithm)) != wanted:
+        if (seen := reading.file_hash(path, algorithm)) != checksum:
+            seen = seen.removeprefix(f"{algorithm}:")
             raise ValueError(
                 f"the corpus {name!r} at {path} has {algorithm} {seen}, and not {wanted}: remove it, or "
                 f"get {url} and {by_hand}"

@@ -8,7 +8,6 @@ Kernels release Python's lock and use no threading of Numba's, so they may run o
 """
 
 import math
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from numba.extending import intrinsic
 from cemb import hashing
 from cemb.csr import row_blocks
 from cemb.kernels.lanes import prefetch
+from cemb.pools import in_order
 
 DISTANCE_WEIGHTINGS = ("flat", "harmonic")
 BORDER = -1  # in place of an id: windows do not cross it
@@ -274,10 +274,10 @@ class PositionIndex:
     Args:
         padded: int32 ``[window_size + tokens + window_size]``: the piece between what stands before and
             after it, with `BORDER` where nothing does. It is overwritten and kept.
-        largest_total: bound on a cell; totals take 32 bits if it fits them.
+        dtype: of totals, unsigned and wide enough, as `total_dtype` gives it.
     """
 
-    def __init__(self, padded: np.ndarray, vocab_size: int, windows: Windows, largest_total: int):
+    def __init__(self, padded: np.ndarray, vocab_size: int, windows: Windows, dtype: np.dtype):
         margin = windows.window_size
         inside = padded >= 0
         first, last = inside.argmax(), len(inside) - inside[::-1].argmax()
@@ -285,12 +285,10 @@ class PositionIndex:
         padded[~inside] = vocab_size
         self._padded = padded.view(np.uint32)
         self._windows = windows
-        self.vocab_size = vocab_size
-        self.dtype = total_dtype(largest_total)
         self.row_ptr = np.empty(vocab_size + 1, np.int64)
         self._positions = np.empty(len(padded) - 2 * margin, np.uint32)
         _index_positions(self._padded, margin, len(padded) - margin, self.row_ptr, self._positions)
-        self._weights = np.array(windows.weights, self.dtype)
+        self._weights = np.array(windows.weights, dtype)
 
     def count_rows(self, first, last, row: Row, row_cells, columns, values) -> tuple[int, int]:
         """Count rows from `first` on, up to `last` or as many as `columns` surely holds.
@@ -364,28 +362,25 @@ def count_cooccurrences(
         token_ids = subsample(token_ids, keep_thresholds(word_counts, subsample_threshold), seed=seed)
     padded = np.full(len(token_ids) + 2 * window_size, BORDER, np.int32)
     padded[window_size : len(padded) - window_size] = token_ids
-    index = PositionIndex(padded, vocab_size, windows, windows.largest_total(len(token_ids)))
+    dtype = total_dtype(windows.largest_total(len(token_ids)))
+    index = PositionIndex(padded, vocab_size, windows, dtype)
     bounds = np.minimum(np.diff(index.row_ptr) * 2 * window_size, vocab_size)
     ends = np.concatenate([[0], np.cumsum(bounds)])
     room_cells = max(vocab_size, _ROOM_CELLS)
     row_cells = np.zeros(vocab_size, np.int64)
 
-    def count_block(first: int, last: int, room: _Room) -> tuple[_Room, int]:
+    def count_block(block_and_room) -> tuple[_Room, int]:
+        (first, last), room = block_and_room
         _, found = index.count_rows(first, last, room.row, row_cells, room.columns, room.values)
         return room, found
 
     # Only what is written of these takes memory, so that the bound costs none.
     indices, data, end = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float64), 0
-    threads, waiting = get_num_threads(), deque()
-    rooms = [_Room(room_cells, vocab_size, index.dtype) for _ in range(threads + 1)]
-    blocks = row_blocks(ends, room_cells)
+    threads = get_num_threads()
+    rooms = [_Room(room_cells, vocab_size, dtype) for _ in range(threads + 1)]
+    blocks = ((block, rooms.pop()) for block in row_blocks(ends, room_cells))
     with ThreadPoolExecutor(threads) as pool:
-        while True:
-            while rooms and (block := next(blocks, None)) is not None:
-                waiting.append(pool.submit(count_block, *block, rooms.pop()))
-            if not waiting:
-                break
-            room, found = waiting.popleft().result()
+        for room, found in in_order(pool, count_block, blocks, threads):
             indices[end : end + found] = room.columns[:found]
             np.divide(room.values[:found], windows.denominator, out=data[end : end + found])
             end += found

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import unicodedata
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from cemb import catalog, reading, records
 from cemb.catalog import DEFAULT_CORPUS, fingerprint
 from cemb.kernels import tokens as kernels
+from cemb.pools import in_order
 
 __all__ = [
     "BORDERS",
@@ -98,6 +98,10 @@ class EncodedCorpus:
     def shard(self, i: int) -> np.ndarray:
         """Ids of one shard, int32 ``[shard_sizes[i]]``, mapped from disk, to be read only."""
         return np.load(self.folder / _shard_name(i), mmap_mode="r")
+
+    def shards(self) -> list[np.ndarray]:
+        """Ids of all shards in order, each as `shard` gives it."""
+        return [self.shard(i) for i in range(len(self.shard_sizes))]
 
     @classmethod
     def open(cls, folder: str | Path) -> "EncodedCorpus":
@@ -270,7 +274,7 @@ class _Table:
 
 
 def _longer(array: np.ndarray, length: int) -> np.ndarray:
-    new = np.empty(length, array.dtype)
+    new = np.zeros(length, array.dtype)
     new[: len(array)] = array
     return new
 
@@ -301,7 +305,7 @@ class _Numbering:
             ThreadPoolExecutor(1) as reader,
         ):
             blocks = _ahead(reader, reading.read_blocks(sources, _BLOCK_BYTES, progress.update))
-            for block, scanned in _in_order(pool, blocks, lambda b: self._scan(b.data), threads + 1):
+            for block, scanned in in_order(pool, self._scan, blocks, threads + 1):
                 ids = self._to_words(block, *scanned)
                 if written >= self._part_tokens:
                     self.parts.append(self._work / f"part-{len(self.parts):05d}")
@@ -312,8 +316,8 @@ class _Numbering:
                 rate = self.num_tokens / max(progress.format_dict["elapsed"], 1e-3)
                 progress.set_postfix_str(f"{rate / 1e6:.1f} M tokens/s", refresh=False)
 
-    def _scan(self, data: bytes) -> tuple[np.ndarray, ...]:
-        return kernels.scan(np.frombuffer(data, np.uint8), self._borders)
+    def _scan(self, block: reading.Block) -> tuple[reading.Block, tuple[np.ndarray, ...]]:
+        return block, kernels.scan(np.frombuffer(block.data, np.uint8), self._borders)
 
     def _to_words(self, block: reading.Block, ids, keys, key_ends, hashes, counts) -> np.ndarray:
         """Ids of a block's entries as ids of words, counted."""
@@ -331,9 +335,7 @@ class _Numbering:
             first[is_run] = self._run_ends[runs[is_run]]
             last[is_run] = self._run_ends[runs[is_run] + 1]
         if self._words.size > len(self._counts):
-            longer = np.zeros(len(self._words.key_ends), np.int64)
-            longer[: len(self._counts)] = self._counts
-            self._counts = longer
+            self._counts = _longer(self._counts, len(self._words.key_ends))
         out = np.empty(int(counts @ (last - first)) + np.count_nonzero(ids < 0), np.int32)
         out = out[: kernels.expand(ids, first, last, values, out)]
         self.num_tokens += kernels.add_counts(counts, first, last, values, self._counts)
@@ -392,19 +394,6 @@ def _ahead(pool: ThreadPoolExecutor, items: Iterator) -> Iterator:
     while (item := coming.result()) is not None:
         coming = pool.submit(next, items, None)
         yield item
-
-
-def _in_order(pool: ThreadPoolExecutor, items: Iterator, function, depth: int) -> Iterator[tuple]:
-    """Items with what `function` makes of them, in order, at most `depth` at work."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) > depth:
-            item, result = waiting.popleft()
-            yield item, result.result()
-    while waiting:
-        item, result = waiting.popleft()
-        yield item, result.result()
 
 
 def _what_is_not_utf8(block: reading.Block, runs: list[bytes]) -> str:

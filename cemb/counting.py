@@ -162,7 +162,7 @@ class _CountTask:
     windows: Windows
     first: int
     last: int
-    dtype: str
+    dtype: str  # of totals, as wide in all runs, so that they are merged alike
     folder: str
 
     @staticmethod
@@ -188,12 +188,11 @@ class _CountTask:
         after = self.stream.beside(self.last, margin, 1)
         padded[end : end + len(after)] = after
         padded[end + len(after) : end + margin] = BORDER
-        # Totals are as wide in all runs, so that they are merged alike.
-        largest = 2**32 - 1 if self.dtype == "uint32" else 2**63 - 1
-        index = PositionIndex(padded[: end + margin], vocab_size, self.windows, largest)
+        dtype = np.dtype(self.dtype)
+        index = PositionIndex(padded[: end + margin], vocab_size, self.windows, dtype)
         room = max(vocab_size, _CHUNK)
-        columns, values = np.empty(room, np.int32), np.empty(room, index.dtype)
-        row_cells, row, done = np.zeros(vocab_size, np.uint32), Row(vocab_size, index.dtype), 0
+        columns, values = np.empty(room, np.int32), np.empty(room, dtype)
+        row_cells, row, done = np.zeros(vocab_size, np.uint32), Row(vocab_size, dtype), 0
         with disk_errors(Path(self.folder)), atomic_directory(Path(self.folder)) as work:
             with (work / "columns").open("wb") as column_file, (work / "values").open("wb") as value_file:
                 while done < vocab_size:
@@ -377,7 +376,7 @@ def _plan(num_tokens: int, vocab_size: int, windows: Windows, memory: int, worke
     for dtype in (np.dtype(np.uint32), np.dtype(np.uint64)):
         spare = memory // workers - _CountTask.num_bytes(0, vocab_size, dtype)
         size = min(LARGEST_TASK, max(spare, 0) // 8, -(-num_tokens // workers))
-        needed = workers * (_CountTask.num_bytes(0, vocab_size, dtype) + 8 * min(_CHUNK, num_tokens))
+        needed = workers * _CountTask.num_bytes(min(_CHUNK, num_tokens), vocab_size, dtype)
         if memory < needed:
             raise ValueError(
                 f"memory={memory / 2**20:,.0f} MiB is too little for a vocabulary of {vocab_size:,} on "
@@ -543,11 +542,11 @@ def _plan_merge(partial: Path, runs: list[str], vocab_size: int, memory: int, dt
     for run in runs:
         cells += np.fromfile(Path(run) / "row_cells", np.uint32)
     # A row costs its place in each run besides its cells; both are counted in units of a cell.
-    cell_bytes = _MergeTask.num_bytes(1, 0, 0, vocab_size, dtype) - _MergeTask.num_bytes(
-        0, 0, 0, vocab_size, dtype
-    )
-    row_cost = -(-(8 + 8 * len(runs)) // cell_bytes)
-    room = (memory - _MergeTask.num_bytes(0, 0, 0, vocab_size, dtype)) // cell_bytes
+    fixed = _MergeTask.num_bytes(0, len(runs), 0, vocab_size, dtype)
+    cell_bytes = _MergeTask.num_bytes(1, len(runs), 0, vocab_size, dtype) - fixed
+    row_bytes = _MergeTask.num_bytes(0, len(runs), 1, vocab_size, dtype) - fixed
+    row_cost = -(-row_bytes // cell_bytes)
+    room = (memory - fixed) // cell_bytes
     costs = np.concatenate([[0], np.cumsum(cells + row_cost)])
     blocks = list(row_blocks(costs, min(max(room, 1), _LARGEST_MERGE)))
     first_rows = np.array([first for first, _ in blocks], np.int64)

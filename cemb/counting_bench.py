@@ -171,8 +171,7 @@ def run(
 
 def _text_to_pmi(text: Path, folder: Path) -> int:
     encoded = corpus.encode(str(text), folder / "corpus")
-    shards = [encoded.shard(i) for i in range(len(encoded.shard_sizes))]
-    counts = counting.count(shards, folder / "counts", vocab_size=len(encoded.words))
+    counts = counting.count(encoded.shards(), folder / "counts", vocab_size=len(encoded.words))
     write_pmi(counts, folder / "pmi")
     return encoded.num_tokens
 

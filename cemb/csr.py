@@ -17,7 +17,6 @@ from cemb.records import write_atomic
 
 VERSION = 1
 _WIDE_FROM = 2**31
-_COPY_CELLS = 2**20
 _FULL = {
     errno.ENOSPC: "no space is left",
     errno.EDQUOT: "the quota is used up",

@@ -106,7 +106,7 @@ def _build(config: PmiConfig, identity: dict[str, object], partial: Path, path: 
     encoded = corpora.EncodedCorpus.open(partial / "corpus")
     done("encode")
     counts = count(
-        [encoded.shard(i) for i in range(len(encoded.shard_sizes))],
+        encoded.shards(),
         partial / "counts",
         vocab_size=len(encoded.words),
         window_size=config.window_size,

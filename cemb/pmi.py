@@ -1,7 +1,6 @@
 """Pointwise mutual information: from counts, and at random with a real matrix's values."""
 
 import json
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -13,6 +12,7 @@ from numba import get_num_threads, njit
 from tqdm import tqdm
 
 from cemb.csr import CsrFolder, CsrWriter, disk_errors
+from cemb.pools import in_order
 from cemb.records import atomic_directory
 
 
@@ -194,16 +194,9 @@ def write_pmi(
             CsrWriter(work, counts.shape[1], np.float32, counts.num_cells) as writer,
             ThreadPoolExecutor(threads) as pool,
         ):
-            waiting, blocks = deque(), counts.blocks(max_cells)
-            while True:
-                if (block := next(blocks, None)) is not None:
-                    waiting.append(pool.submit(convert, block))
-                if not waiting:
-                    break
-                if block is None or len(waiting) > threads:
-                    size, rows = waiting.popleft().result()
-                    writer.append(*rows)
-                    progress.update(size)
+            for size, rows in in_order(pool, convert, counts.blocks(max_cells), threads):
+                writer.append(*rows)
+                progress.update(size)
             _check_found(writer.num_cells, num_negative)
             writer.finish(kind="pmi", **asdict(options))
     return CsrFolder(out)

@@ -76,8 +76,7 @@ class File:
                 "standard input cannot be read twice, which this needs; encode it to a folder first: "
                 "python -m cemb encode - --out FOLDER"
             )
-        found = self.path.stat()
-        digest = _file_hash(self.path.resolve(), found.st_size, found.st_mtime_ns)
+        digest = file_hash(self.path)
         field = self.text_field if self.kind in ("json-lines", "parquet") else self.member
         return " ".join(filter(None, (self.kind if self.kind != "text" else "", field, digest)))
 
@@ -244,11 +243,16 @@ def _json_text(line: bytes, field: str, where: str) -> bytes:
         raise ValueError(f"{where}: field {field!r} is not Unicode text: {error}") from None
 
 
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    """A file's hash as ``algorithm:hex``, computed once while its size and time stay what they are."""
+    found = path.stat()
+    return _file_hash(path.resolve(), found.st_size, found.st_mtime_ns, algorithm)
+
+
 @functools.cache
-def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
-    """A file's hash, computed once while its size and time stay what they are."""
+def _file_hash(path: Path, size: int, mtime_ns: int, algorithm: str) -> str:
     with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
 def _kind(path: Path) -> str:

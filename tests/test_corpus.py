@@ -32,7 +32,7 @@ CHARACTERS = (
 
 def stream(encoded):
     """The words of an encoded corpus in order, None for a border."""
-    ids = np.concatenate([encoded.shard(i) for i in range(len(encoded.shard_sizes))])
+    ids = np.concatenate(encoded.shards())
     return [encoded.words[i] if i >= 0 else None for i in ids]
 
 

@@ -203,7 +203,7 @@ _MEASURED = """
 import sys
 from pathlib import Path
 import numpy as np
-from cemb.counting import count
+from cemb.counting import CooccurrenceCounts, count
 from cemb.measure import peak_mib
 from cemb.pmi import write_pmi
 
@@ -212,8 +212,6 @@ write_pmi(count([small], sys.argv[1] + "-warm", vocab_size=7), sys.argv[1] + "-w
 shards = [np.load(path, mmap_mode="r") for path in sorted(Path(sys.argv[1]).glob("*.npy"))]
 memory, out = int(sys.argv[2]), sys.argv[1] + "-out"
 print(peak_mib(lambda clock: count(shards, out, vocab_size=int(sys.argv[3]), memory=memory, workers=2)))
-from cemb.corpus import encode
-from cemb.counting import CooccurrenceCounts
 print(peak_mib(lambda clock: write_pmi(CooccurrenceCounts(out), out + "-pmi", memory=memory)))
 """
 
@@ -349,7 +347,7 @@ def test_the_command_counts_an_encoded_corpus(tmp_path, capsys, encoded, where):
     command = ["count", str(encoded.folder), "--out", str(tmp_path / "out"), "--memory", "256MiB", *where]
     assert __main__.main([*command, "--subsample-threshold", "1e-3", "--seed", "3"]) == 0
     said = json.loads(capsys.readouterr().out)
-    ids = np.concatenate([encoded.shard(i) for i in range(len(encoded.shard_sizes))])
+    ids = np.concatenate(encoded.shards())
     expected = count_cooccurrences(ids, vocab_size=len(encoded.words), subsample_threshold=1e-3, seed=3)
     assert_same_bits(CooccurrenceCounts(tmp_path / "out").matrix(), expected)
     assert said["total"] == expected.sum()

@@ -1,4 +1,4 @@
-"""Counts, PMI and batches: each against a naive version or a conservation law."""
+"""Batches against a naive version or a conservation law; data sets, what they refuse and what they keep."""
 
 from collections import Counter
 

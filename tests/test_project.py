@@ -17,7 +17,7 @@ from cemb import records, report
 
 # Each module may import only from the groups before its own.
 LAYERS = (
-    ("hashing", "reading", "measure", "records", "targets"),
+    ("hashing", "pools", "reading", "measure", "records", "targets"),
     ("csr", "catalog", "events"),
     ("reference", "kernels", "kernels.lanes", "kernels.tokens", "pmi"),
     ("corpus", "cooccurrence"),
