@@ -147,6 +147,10 @@ def _coded(max_bytes: int) -> Store:
     return store
 
 
+def _full_bytes(data: PmiDataset) -> int:
+    return 4 * len(data.optimum.singular_values) * sum(data.matrix.shape)
+
+
 def _int8_bytes(model: nn.Module) -> int:
     runs = sum(-(-parameter.numel() // _INT8_RUN) for parameter in model.parameters())
     floats = sum(4 * parameter.numel() for parameter in model.parameters())
@@ -156,9 +160,8 @@ def _int8_bytes(model: nn.Module) -> int:
 def _within_as_int8(case: QualityCase, data: PmiDataset, max_bytes: int) -> QualityCase:
     """The case whose tables take no more than `max_bytes` once their parameters are in int8."""
     rank = len(data.optimum.singular_values)
-    full = 4 * rank * sum(data.matrix.shape)
     check_budget(max_bytes, _INT8_RUN + torch.float16.itemsize)
-    ratio = full / max_bytes / 4
+    ratio = _full_bytes(data) / max_bytes / 4
     case = replace(case, compression_ratio=ratio)
     while (size := _int8_bytes(case.build(data.matrix.shape[0], rank))) > max_bytes:
         # Codes, and scales of runs that are not full, take more than a quarter.
@@ -189,7 +192,7 @@ def _record(
     objective: AllCellsLoss,
     **fields: object,
 ) -> dict[str, object]:
-    full = 4 * len(data.optimum.singular_values) * sum(data.matrix.shape)
+    full = _full_bytes(data)
     if tables is not None:
         inference = sum(num_bytes(table) for table in tables)
         fields = {"inference_bytes": inference, "training_bytes": inference, **fields}
@@ -261,12 +264,12 @@ def measure(
     if not compression_ratio > 0:
         raise ValueError(f"compression_ratio must be positive, got {compression_ratio}")
     asked = {"asked_ratio": None if method in FIXED_RATIO else compression_ratio}
+    full = _full_bytes(data)
     try:
         if method in TRAINED or method in QUANTIZED:
             case = TRAINED[QUANTIZED.get(method, method)]
             case = replace(case, seed=seed, num_steps=num_steps, learning_rate=learning_rate)
             if method in QUANTIZED:
-                full = 4 * len(data.optimum.singular_values) * sum(data.matrix.shape)
                 case = _within_as_int8(case, data, int(full / compression_ratio))
             elif method not in FIXED_RATIO:
                 case = replace(case, compression_ratio=compression_ratio)
@@ -285,7 +288,6 @@ def measure(
         start = time.perf_counter()
         history = None
         rank = len(data.optimum.singular_values)
-        full = 4 * rank * sum(data.matrix.shape)
         if method in COMPRESSED_AFTER:
             factors = (torch.from_numpy(factor) for factor in data.optimum.factors())
             tables = COMPRESSED_AFTER[method](objective, *factors, int(full / compression_ratio))

@@ -4,6 +4,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cemb import targets
@@ -395,60 +396,58 @@ def learning_curves(quality: pd.DataFrame, training: str) -> Figure:
     return figure
 
 
+def _quality_by_words(panel: Axes, quality: pd.DataFrame) -> None:
+    for table, colour, marker in (("full", GREY, "s"), ("hashed", BLUE, "o")):
+        rows = quality[quality.table == table].sort_values("num_words")
+        spread = [rows.gap - rows.gap_low, rows.gap_high - rows.gap]
+        panel.errorbar(
+            rows.num_words, rows.gap, yerr=spread, color=colour, marker=marker, label=f"{table}, gap"
+        )
+    panel.set(xscale="log", xlabel="words (log)", ylabel="gap to the optimum", ylim=(-0.05, 1.05))
+    panel.set_xticks(sorted(set(quality.num_words)))
+    panel.minorticks_off()
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.3g}k")
+    panel.tick_params(axis="x", labelsize=8)
+
+
+def _speed_by_rows(times: Axes, memory: Axes, speed: pd.DataFrame) -> None:
+    series = [(speed.table == "full-fused", GREY, "s", "full")]
+    series += [
+        ((speed.table == "hashed") & (speed.block_size == block), colour, marker, f"block {block}")
+        for block, colour, marker in ((1, BLUE, "o"), (25, GREEN, "^"))
+    ]
+    for chosen, colour, marker, label in series:
+        rows = speed[chosen].sort_values("num_embeddings")
+        if rows.empty:
+            continue
+        style = {"color": colour, "marker": marker, "label": label}
+        low, high = np.array([np.percentile(v, [25, 75]) for v in rows.total_ms_repeats]).T
+        spread = [rows.total_ms - low, high - rows.total_ms]
+        times.errorbar(rows.num_embeddings, rows.total_ms, yerr=spread, **style)
+        mib = rows.parameters_mib * rows.optimizer.map(targets.COPIES) + rows.peak_mib.fillna(0)
+        memory.errorbar(rows.num_embeddings, mib, **style)
+    row = speed.iloc[0]
+    mib_per_row = 4 * targets.COPIES[row.optimizer] * row.embedding_dim / 2**20
+    ends = np.array([speed.num_embeddings.min(), speed.num_embeddings.max()])
+    memory.plot(ends, mib_per_row * ends, color=GREY, linestyle=":", label="full, counted")
+    times.set_ylim(bottom=0)
+    times.set(xscale="log", xlabel="rows (log)", ylabel="milliseconds a step")
+    memory.set(xscale="log", yscale="log", xlabel="rows (log)", ylabel="MiB in training (log)")
+
+
 def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
     """What a pool of one size does as rows become more: quality, time of a step, memory in training.
 
-    `quality` is `report.growth_frame` and may be empty, as may the speed records `speed`. Memory is that of
+    `quality` is `report.growth_frame`; it or the speed records `speed` may be empty. Memory is that of
     the values, the optimizer's state and a step; the line is what full tables' values and state would be.
     """
-    panels = ["quality"] if not quality.empty else []
-    panels += ["time", "memory"] if not speed.empty else []
-    figure, axes = _figure(1, max(1, len(panels)), size=(7.4, 3.2), squeeze=False)
-    for panel, shown in zip(axes[0], panels, strict=False):
-        if shown == "quality":
-            for table, colour, marker in (("full", GREY, "s"), ("hashed", BLUE, "o")):
-                rows = quality[quality.table == table].sort_values("num_words")
-                spread = [rows.gap - rows.gap_low, rows.gap_high - rows.gap]
-                panel.errorbar(
-                    rows.num_words, rows.gap, yerr=spread, color=colour, marker=marker, label=f"{table}, gap"
-                )
-            panel.set(xlabel="words (log)", ylabel="gap to the optimum", ylim=(-0.05, 1.05))
-        else:
-            series = [(speed.table == "full-fused", GREY, "s", "full")]
-            series += [
-                ((speed.table == "hashed") & (speed.block_size == block), colour, marker, f"block {block}")
-                for block, colour, marker in ((1, BLUE, "o"), (25, GREEN, "^"))
-            ]
-            for chosen, colour, marker, label in series:
-                rows = speed[chosen].sort_values("num_embeddings")
-                if rows.empty:
-                    continue
-                memory = rows.parameters_mib * rows.optimizer.map(targets.COPIES) + rows.peak_mib.fillna(0)
-                values = rows.total_ms if shown == "time" else memory
-                spread = None
-                if shown == "time":
-                    low, high = np.array([np.percentile(v, [25, 75]) for v in rows.total_ms_repeats]).T
-                    spread = [values - low, high - values]
-                panel.errorbar(
-                    rows.num_embeddings, values, yerr=spread, color=colour, marker=marker, label=label
-                )
-            if shown == "memory":
-                row = speed.iloc[0]
-                mib = 4 * targets.COPIES[row.optimizer] * row.embedding_dim / 2**20
-                ends = np.array([speed.num_embeddings.min(), speed.num_embeddings.max()])
-                panel.plot(ends, mib * ends, color=GREY, linestyle=":", label="full, counted")
-                panel.set_yscale("log")
-                panel.set(ylabel="MiB in training (log)")
-            else:
-                panel.set_ylim(bottom=0)
-                panel.set(ylabel="milliseconds a step")
-            panel.set(xlabel="rows (log)")
-        panel.set_xscale("log")
-        if shown == "quality":
-            panel.set_xticks(sorted(set(quality.num_words)))
-            panel.minorticks_off()
-            panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.3g}k")
-            panel.tick_params(axis="x", labelsize=8)
+    figure, axes = _figure(1, (not quality.empty) + 2 * (not speed.empty), size=(7.4, 3.2), squeeze=False)
+    panels = list(axes[0])
+    if not quality.empty:
+        _quality_by_words(panels.pop(0), quality)
+    if not speed.empty:
+        _speed_by_rows(*panels, speed)
+    for panel in figure.axes:
         panel.legend(fontsize=8)
     return figure
 

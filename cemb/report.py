@@ -131,17 +131,14 @@ def reference(kind: str) -> tuple[str, list[dict]]:
 
 def counting_table(found: list[dict]) -> pd.DataFrame:
     """Ways to count the same tokens, fastest first, with their times over the time of counting in memory."""
-    ours = pick(found, case="cemb")["count_s"]
-    rows = sorted(
-        (r for r in found if r["num_tokens"] == pick(found, case="cemb")["num_tokens"]),
-        key=lambda r: r["count_s"],
-    )
+    ours = pick(found, case="cemb")
+    rows = sorted((r for r in found if r["num_tokens"] == ours["num_tokens"]), key=lambda r: r["count_s"])
     return pd.DataFrame(
         {
             "what": [r["case"] for r in rows],
             "seconds": [f"{r['count_s']:.2f}" for r in rows],
             "million tokens/s": [f"{r['tokens_per_s'] / 1e6:.1f}" for r in rows],
-            "times ours": [f"{r['count_s'] / ours:.1f}" for r in rows],
+            "times ours": [f"{r['count_s'] / ours['count_s']:.1f}" for r in rows],
         }
     )
 
@@ -446,15 +443,15 @@ def growth_table(found: list[dict]) -> pd.DataFrame:
     table = []
     for words, own in rows.groupby("num_words"):
         named = {r["table"]: r for r in own.to_dict("records")}
-        full, hashed = named.get("full"), named.get("hashed")
+        full, hashed = named["full"], named["hashed"]
         table.append(
             {
                 "words": f"{words:,}",
-                "× smaller": f"{hashed['compression_ratio']:.1f}" if hashed else "",
-                "hashed, gap": gap_text(hashed) if hashed else "",
-                "full, gap": gap_text(full) if full else "",
-                "hashed, WordSim-353": score_text(hashed, "wordsim353") if hashed else "",
-                "full, WordSim-353": score_text(full, "wordsim353") if full else "",
+                "× smaller": f"{hashed['compression_ratio']:.1f}",
+                "hashed, gap": gap_text(hashed),
+                "full, gap": gap_text(full),
+                "hashed, WordSim-353": score_text(hashed, "wordsim353"),
+                "full, WordSim-353": score_text(full, "wordsim353"),
             }
         )
     return pd.DataFrame(table)
@@ -530,17 +527,17 @@ def best_rounded(found: list[dict], ratio: float) -> str:
 
 def growth_texts(found: list[dict]) -> dict[str, str]:
     """What the growth of a pool's rows costs in time and memory, in words; by name, for the book's text."""
+    names = ("fewest", "most", "block_1", "block_25", "hashed_mib", "full_gib")
+    texts = dict.fromkeys(names, "(not measured)")
     speed = growth_speed(found)
     if speed.empty:
-        names = ("fewest", "most", "block_1", "block_25", "hashed_mib", "full_gib")
-        return dict.fromkeys(names, "(not measured)")
+        return texts
     hashed = speed[speed.table == "hashed"].sort_values("num_embeddings")
-    last, texts = hashed.iloc[-1], {}
+    last = hashed.iloc[-1]
     for block, own in hashed.groupby("block_size"):
         texts[f"block_{block}"] = f"{own.total_ms.iloc[0]:.1f} to {own.total_ms.iloc[-1]:.1f}"
     copies = targets.COPIES[last.optimizer]
     return {
-        **dict.fromkeys(("block_1", "block_25"), "(not measured)"),
         **texts,
         "fewest": f"{hashed.num_embeddings.iloc[0]:,}",
         "most": f"{last.num_embeddings:,}",

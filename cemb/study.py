@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -106,7 +106,7 @@ def _quality_runs(seeds: list[int], mini_batch: dict[str, dict], **settings) -> 
     ]
 
 
-def _mini_batch_runs(tables: Iterable[str], ratios: list[int], seeds: list[int], **settings) -> list[Run]:
+def _mini_batch_runs(tables: Sequence[str], ratios: list[int], seeds: list[int], **settings) -> list[Run]:
     """Tables in fewer bytes, and a full one if there is more than one, each for one pass by Adam."""
     cases = [("full", {"table": "full-fused"})] if len(tables) > 1 else []
     cases += [

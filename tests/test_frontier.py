@@ -164,7 +164,7 @@ def expected_bytes(method, data, compression_ratio, trained_ratio=None):
         "int8": values + 2 * num_rows,
         "int4": values // 2 + 2 * num_rows,
         "lower rank": RANK // compression_ratio * num_rows * 4,
-        "lower rank, then int8": (int(budget // num_rows) - 2 + 2) * num_rows,
+        "lower rank, then int8": budget // num_rows * num_rows,  # each has a scale of 2 bytes
         **dict.fromkeys(
             PRODUCT_QUANTIZED,
             (budget - codebooks) // (2 * len(data.words)) * 2 * len(data.words) + codebooks,
