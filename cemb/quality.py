@@ -198,7 +198,7 @@ def sgns_record(
             text_field=used.get("text_field"),
             borders=used.get("borders"),
         )
-        token_ids = np.concatenate([encoded.shard(i) for i in range(len(encoded.shard_sizes))])
+        token_ids = np.concatenate(encoded.shards())
     if encoded.words != data.words:
         raise ValueError(f"corpus {used['corpus']!r} has changed: its words are not those of the data")
     rank = len(data.optimum.singular_values)
