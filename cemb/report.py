@@ -117,16 +117,22 @@ def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
     return min(both, key=lambda record: record["total_ms"])
 
 
-def reference(kind: str) -> tuple[str, list[dict]]:
-    """Name of the reference machine, and its records of a kind that the study does not rerun.
+def references(kind: str) -> list[tuple[str, list[dict]]]:
+    """Names of the reference machines, the one measured last first, and records the study does not rerun.
 
     ``"bench"``, ``"rates"`` and ``"scaling"`` are after the commands that make them, ``"counting"`` is of
     bench-counting, ``"second"`` is the frontier on a second corpus. FileNotFoundError if there are none.
     """
-    paths = sorted((records.ROOT / "results" / "reference").glob(f"*/{kind}.jsonl"))
-    if not paths:
+    paths = (records.ROOT / "results" / "reference").glob(f"*/{kind}.jsonl")
+    found = [(path.parent.name, records.read(path)) for path in sorted(paths)]
+    if not found:
         raise FileNotFoundError(f"no machine among results/reference has a {kind}.jsonl")
-    return paths[0].parent.name, records.read(paths[0])
+    return sorted(found, key=lambda machine: machine[1][0]["utc_time"], reverse=True)
+
+
+def reference(kind: str) -> tuple[str, list[dict]]:
+    """The first of `references`."""
+    return references(kind)[0]
 
 
 def counting_table(found: list[dict]) -> pd.DataFrame:
@@ -224,6 +230,24 @@ def targets_table(found: list[dict]) -> pd.DataFrame:
                 "ratio": f"{ratio:.2f}, {'reached' if ratio <= target.limit else 'missed'}",
                 "at most": f"{target.limit:.2f}",
                 "floor's": f"{targets.floor_ms(ours, rates) / best['total_ms']:.2f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def other_machines() -> pd.DataFrame:
+    """What was reached of the benchmark's targets on the reference machines but the one measured last."""
+    rows = []
+    for name, found in references("bench")[1:]:
+        table = targets_table(found)
+        is_missed = table.ratio.str.endswith("missed")
+        missed = (table.optimizer + " " + table.what + ": " + table.ratio.str.split(",").str[0])[is_missed]
+        rows.append(
+            {
+                "machine": f"{name} ({machine(found)})",
+                "commit": (found[0]["git_commit"] or "no commit")[:10],
+                "reached": f"{int((~is_missed).sum())} of {len(table)}",
+                "missed": "; ".join(missed),
             }
         )
     return pd.DataFrame(rows)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cemb import plots, report, study
+from cemb import plots, records, report, study
 from cemb.train import default_learning_rate
 
 
@@ -296,6 +296,25 @@ def test_learning_rates_are_as_good_as_what_the_reference_found():
         assert record["best_rate"] == rates[best]
         kept = default_learning_rate(record["table"], record["optimizer"], record["training"])
         assert gaps[rates.index(kept)] - gaps[best] < 0.01, record
+
+
+def test_the_machine_measured_last_stands_first(monkeypatch, tmp_path):
+    _, found = report.reference("bench")
+    for name, day in (("a", "2026-01-02"), ("b", "2026-01-03"), ("c", "2026-01-01")):
+        folder = tmp_path / "results" / "reference" / name
+        folder.mkdir(parents=True)
+        dated = [{**record, "utc_time": f"{day}T00:00:00+00:00"} for record in found]
+        records.write(dated, folder / "bench.jsonl")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert [name for name, _ in report.references("bench")] == ["b", "a", "c"]
+    assert report.reference("bench")[0] == "b"
+    others = report.other_machines()
+    assert others.machine.str[0].tolist() == ["a", "c"]
+    ratios = report.targets_table(found).ratio
+    assert others.reached[0] == f"{int(ratios.str.endswith('reached').sum())} of {len(ratios)}"
+    assert others.missed[0].count(";") + 1 == ratios.str.endswith("missed").sum()
+    with pytest.raises(FileNotFoundError, match=r"no machine among results/reference has a rates\.jsonl"):
+        report.reference("rates")
 
 
 def test_counting_is_shown_fastest_first():
