@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cemb import reference
 from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import cpu
+from cemb.kernels import buckets, cpu
 from cemb.touched import TouchedGradient
 
 Spec = HashSpec | FullSpec
@@ -259,15 +259,23 @@ class _TouchedPairScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, pairs, spec, context_offset, dropout, seed, touched):
+        drop = PairDropout(dropout, int(seed))
         ctx.save_for_backward(weight, pairs)
-        ctx.constants = spec, context_offset, PairDropout(dropout, int(seed))
-        ctx.touched = touched
-        return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+        ctx.constants = spec, context_offset, drop
+        pool = _array(weight.reshape(-1))
+        ctx.touched, ctx.values = touched, touched.room_for_values(len(pairs), spec, pool.dtype)
+        if ctx.values is None:
+            return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+        reference.check_ids(pairs, spec.num_embeddings)
+        scores = weight.new_empty(len(pairs))
+        ids = pairs.long().contiguous().numpy()
+        buckets.pair_scores(pool, ids, spec, context_offset, drop, scores.numpy(), ctx.values)
+        return scores
 
     @staticmethod
     def backward(ctx, grad):
         weight, pairs = ctx.saved_tensors
-        ctx.touched.add(grad, weight, pairs, *ctx.constants)
+        ctx.touched.add(grad, weight, pairs, *ctx.constants, ctx.values)
         return (None,) * 7
 
 
@@ -282,7 +290,9 @@ def pair_scores(
 ) -> Tensor:
     """Dot product of the two rows of each pair of ids, with dropout on both, from the pool itself.
 
-    Nothing of size [n, 2, dim] is made, forward or backward: both hash again what they need.
+    Nothing of size [n, 2, dim] is made, forward or backward: both hash again what they need. The exception
+    is block size 1 under an optimizer of `cemb.optim`, where the values are kept, see
+    `cemb.kernels.buckets`.
 
     Args:
         weight: the pool ``[spec.pool_size]``, or a full table ``[num_embeddings, embedding_dim]``.

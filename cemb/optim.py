@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cemb.kernels import updates
-from cemb.touched import TouchedGradient, advise_huge_pages, whole
+from cemb.touched import TouchedGradient, advise_huge_pages
 
 
 class _Touched(torch.optim.Optimizer):
@@ -58,11 +58,13 @@ class _Touched(torch.optim.Optimizer):
                 weight, rule = parameter.view(-1).numpy(), self._rule(group, state["step"])
                 if parameter.grad is None:
                     touched.update(weight, arrays, rule)
-                    continue
-                dense = parameter.grad.view(-1).numpy()
-                touched.add_to(dense, weight)
-                updates.update_runs(weight, arrays, rule, whole(dense), clear=False)
-                touched.clear()
+                else:
+                    dense = parameter.grad.view(-1).numpy()
+                    touched.add_to(dense, weight)
+                    updates.update_dense(weight, arrays, rule, dense)
+                    touched.clear()
+                # Kernels write past autograd, which would let a graph of before the step be used after it.
+                torch.autograd.graph.increment_version(parameter)
         return loss
 
     def _initial(self, group: dict) -> float:
@@ -116,8 +118,7 @@ class LazyAdam(_Touched):
 
     `torch.optim.SparseAdam` does the same for sparse gradients. Dense Adam goes on moving a value by its
     decaying mean, and lets the square decay, in steps that do not touch it; the two agree only where every
-    step touches everything. A pool whose blocks are shorter than `cemb.touched.MIN_BLOCK_SIZE` counts as
-    touched everywhere.
+    step touches everything. A pool of block size 1 counts as touched everywhere.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")

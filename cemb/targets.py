@@ -1,7 +1,7 @@
 """What the kernels are to reach on two cores, and what memory allows at best. It judges records."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SMALL, LARGE = 262_144, 100_000_000  # values in a pool, as in the 2021 project
 ROWS = 1_000_000
@@ -68,6 +68,11 @@ def targets() -> list[Target]:
     return [*found, large]
 
 
+def of_one_rule(target: Target) -> Target:
+    """The target against those alone that compute the same: without Adagrad that has one state for a row."""
+    return replace(target, theirs=tuple(t for t in target.theirs if t["table"] != "full-fbgemm-rowwise"))
+
+
 def check_targets(found: list[dict], say: Callable[[str], None] = print) -> bool:
     """Say of each target whether it is reached; returns whether all measured ones are."""
     reached = []
@@ -103,9 +108,10 @@ def floor_ms(record: dict, rates: dict) -> float | None:
     Full tables with sparse or touched gradients: the rows of the batch come from memory once and go back
     once, as do the optimizer's states of them. Dense ones: moreover the gradient is written and read, weights
     and states read and written, all in order. Hashed tables: in a large pool as full ones, by the cache lines
-    of blocks; in a small one each line is taken from cache three times, once forward, once backward and once
-    to add to it, and the whole pool is then visited as a dense table. Passes that a larger cache would
-    save, the hash and all arithmetic are left out. None on a GPU.
+    of blocks, or, if that is less, lines come from memory once and the step goes through pool and states in
+    order; in a small pool each line is taken from cache three times, once forward, once backward and once to
+    add to it, and the whole pool is then visited as a dense table. Passes that a larger cache would save, the
+    hash and all arithmetic are left out. None on a GPU.
     """
     if record["device"] != "cpu":
         return None
@@ -123,5 +129,6 @@ def floor_ms(record: dict, rates: dict) -> float | None:
     lines = blocks * (record["block_size"] * 4 + 60) / 64  # of 64 bytes, on average
     if size <= SMALL:
         return 1e3 * (3 * lines / rates["cached_gathers_per_s"] + dense_s)
-    line_s = min(1 / rates["random_values_per_s"], row_s * 64 / (400 + 60))
-    return 1e3 * passes * lines * line_s
+    lines_s = lines * min(1 / rates["random_values_per_s"], row_s * 64 / (400 + 60))
+    in_order_s = passes * size * 4 / (rates["stream_gb_per_s"] * 1e9)
+    return 1e3 * (lines_s + min((passes - 1) * lines_s, in_order_s))

@@ -5,14 +5,11 @@ import mmap
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import cpu, runs, updates
+from cemb.kernels import buckets, cpu, runs, updates
 
-# Shorter blocks touch most cache lines of a large pool at real batch sizes, so all of it is visited.
-MIN_BLOCK_SIZE = 8
 _HUGE_PAGES_FROM = 2**24  # bytes
 
 
@@ -35,22 +32,31 @@ class TouchedGradient:
     """The gradient of one pool or full table since it was last cleared, as the pairs that it comes from.
 
     It is worked out when a step needs it, and most of it then only in passing: the weights, and the pairs,
-    must stay as they are until then. Blocks shorter than `MIN_BLOCK_SIZE` make it a dense one, kept in memory
-    of its own from step to step. Deterministic for any number of threads.
+    must stay as they are until then. At block size 1 it comes from the values that the forward pass kept, and
+    the weights may change. Deterministic for any number of threads.
     """
 
     def __init__(self):
-        self._dense: np.ndarray | None = None
-        self._is_dense = False
         self._seen: list[tuple[np.ndarray, ...]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._geometry = None
-        self._room: runs.Room | None = None
+        self._room: runs.Room | buckets.Buckets | None = None
+        self._spare_values: np.ndarray | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was added since the last clearing."""
         return not self._seen
+
+    def room_for_values(
+        self, num_pairs: int, spec: HashSpec | FullSpec, dtype: np.dtype
+    ) -> np.ndarray | None:
+        """Memory ``[num_pairs, 2, embedding_dim]`` for what the forward pass is to keep; None for nothing."""
+        if not _is_single(spec):
+            return None
+        spare, self._spare_values = self._spare_values, None
+        shape = (num_pairs, 2, spec.embedding_dim)
+        return spare if spare is not None and spare.shape == shape else np.empty(shape, dtype)
 
     def add(
         self,
@@ -60,10 +66,12 @@ class TouchedGradient:
         spec: HashSpec | FullSpec,
         context_offset: int,
         dropout: PairDropout,
+        values: np.ndarray | None,
     ) -> None:
         """Add the gradient of ``Σ grad[i] · score[i]`` of pairs ``[n, 2]`` with respect to `weight`.
 
-        Raises RuntimeError if pairs of another table were added since the last clearing.
+        `values` is what the forward pass kept, see `room_for_values`. Raises RuntimeError if pairs of another
+        table were added since the last clearing.
         """
         if self._seen and self._geometry != (spec, context_offset):
             raise RuntimeError(
@@ -72,22 +80,16 @@ class TouchedGradient:
             )
         if self._geometry != (spec, context_offset):
             self._geometry, self._room = (spec, context_offset), None
-        self._is_dense = isinstance(spec, HashSpec) and spec.block_size < MIN_BLOCK_SIZE
-        self._versions += [(tensor, tensor._version) for tensor in (weight, pairs)]
-        values, ids = weight.detach().view(-1).numpy(), pairs.long().contiguous().numpy()
+        needed = (weight, pairs) if values is None else (pairs,)
+        self._versions += [(tensor, tensor._version) for tensor in needed]
+        ids = pairs.long().contiguous().numpy()
         grad = grad.detach().contiguous().numpy()
-        if self._is_dense:
-            if self._dense is None:
-                zeros = torch.empty(weight.numel(), dtype=weight.dtype)
-                self._dense = advise_huge_pages(zeros).zero_().numpy()
-            cpu.pair_scores_backward(grad, values, ids, spec, context_offset, dropout, self._dense)
-            self._seen.append(())
-        else:
-            kept = cpu.draw(len(ids), spec.embedding_dim, dropout)
-            self._seen.append((ids, kept, grad * grad.dtype.type(dropout.scale)))
+        kept = cpu.draw(len(ids), spec.embedding_dim, dropout)
+        batch = (ids, kept, grad * grad.dtype.type(dropout.scale))
+        self._seen.append(batch if values is None else (*batch, values))
 
     def _batch(self) -> tuple[np.ndarray, ...]:
-        """All pairs seen, with what dropout keeps of them and their factors."""
+        """All pairs seen, with what dropout keeps of them, their factors, and the values kept if any were."""
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
@@ -100,40 +102,37 @@ class TouchedGradient:
 
     def clear(self) -> None:
         """Forget the gradient; its memory is kept for the next."""
-        if self._is_dense and self._seen:
-            self._dense[:] = 0
-        self._forget()
-
-    def _forget(self) -> None:
+        if self._seen and len(self._seen[0]) == 4:
+            self._spare_values = self._seen[0][3]
         self._seen, self._versions = [], []
 
     def add_to(self, dense: np.ndarray, weight: np.ndarray) -> None:
         """Add the gradient, with respect to `weight`, to a dense one."""
         if self.is_empty:
             return
-        if self._is_dense:
-            dense += self._dense
+        rule = updates.Rule(updates.SGD, -1.0)
+        if _is_single(self._geometry[0]):
+            self._room = buckets.pair_buckets(*self._batch(), *self._geometry, self._room)
+            updates.update_buckets(dense, (), rule, self._room)
             return
         self._room = runs.pair_runs(weight, *self._batch(), *self._geometry, self._room)
-        updates.update_runs(dense, (), updates.Rule(updates.SGD, -1.0), self._room.runs, clear=False)
+        updates.update_runs(dense, (), rule, self._room.runs)
 
     def update(self, weight: np.ndarray, states: Sequence[np.ndarray], rule: updates.Rule) -> None:
         """Update weights and an optimizer's states by `rule`, and forget the gradient."""
-        if self._is_dense:
-            updates.update_runs(weight, states, rule, whole(self._dense), clear=True)
+        batch = self._batch()
+        spec, context_offset = self._geometry
+        if _is_single(spec):
+            self._room = buckets.pair_buckets(*batch, spec, context_offset, self._room)
+            updates.update_buckets(weight, states, rule, self._room)
         else:
-            batch = self._batch()
-            spec, context_offset = self._geometry
             # Sums first, then what stands alone, then the sums' steps: each needs weights the next one moves.
             self._room = runs.pair_runs(weight, *batch, spec, context_offset, self._room, is_whole=False)
             updates.update_alone(weight, states, rule, *batch, self._room.alone, spec, context_offset)
-            updates.update_runs(weight, states, rule, self._room.runs, clear=False)
-        self._forget()
+            updates.update_runs(weight, states, rule, self._room.runs)
+        self.clear()
 
 
-def whole(values: np.ndarray) -> runs.Runs:
-    """A dense gradient as runs: one slice for each thread."""
-    threads = cpu.num_threads()
-    borders = np.arange(threads + 1) * values.size // threads
-    bounds = np.stack((borders[:-1], borders[1:]), axis=1)
-    return runs.Runs(values, bounds, bounds, np.ones(threads, np.int64))
+def _is_single(spec: HashSpec | FullSpec) -> bool:
+    """Whether each value is located by itself, so that no two are neighbours in memory."""
+    return isinstance(spec, HashSpec) and spec.block_size == 1

@@ -49,6 +49,13 @@ def test_a_ratio_is_to_the_best_peer_under_either_setting():
     assert target.evaluate([]) is None
 
 
+def test_peers_of_another_rule_can_be_left_out():
+    target = targets.targets()[0]
+    found = [*_found(3.0), _record("full-fbgemm-rowwise", 6.0)]
+    assert target.evaluate(found)[0] == pytest.approx(0.5)
+    assert targets.of_one_rule(target).evaluate(found)[0] == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(("hashed_ms", "reached"), [(3.0, True), (6.1, False)])
 def test_targets_are_judged(hashed_ms, reached):
     said = []
@@ -68,9 +75,9 @@ def test_too_much_memory_is_a_miss():
 
 
 def test_floors_count_what_must_move():
-    def floor(table, optimizer="sgd", **fields):
+    def floor(table, optimizer="sgd", rates=RATES, **fields):
         case = dataclasses.replace(speed.SpeedCase(table, optimizer), **fields)
-        return targets.floor_ms(dataclasses.asdict(case), RATES)
+        return targets.floor_ms(dataclasses.asdict(case), rates)
 
     rows_ms = 65_536 / 2e7 * 1e3
     assert floor("full", sparse_gradients=True) == pytest.approx(2 * rows_ms)
@@ -78,8 +85,13 @@ def test_floors_count_what_must_move():
     # Dense: rows once, then the gradient written and read, weights read and written, 0.4 GB each.
     assert floor("full") == pytest.approx(rows_ms + 4 * 40)
     # One value a line at block size 1; a 64th of 460 bytes of a row, or a single value, whichever is less.
+    lines_ms = 6_553_600 * min(1e-8, 64 / 460 / 2e7) * 1e3
     large = floor("hashed", pool_size=targets.LARGE)
-    assert large == pytest.approx(2 * 6_553_600 * min(1e-8, 64 / 460 / 2e7) * 1e3)
+    assert large == pytest.approx(2 * lines_ms)
+    # Where reading in order is fast, a step had better visit everything: 0.4 GB six times.
+    fast = {**RATES, "stream_gb_per_s": 100}
+    in_order = floor("hashed", "adam", fast, pool_size=targets.LARGE)
+    assert in_order == pytest.approx(lines_ms + 6 * 4)
     small = floor("hashed", pool_size=targets.SMALL)
     assert small == pytest.approx(3 * 6_553_600 / 1e9 * 1e3 + 4 * 2**20 / 1e10 * 1e3)
     assert targets.floor_ms({"device": "cuda"}, RATES) is None

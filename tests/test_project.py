@@ -23,7 +23,7 @@ LAYERS = (
     ("corpus", "cooccurrence"),
     ("counting",),
     ("kernels.cpu", "kernels.cuda"),
-    ("kernels.runs", "kernels.floors"),
+    ("kernels.runs", "kernels.buckets", "kernels.floors"),
     ("kernels.updates",),
     ("touched",),
     ("ops", "optim"),

@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit, prange
 
 from cemb import hashing
-from cemb.kernels import cpu, lanes, runs
+from cemb.kernels import buckets, cpu, lanes, runs
+from cemb.kernels.buckets import SLICE_BITS
 
 SGD, ADAGRAD, ADAM = range(3)
 
@@ -82,6 +83,24 @@ def _add(scratch, first, piece_starts, piece_ends, pieces, array, factor):
 
 
 @njit(inline="always")
+def _advance(rule, constants, values, first, moves, means, squares, total):
+    """Advance states by a gradient ``values[first:first + total]``; `moves` is what the rate multiplies."""
+    one = values.dtype.type(1)
+    _, eps, beta1, beta2 = constants
+    if rule == ADAGRAD:
+        for x in range(total):
+            value = values[first + x]
+            squares[x] += value * value
+            moves[x] = value / (np.sqrt(squares[x]) + eps)
+    else:
+        for x in range(total):
+            value = values[first + x]
+            means[x] += (one - beta1) * (value - means[x])
+            squares[x] += (one - beta2) * (value * value - squares[x])
+            moves[x] = means[x] / (np.sqrt(squares[x]) + eps)
+
+
+@njit(inline="always")
 def _apply(
     rule,
     constants,
@@ -97,36 +116,51 @@ def _apply(
     scratch,
 ):
     """Update the pieces with their gradient ``values[first:first + total]``."""
-    one = weight.dtype.type(1)
-    rate, eps, beta1, beta2 = constants
+    one, rate = weight.dtype.type(1), constants[0]
     if rule == SGD:
         _add(values, first, piece_starts, piece_ends, pieces, weight, -rate)
         return
     moves, means, squares = scratch[0], scratch[1], scratch[2]
     if rule == ADAGRAD:
         _gather(first_state, piece_starts, piece_ends, pieces, squares, one)
-        for x in range(total):
-            value = values[first + x]
-            squares[x] += value * value
-            moves[x] = value / (np.sqrt(squares[x]) + eps)
+        _advance(rule, constants, values, first, moves, means, squares, total)
         _scatter(squares, piece_starts, piece_ends, pieces, first_state, one)
     else:
         _gather(first_state, piece_starts, piece_ends, pieces, means, one)
         _gather(second_state, piece_starts, piece_ends, pieces, squares, one)
-        for x in range(total):
-            value = values[first + x]
-            means[x] += (one - beta1) * (value - means[x])
-            squares[x] += (one - beta2) * (value * value - squares[x])
-            moves[x] = means[x] / (np.sqrt(squares[x]) + eps)
+        _advance(rule, constants, values, first, moves, means, squares, total)
         _scatter(means, piece_starts, piece_ends, pieces, first_state, one)
         _scatter(squares, piece_starts, piece_ends, pieces, second_state, one)
     _add(moves, 0, piece_starts, piece_ends, pieces, weight, -rate)
 
 
+@njit(inline="always")
+def _apply_slice(rule, constants, weight, first_state, second_state, values, moves):
+    """Update consecutive weights with their gradient."""
+    rate = constants[0]
+    for low in range(0, values.shape[0], _TILE):
+        high = min(low + _TILE, values.shape[0])
+        # Hardware prefetches no further than a page, which is a tile of float32.
+        cpu._prefetch_run(weight, high, _TILE)
+        if rule != SGD:
+            cpu._prefetch_run(first_state, high, _TILE)
+        if rule == ADAM:
+            cpu._prefetch_run(second_state, high, _TILE)
+        weights, gradient = weight[low:high], values[low:high]
+        if rule == SGD:
+            for x in range(weights.shape[0]):
+                weights[x] -= rate * gradient[x]
+            continue
+        # Adagrad has but squares.
+        means = first_state[low:high]
+        squares = means if rule == ADAGRAD else second_state[low:high]
+        _advance(rule, constants, gradient, 0, moves, means, squares, weights.shape[0])
+        for x in range(weights.shape[0]):
+            weights[x] -= rate * moves[x]
+
+
 @njit(parallel=True, cache=True, nogil=True)
-def _update_runs(
-    weight, first_state, second_state, rule, constants, values, starts_of, offsets_of, counts, clear
-):
+def _update_runs(weight, first_state, second_state, rule, constants, values, starts_of, offsets_of, counts):
     for t in prange(counts.shape[0]):
         piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
         scratch = np.empty((3, _TILE), weight.dtype)
@@ -153,9 +187,31 @@ def _update_runs(
                 total,
                 scratch,
             )
-            if clear:
-                values[first : first + total] = 0
             first += total
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _update_dense(weight, first_state, second_state, rule, constants, gradient, threads):
+    for t in prange(threads):
+        low, high = weight.shape[0] * t // threads, weight.shape[0] * (t + 1) // threads
+        moves = np.empty(_TILE, weight.dtype)
+        first, second = first_state[low:high], second_state[low:high]
+        _apply_slice(rule, constants, weight[low:high], first, second, gradient[low:high], moves)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _update_buckets(weight, first_state, second_state, rule, constants, entries, starts, threads):
+    slices = starts.shape[0] - 1
+    for t in prange(threads):
+        sums, moves = np.zeros(1 << SLICE_BITS, weight.dtype), np.empty(_TILE, weight.dtype)
+        for b in range(slices * t // threads, slices * (t + 1) // threads):
+            for x in range(starts[b], starts[b + 1]):
+                sums[np.int64(entries[x, 1])] += entries[x, 0]
+            low = b << SLICE_BITS
+            high = min(low + (1 << SLICE_BITS), weight.shape[0])
+            first, second = first_state[low:high], second_state[low:high]
+            _apply_slice(rule, constants, weight[low:high], first, second, sums[: high - low], moves)
+            sums[:] = 0
 
 
 @njit(inline="always")
@@ -262,13 +318,27 @@ def _arguments(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule):
     return weight, first, second, rule.kind, constants
 
 
-def update_runs(
-    weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: runs.Runs, *, clear: bool
-) -> None:
-    """Update weights and states at the runs of a gradient; `clear` then zeroes the values of the runs."""
+def update_runs(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: runs.Runs) -> None:
+    """Update weights and states at the runs of a gradient."""
     with cpu._launch:
         cpu._set_threads()
-        _update_runs(*_arguments(weight, states, rule), *gradient, clear)
+        _update_runs(*_arguments(weight, states, rule), *gradient)
+
+
+def update_dense(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: np.ndarray) -> None:
+    """Update all weights and states with a dense gradient."""
+    with cpu._launch:
+        threads = cpu._set_threads()
+        _update_dense(*_arguments(weight, states, rule), gradient, threads)
+
+
+def update_buckets(
+    weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: buckets.Buckets
+) -> None:
+    """Update all weights and states; where the buckets of a gradient have no entry, it is zero."""
+    with cpu._launch:
+        threads = cpu._set_threads()
+        _update_buckets(*_arguments(weight, states, rule), gradient.entries, gradient.starts, threads)
 
 
 def update_alone(
