@@ -6,6 +6,7 @@ the last build.
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from cemb import records, report, study
+from cemb import provenance, records, report, study
 
 ROOT = records.ROOT
 BOOK = ROOT / "book"
@@ -46,10 +47,26 @@ def stage(runs: list[study.Run], found: list[dict], source: Path) -> None:
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("build.py", "__pycache__", "_ext"))
     shutil.copy(ROOT / "CHANGELOG.md", source / "changelog.md")
     for run in runs:
-        shutil.copy(study.run_dir(run) / "run.ipynb", source / "runs" / f"{run.name}.ipynb")
+        own = [record for record in found if record["run"] == run.name]
+        stage_run(run, own, source / "runs" / f"{run.name}.ipynb")
     (source / "data").mkdir()
+    for machine, kind, measured in provenance.published():
+        name = f"{machine}-{kind}"
+        shutil.copy(
+            ROOT / "results" / "reference" / machine / f"{kind}.jsonl", source / "data" / f"{name}.jsonl"
+        )
+        page = source / "runs" / f"reference-{name}.md"
+        page.write_text(provenance.reference_page(machine, kind, measured), encoding="utf-8")
     for kind in ("pmi", "speed", "quality", "frontier"):
         (source / "data" / f"{kind}.csv").write_text(report.csv_text(found, kind), encoding="utf-8")
+
+
+def stage_run(run: study.Run, found: list[dict], page: Path) -> None:
+    """Write a run's executed notebook with an end that says where its numbers come from."""
+    notebook = json.loads((study.run_dir(run) / "run.ipynb").read_text(encoding="utf-8"))
+    text = provenance.run_section(run, found, os.environ.get("CEMB_GRID") or "default")
+    notebook["cells"].append({"cell_type": "markdown", "id": "provenance", "metadata": {}, "source": text})
+    page.write_text(json.dumps(notebook), encoding="utf-8")
 
 
 def main() -> int:

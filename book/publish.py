@@ -15,7 +15,7 @@ import sys
 
 import matplotlib.pyplot as plt
 
-from cemb import plots, records, report, study
+from cemb import plots, provenance, records, report, study
 
 README = records.ROOT / "README.md"
 REFERENCES = records.ROOT / "results" / "reference"
@@ -56,9 +56,9 @@ def main() -> int:
         print(f"nothing to publish: {error}", file=sys.stderr)
         return 1
     records.write(found, folder / "records.jsonl")
-    for other in ("bench.jsonl", "rates.jsonl", "second.jsonl", "counting.jsonl", "scaling.jsonl"):
-        if (local := records.results_dir() / "local" / other).exists():
-            records.write(records.read(local), folder / other)
+    for kind, measurement in provenance.MEASUREMENTS.items():
+        if measurement.module and (local := records.results_dir() / "local" / f"{kind}.jsonl").exists():
+            records.write(records.read(local), folder / f"{kind}.jsonl")
     figure = plots.answer(report.answer_frame(found))
     figure.savefig(folder / "answer.svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)

@@ -280,6 +280,18 @@ def _rates(arguments: argparse.Namespace) -> None:
 def _study(arguments: argparse.Namespace) -> int:
     from cemb import study
 
+    if arguments.published:
+        if not arguments.check:
+            raise ValueError("--published goes with --check: published records are never made anew here")
+        from cemb.provenance import published_staleness
+
+        found = published_staleness()
+        for stale in found:
+            print(stale)
+        print(
+            "published records are of the present code and versions" if not found else f"{len(found)} stale"
+        )
+        return 1 if found else 0
     runs = study.select(
         study.study_runs(arguments.grid, arguments.corpus),
         arguments.optimizer,
@@ -458,6 +470,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--run", nargs="+", help="only these names, or patterns such as 'growth-*'")
     study.add_argument("--workers", type=int, help="untimed runs side by side")
     study.add_argument("--check", action="store_true", help="only say what is stale and why; status 1 if any")
+    study.add_argument("--published", action="store_true", help="with --check: of results/reference instead")
     return parser
 
 

@@ -76,16 +76,21 @@ class Ratio:
         return f"{self.value:.1f} times slower"
 
 
-def time_ratio(numerator: dict, denominator: dict, num_bootstrap: int = 2000) -> Ratio:
-    """Median total time of one speed record over another's, which should come from the same run."""
+def time_ratio(
+    numerator: dict, denominator: dict, num_bootstrap: int = 2000, *, phase: str = "total"
+) -> Ratio:
+    """Median time of one speed record over another's, of a phase or in total.
+
+    To be fair, both come from the same run.
+    """
     rng = np.random.default_rng(0)
     medians = []
     for record in (numerator, denominator):
-        repeats = np.array(record["total_ms_repeats"])
+        repeats = np.array(record[f"{phase}_ms_repeats"])
         samples = rng.integers(len(repeats), size=(num_bootstrap, len(repeats)))
         medians.append(np.median(repeats[samples], axis=1))
     low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
-    return Ratio(numerator["total_ms"] / denominator["total_ms"], float(low), float(high))
+    return Ratio(numerator[f"{phase}_ms"] / denominator[f"{phase}_ms"], float(low), float(high))
 
 
 def speed_record(
@@ -533,19 +538,30 @@ def beats_trivial(found: list[dict], ratio: float) -> str:
     return ", ".join(rows.method) or "none"
 
 
+def costliest_rounding(found: list[dict]) -> dict | None:
+    """The record of the trained table to whose gap rounding to int8 added the most; None if there is none."""
+    rounded = [r for r in found if r.get("float32_gap") is not None]
+    return max(rounded, key=lambda r: r["gap"] - r["float32_gap"], default=None)
+
+
 def rounding_cost(found: list[dict]) -> str:
     """The most that rounding a trained table to int8 added to its gap."""
-    costs = [r["gap"] - r["float32_gap"] for r in found if r.get("float32_gap") is not None]
-    return f"{max(costs):.4f}" if costs else "(not measured)"
+    record = costliest_rounding(found)
+    return "(not measured)" if record is None else f"{record['gap'] - record['float32_gap']:.4f}"
+
+
+def best_rounded_point(found: list[dict], ratio: float) -> dict | None:
+    """The record of the trained table rounded to int8 of the smallest gap at a ratio asked for."""
+    rows = [point(found, name, ratio) for group in ("int8", "int8-others") for name in study.FRONTIER[group]]
+    rows = [r for r in rows if r is not None and r["gap"] is not None]
+    return min(rows, key=lambda r: r["gap"], default=None)
 
 
 def best_rounded(found: list[dict], ratio: float) -> str:
-    """The trained table rounded to int8 of the smallest gap at a ratio asked for, and that gap."""
-    rows = [point(found, name, ratio) for group in ("int8", "int8-others") for name in study.FRONTIER[group]]
-    rows = [r for r in rows if r is not None and r["gap"] is not None]
-    if not rows:
+    """The table of `best_rounded_point`, and its gap."""
+    best = best_rounded_point(found, ratio)
+    if best is None:
         return "(not measured)"
-    best = min(rows, key=lambda r: r["gap"])
     return f"{best['method'].removesuffix(', then int8')}, {gap_text(best)}"
 
 
@@ -672,19 +688,21 @@ def csv_text(found: list[dict], kind: str) -> str:
     return rows.to_csv(index=False, lineterminator="\n")
 
 
-def show(table: pd.DataFrame):
+def show(
+    table: pd.DataFrame, *, nothing: str = "Not among these records; PROFILE=full make book measures it."
+):
     """A table as the book shows it: no index, text cells left, figures right, the same markup each time.
 
-    An empty one says that there is nothing.
+    In place of an empty one stands `nothing`.
     """
     if table.empty:
-        table = pd.DataFrame({"what": ["Not among these records; PROFILE=full make book measures it."]})
+        table = pd.DataFrame({"what": [nothing]})
     # The style's rules are global to a page, so tables of other columns need names of their own.
     name = hashlib.sha256(" ".join(table.columns).encode()).hexdigest()[:8]
     numeric = [
         c
         for c in table.columns
-        if c not in ("optimizer", "table", "run", "word", "what", "use", "fewer bytes")
+        if c not in ("optimizer", "table", "run", "word", "what", "use", "fewer bytes", "machine", "why")
     ]
     return (
         table.style.hide(axis="index")

@@ -14,6 +14,66 @@ from cemb import __main__ as command_line
 from cemb import measure, records, report, speed
 
 
+@pytest.fixture
+def schedstat(monkeypatch, tmp_path):
+    """Two threads in place of /proc/self/task; the function given adds milliseconds to what both waited."""
+    waited_ns = {"1": 5_000_000, "2": 7_000_000}
+
+    def wait(milliseconds):
+        for task in waited_ns:
+            waited_ns[task] += int(milliseconds * 1e6)
+            (tmp_path / "task" / task).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "task" / task / "schedstat").write_text(f"123456789 {waited_ns[task]} 42\n")
+
+    wait(0)
+    monkeypatch.setattr(measure, "_TASKS", tmp_path / "task")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    return wait
+
+
+def test_waiting_for_a_processor_is_of_all_threads(schedstat, tmp_path):
+    assert measure.cpu_wait_ms() == 12
+    schedstat(1.5)
+    assert measure.cpu_wait_ms() == 15
+    (tmp_path / "task" / "3").mkdir()  # a thread that ended meanwhile
+    assert measure.cpu_wait_ms() == 15
+    for path in tmp_path.glob("task/*/schedstat"):
+        path.write_text("0\n")  # a kernel that does not count
+    assert measure.cpu_wait_ms() is None
+    # Two threads that both waited for half of a step of 20 ms.
+    assert measure.cpu_wait_share(20, 20) == 0.5
+
+
+def test_a_contended_step_is_timed_once_more(schedstat):
+    waits = iter([0, 0, 900, 0, 900, 800, 0])  # by call; the first two are warm-up
+    calls = []
+
+    def step(clock):
+        calls.append(next(waits))
+        schedstat(calls[-1])
+        with clock.phase("forward"):
+            pass
+        clock.phases_ms["forward"] = 1000.0
+
+    times = measure.interleave({"a": step}, repeats=3, warmup=2, rounds=1)["a"]
+    assert calls == [0, 0, 900, 0, 900, 800, 0]
+    assert times["cpu_wait"] == [0, 1600, 0]
+    assert times["total"] == [1000.0] * 3
+    fields = measure.summarize(times)
+    assert fields["cpu_wait_ms_repeats"] == [0, 1600, 0]
+    assert fields["cpu_wait_share"] == pytest.approx(1600 / (2 * 3000), abs=1e-4)
+    assert fields["is_contended"] is True
+    assert measure.summarize({"total": [100.0], "cpu_wait": [9.0]})["is_contended"] is False
+
+
+def test_where_waiting_is_not_counted_nothing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "_TASKS", tmp_path)
+    times = measure.interleave({"a": lambda clock: None}, repeats=2)["a"]
+    assert set(times) == {"total"}
+    assert set(measure.summarize(times)) == {"total_ms", "total_ms_repeats"}
+
+
+@pytest.mark.usefixtures("schedstat")
 def test_steps_are_interleaved_and_counted():
     calls = []
 
@@ -31,6 +91,7 @@ def test_steps_are_interleaved_and_counted():
     # First turn: 2 warm-up calls and 2 timed; second: 1 and 3.
     assert "".join(calls) == "aaaabbbbaaaabbbb"
     for phases in times.values():
+        assert phases.pop("cpu_wait") == [0] * 5
         assert {phase: len(values) for phase, values in phases.items()} == {
             "forward": 5,
             "gradient": 5,

@@ -40,6 +40,8 @@ LAYERS = (
     ("bench", "counting_bench"),
     ("study", "plots"),
     ("report",),
+    ("compare",),
+    ("provenance",),
     ("__init__", "__main__"),
 )
 
@@ -94,7 +96,7 @@ def test_imports_follow_the_flow_of_data():
 
 
 def test_the_package_imports_without_torch():
-    code = "import sys, cemb.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, cemb.provenance, cemb.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

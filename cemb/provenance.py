@@ -1,0 +1,268 @@
+"""Where the book's numbers come from: what stands behind each, and whether the present code made it."""
+
+import functools
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from cemb import records, study
+from cemb.compare import record_name
+
+VERSIONS = ("python_version", *(f"{package}_version" for package in records.KEY_PACKAGES))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A kind of file that reference machines have: what its records are of, and what makes them."""
+
+    title: str
+    command: str
+    module: str | None = None  # None: the study's notebooks
+
+
+# By the file's name under results/reference/MACHINE, without .jsonl.
+MEASUREMENTS = {
+    "records": Measurement("the study", "python -m cemb study --grid full"),
+    "bench": Measurement(
+        "the benchmark", "python -m cemb bench --targets --out results/local/bench.jsonl", "cemb.bench"
+    ),
+    "rates": Measurement(
+        "learning rates", "python -m cemb rates --out results/local/rates.jsonl", "cemb.quality"
+    ),
+    "second": Measurement(
+        "a second corpus",
+        "python -m cemb frontier --corpus wordnet.txt --ratio 4 8 16 32 --out results/local/second.jsonl",
+        "cemb.frontier",
+    ),
+    "counting": Measurement(
+        "counting",
+        "python -m cemb bench-counting --targets --out results/local/counting.jsonl",
+        "cemb.counting_bench",
+    ),
+    "scaling": Measurement(
+        "counting, by size",
+        "python -m cemb scaling --memory 512MiB --out results/local/scaling.jsonl",
+        "cemb.counting_bench",
+    ),
+}
+
+
+def published() -> Iterator[tuple[str, str, list[dict]]]:
+    """Machine, kind of file and records of all that reference machines measured, by name."""
+    for folder in sorted((records.ROOT / "results" / "reference").iterdir()):
+        for kind in MEASUREMENTS:
+            if (path := folder / f"{kind}.jsonl").exists():
+                yield folder.name, kind, records.read(path)
+
+
+def label(source: str, kind: str | None = None) -> str:
+    """The target, on the page of a run or of a reference machine's file, that numbers link to."""
+    return f"provenance-{source}" + (f"-{kind}" if kind else "")
+
+
+def glue(name: str, value: object, source: Mapping | str | None) -> None:
+    """Glue a value into a page of the book, as a link to where it comes from.
+
+    Args:
+        name: What ``{glue:text}`` calls it.
+        value: What is shown.
+        source: The record of the study, or the `label` of the run or file, that it was measured in; None for
+            what was not measured, such as settings, sizes and names. A record without a run stands for none.
+    """
+    import IPython
+
+    data, metadata = IPython.core.formatters.format_display_data(value)
+    metadata["scrapbook"] = {"name": name, "mime_prefix": ""}  # as myst_nb.glue does
+    if isinstance(source, str):
+        metadata["provenance"] = source
+    elif source is not None and "run" in source:
+        metadata["provenance"] = label(source["run"])
+    IPython.display.display(data, raw=True, metadata=metadata)
+
+
+def study_command(run: study.Run, grid: str) -> str:
+    """The command that runs one run of a grid again, from the repository's folder."""
+    command = f"python -m cemb study --grid {grid} --run {run.name}"
+    corpus = run.parameters.get("corpus")
+    if corpus not in (None, study.catalog.DEFAULT_CORPUS):
+        if corpus not in study.catalog.CORPORA:
+            corpus = os.path.relpath(study.NOTEBOOKS / corpus, records.ROOT)
+        command += f" --corpus {shlex.quote(corpus)}"
+    return command
+
+
+def _facts(found: list[dict], command: str, code: str) -> list[str]:
+    """The lines of a table of where records come from."""
+    place = found[0]
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(record.get(name) or "none") for record in found}))
+
+    commits = sorted(
+        {(r["git_commit"] or "no commit")[:10] + (" and edits" if r["git_dirty"] else "") for r in found}
+    )
+    fingerprints = {r.get("corpus_fingerprint") or r.get("pmi_corpus_fingerprint") for r in found} - {None}
+    facts = {
+        "to run it again": f"`{command}`",
+        "code": code,
+        "commit": ", ".join(commits),
+        "machine": f"{place['device_name']}, {place['cpu_count']} processors, {all_of('threads')} threads",
+        "huge pages": place["transparent_huge_pages"],
+        "`THP_MEM_ALLOC_ENABLE`": all_of("thp_mem_alloc_enable"),
+        "versions": ", ".join(f"{name.removesuffix('_version')} {place[name]}" for name in VERSIONS),
+        "corpus": ", ".join(sorted(fingerprints)),
+        "measured": f"{min(r['utc_time'] for r in found)} to {max(r['utc_time'] for r in found)}",
+    }
+    return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items() if text)]
+
+
+def _repeats(found: list[dict]) -> list[str]:
+    """The raw repeats of records that have any, as a block of text."""
+    lines = []
+    for record in found:
+        for name, unit in (("total_ms_repeats", "ms"), ("count_s_repeats", "s")):
+            if name not in record:
+                continue
+            parts = [record.get("optimizer"), record_name(record), record.get("ids"), record.get("case")]
+            if "num_embeddings" in record:
+                parts.append(f"{record['num_embeddings']:,} rows")
+            if record.get("thp_mem_alloc_enable") == "1":
+                parts.append("huge pages")
+            what = ", ".join(filter(None, parts))
+            values = " ".join(f"{value:.4g}" for value in record[name])
+            note = " (contended: it waited for a processor)" if record.get("is_contended") else ""
+            lines.append(f"{what}{note}\n    {values} {unit}")
+    return ["", "Every repeat, in order of measurement:", "", "```text", *lines, "```"] if lines else []
+
+
+def run_section(run: study.Run, found: list[dict], grid: str) -> str:
+    """The end of a run's page, as MyST: its command, parameters, code, environment and raw repeats."""
+    code = f"`{found[0]['code_hash']}`, of `notebooks/{run.notebook}` and all of `cemb` that it reaches"
+    parameters = "\n".join(f"{name} = {value!r}" for name, value in run.parameters.items())
+    return "\n".join(
+        [
+            f"({label(run.name)})=",
+            "## Where these numbers come from",
+            "",
+            *_facts(found, study_command(run, grid), code),
+            "",
+            "What it was asked for, beside the notebook's defaults:",
+            "",
+            "```python",
+            parameters,
+            "```",
+            *_repeats(found),
+            "",
+        ]
+    )
+
+
+def reference_page(machine: str, kind: str, found: list[dict]) -> str:
+    """The page of a reference machine's file, as MyST; ``data/MACHINE-KIND.jsonl`` is the file beside it."""
+    measurement = MEASUREMENTS[kind]
+    hashes = sorted({record["code_hash"] for record in found if "code_hash" in record})
+    code = ", ".join(f"`{code}`" for code in hashes) or "of the commit"
+    return "\n".join(
+        [
+            f"({label(machine, kind)})=",
+            f"# {machine}: {measurement.title}",
+            "",
+            *_facts(found, measurement.command, code),
+            "",
+            f"All fields of its {len(found)} records: {{download}}`../data/{machine}-{kind}.jsonl`.",
+            *_repeats(found),
+            "",
+        ]
+    )
+
+
+def _reached_files(module: str) -> list[str]:
+    """Files of cemb that a module reaches by imports, its own among them, from the repository's folder."""
+    reached, todo = set(), {module}
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        todo |= records.imported_modules(records.module_path(name).read_text(encoding="utf-8")) - reached
+    return sorted(str(records.module_path(name).relative_to(records.ROOT)) for name in reached)
+
+
+@functools.cache
+def _changed_since(commit: str, module: str) -> str | None:
+    """What of a module's code changed since a commit, or that git cannot tell; None if nothing did."""
+    command = ["git", "diff", "--name-only", commit, "--", *_reached_files(module)]
+    try:
+        done = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"code: git does not know commit {commit[:10]} here"
+    changed = done.stdout.split()
+    return f"code: since {commit[:10]} changed {', '.join(changed)}" if changed else None
+
+
+def _code_staleness(record: dict, kind: str, runs: Mapping[str, study.Run]) -> str | None:
+    module = MEASUREMENTS[kind].module
+    if module:
+        commit = record["git_commit"]
+        return _changed_since(commit, module) if commit else "code: of no commit"
+    run = runs.get(record["run"])
+    if run is None:
+        return "code: the study has no such run any more"
+    now = _notebook_hash(run.notebook)
+    return None if record["code_hash"] == now else f"code: {record['code_hash']} → {now}"
+
+
+@functools.cache
+def _notebook_hash(notebook: str) -> str:
+    return records.code_hash(study.code_cells(study.NOTEBOOKS / notebook))
+
+
+@dataclass(frozen=True)
+class Stale:
+    """Records of a reference machine that the present code or environment did not make, and why."""
+
+    machine: str
+    kind: str
+    runs: tuple[str, ...]
+    why: str
+
+    def __str__(self) -> str:
+        runs = f" ({', '.join(self.runs)})" if self.runs else ""
+        return f"{self.machine}/{self.kind}.jsonl{runs}: {self.why}"
+
+
+def published_staleness() -> list[Stale]:
+    """What of the published references is not of the present code and versions.
+
+    The machine does not count, for it is the reference's own.
+    """
+    runs = {run.name: run for run in study.study_runs("full")}
+    now = records.environment()
+    found: dict[tuple[str, str, str], dict[str, None]] = {}
+    for machine, kind, published_records in published():
+        for record in published_records:
+            changed = [
+                f"{name}: {record.get(name)} → {now[name]}"
+                for name in VERSIONS
+                if record.get(name) != now[name]
+            ]
+            if code := _code_staleness(record, kind, runs):
+                changed.insert(0, code)
+            if changed:
+                stale = found.setdefault((machine, kind, "; ".join(changed)), {})
+                if "run" in record:
+                    stale[record["run"]] = None
+    return [Stale(machine, kind, tuple(names), why) for (machine, kind, why), names in found.items()]
+
+
+def staleness_table(found: list[Stale]) -> pd.DataFrame:
+    """`published_staleness` as the book shows it."""
+    return pd.DataFrame(
+        {
+            "what": [f"{stale.machine}: {MEASUREMENTS[stale.kind].title}" for stale in found],
+            "records of": [f"{len(stale.runs)} runs" if stale.runs else "all" for stale in found],
+            "why": [stale.why for stale in found],
+        }
+    )

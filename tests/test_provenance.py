@@ -1,0 +1,183 @@
+"""Where numbers come from: the ends of run pages, the pages of references, and what is stale of those."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from cemb import __main__ as command_line
+from cemb import provenance, records, study
+
+
+def _place(**fields):
+    return {
+        **records.environment(),
+        "device_name": "A Processor",
+        "threads": 2,
+        "git_commit": "c" * 40,
+        "git_dirty": False,
+        "utc_time": "2026-01-01T00:00:00+00:00",
+        **fields,
+    }
+
+
+def _speed_run():
+    return next(run for run in study.study_runs() if run.name == "speed-sgd-262144")
+
+
+def test_the_end_of_a_run_page_says_all_that_it_takes_to_get_its_numbers_again():
+    run = _speed_run()
+    found = [
+        _place(
+            run=run.name,
+            kind="speed",
+            label="full, dense gradients",
+            optimizer="sgd",
+            code_hash="0123456789abcdef",
+            total_ms_repeats=[1.5, 2.25],
+            is_contended=slow,
+            utc_time=f"2026-01-0{day}T00:00:00+00:00",
+        )
+        for slow, day in ((False, 1), (True, 2))
+    ]
+    text = provenance.run_section(run, found, "full")
+    for wanted in (
+        f"({provenance.label(run.name)})=",
+        "`0123456789abcdef`",
+        "cccccccccc",
+        "A Processor",
+        f"numpy {records.environment()['numpy_version']}",
+        "pool_size = 262144",
+        "1.5 2.25 ms",
+        "2026-01-01T00:00:00+00:00 to 2026-01-02T00:00:00+00:00",
+    ):
+        assert wanted in text
+    assert text.count("contended") == 1
+    (command,) = re.findall(r"`(python -m cemb study [^`]*)`", text)
+    parsed = command_line._parser().parse_args(shlex.split(command)[3:])
+    runs = study.select(study.study_runs(parsed.grid, parsed.corpus), names=parsed.run)
+    assert [selected.name for selected in runs] == [run.name]
+
+
+def test_the_command_names_a_corpus_that_is_not_the_default(tmp_path):
+    text = tmp_path / "my text.txt"
+    text.write_text("one two")
+    run = study.study_runs("smoke", str(text))[0]
+    parsed = command_line._parser().parse_args(shlex.split(provenance.study_command(run, "smoke"))[3:])
+    assert (ROOT / parsed.corpus).resolve() == text.resolve()
+    assert "--corpus" not in provenance.study_command(_speed_run(), "default")
+
+
+def test_every_published_file_has_a_page_and_a_command_that_parses():
+    found = list(provenance.published())
+    paths = (ROOT / "results" / "reference").glob("*/*.jsonl")
+    assert {(machine, kind) for machine, kind, _ in found} == {(p.parent.name, p.stem) for p in paths}
+    for machine, kind, measured in found:
+        page = provenance.reference_page(machine, kind, measured)
+        assert page.startswith(f"({provenance.label(machine, kind)})=\n# {machine}: ")
+        assert measured[0]["device_name"] in page
+        assert f"../data/{machine}-{kind}.jsonl" in page
+        (command,) = re.findall(r"`(python -m cemb [^`]*)`", page)
+        parsed = command_line._parser().parse_args(shlex.split(command)[3:])
+        if kind != "records":
+            assert parsed.out == f"results/local/{kind}.jsonl"
+
+
+@pytest.fixture
+def reference(monkeypatch, tmp_path):
+    """A repository with one commit, and a reference measured by its benchmark and by the speed notebook."""
+    package = tmp_path / "cemb"
+    package.mkdir()
+    for name, text in {
+        "__init__": "",
+        "bench": "from cemb import timing\n",
+        "timing": "",
+        "other": "",
+    }.items():
+        (package / f"{name}.py").write_text(text)
+
+    def git(*arguments):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+        done = subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    code = records.code_hash(study.code_cells(study.NOTEBOOKS / "speed.ipynb"))
+    folder = tmp_path / "results" / "reference" / "mine"
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "PACKAGE", package)
+    monkeypatch.setattr(provenance, "_notebook_hash", lambda notebook: code)
+    provenance._changed_since.cache_clear()
+
+    def write(bench=None, speed=None):
+        place = _place(git_commit=git("rev-parse", "HEAD"))
+        records.write([{**place, "kind": "rates", **(bench or {})}], folder / "bench.jsonl")
+        speed = {**place, "run": "speed-sgd-262144", "kind": "speed", "code_hash": code, **(speed or {})}
+        records.write([speed], folder / "records.jsonl")
+
+    yield write, package
+    provenance._changed_since.cache_clear()
+
+
+def _why():
+    return {(stale.kind, stale.runs): stale.why for stale in provenance.published_staleness()}
+
+
+def test_a_reference_of_the_present_code_is_current(reference):
+    write, package = reference
+    write()
+    assert _why() == {}
+    (package / "other.py").write_text("x = 1")  # which the benchmark does not reach
+    assert _why() == {}
+
+
+def test_code_that_a_benchmark_reaches_makes_it_stale(reference):
+    write, package = reference
+    write()
+    (package / "timing.py").write_text("x = 1")
+    (why,) = _why().items()
+    assert why[0] == ("bench", ())
+    assert re.fullmatch(r"code: since [0-9a-f]{10} changed cemb/timing.py", why[1])
+
+
+def test_versions_and_code_of_published_runs_are_told(reference):
+    write, _ = reference
+    write(
+        bench={"git_commit": "f" * 40}, speed={"code_hash": "old", "numba_version": "0.1", "cpu_model": "Z"}
+    )
+    why = _why()
+    assert why["bench", ()] == "code: git does not know commit ffffffffff here"
+    code, numba = why["records", ("speed-sgd-262144",)].split("; ")
+    assert re.fullmatch("code: old → [0-9a-f]{16}", code)
+    assert numba == f"numba_version: 0.1 → {records.environment()['numba_version']}"
+    assert list(provenance.staleness_table(provenance.published_staleness())["records of"]) == [
+        "1 runs",
+        "all",
+    ]
+
+
+def test_a_run_that_is_no_more_is_told(reference):
+    write, _ = reference
+    write(speed={"run": "speed-lion-1"})
+    assert _why() == {("records", ("speed-lion-1",)): "code: the study has no such run any more"}
+
+
+def test_the_command_line_says_what_is_stale_of_the_published(reference, capsys):
+    write, _ = reference
+    write()
+    check = ["study", "--check", "--published"]
+    assert command_line.main(check) == 0
+    assert capsys.readouterr().out == "published records are of the present code and versions\n"
+    write(speed={"scipy_version": "0.1"})
+    assert command_line.main(check) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("mine/records.jsonl (speed-sgd-262144): scipy_version: 0.1 → ")
+    assert lines[1] == "1 stale"
+    assert command_line.main(["study", "--published"]) == 2
+    assert "--published goes with --check" in capsys.readouterr().err
