@@ -1,14 +1,15 @@
 """Text to token ids on disk: tokenization, vocabulary, shards.
 
-Tokens are maximal runs of letters, apostrophes inside a word included, after NFKC normalization and case
-folding; digits and punctuation separate. A corpus is one stream of tokens. Tokens outside the vocabulary
-are removed before windows are laid, as word2vec does.
+Tokens are maximal runs of letters with the marks on them, apostrophes and joiners inside a word included,
+after NFKC normalization and case folding; digits and punctuation separate. A corpus is one stream of tokens.
+Tokens outside the vocabulary are removed before windows are laid, as word2vec does.
 
 `tokenize` says what a token is. `encode` gives the same tokens by a pass over the bytes in Numba
 (`cemb.kernels.tokens`), which asks `tokenize` once about every distinct run that is not ASCII.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -40,7 +41,9 @@ __all__ = [
 
 BORDERS = {"document": kernels.DOCUMENTS, "line": kernels.LINES, "sentence": kernels.SENTENCES}
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_LETTER = r"[^\W\d_]"
+# Where Unicode 15 has combining marks; the last are variation selectors.
+_MARK_RANGES = (range(0x300, 0x1F000), range(0xE0100, 0xE01F0))
 _IDEOGRAPHIC_STOP = re.compile("[。！？]")
 _SENTENCE_END = re.compile(
     r"""[.!?][.!?"'’”»)\]}]*[ \t\n\r\v\f]  # a terminator, closing marks, white space
@@ -60,7 +63,21 @@ def tokenize(text: str) -> list[str]:
     >>> tokenize("Don't Panic: ﬁfty-two towels!")
     ["don't", 'panic', 'fifty', 'two', 'towels']
     """
-    return _WORD.findall(_folded(text))
+    return _word().findall(_folded(text))
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    """What a token looks like once folded.
+
+    Python's own letters leave out marks, and with them the vowel signs of Indic scripts; a zero-width joiner
+    or non-joiner stands inside words of Persian and others (Unicode Standard Annex 29, rule WB4).
+    """
+    marks = "".join(
+        c for codes in _MARK_RANGES for c in map(chr, codes) if unicodedata.category(c) in ("Mn", "Mc", "Me")
+    )
+    part = rf"{_LETTER}(?:{_LETTER}|[{marks}]|[\u200c\u200d](?={_LETTER}|[{marks}]))*"
+    return re.compile(rf"{part}(?:'{part})*")
 
 
 def _folded(text: str) -> str:
@@ -357,7 +374,7 @@ class _Numbering:
             for k, part in enumerate(run.split("\0")):
                 if k:
                     found.append(-1)
-                found += [words.setdefault(word, len(words)) for word in _WORD.findall(part)]
+                found += [words.setdefault(word, len(words)) for word in _word().findall(part)]
             ends.append(len(found))
         encoded = [word.encode() for word in words]
         keys = np.frombuffer(b"".join(encoded), np.uint8)

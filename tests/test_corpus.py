@@ -77,6 +77,31 @@ def test_tokens():
     check(text)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["हिन्दी", "भाषा"],  # vowel signs and a virama
+        ["தமிழ்", "மொழி"],
+        ["ที่นี่"],
+        ["مُحَمَّد"],
+        ["x̌y"],  # Unicode has no such letter in one
+        ["می\u200cخواهم", "بروم"],  # a non-joiner inside a word
+    ],
+)
+def test_marks_and_joiners_stay_in_their_words(words):
+    text = " ".join(words) + " 5\u030c\u200d' \u0301"
+    assert tokenize(text) == words
+    assert tokenize(" ".join(f"{word}\u200d," for word in words)) == words
+    check(text)
+
+
+def test_all_marks_are_known():
+    """A later Unicode may put some beyond the ranges that are searched."""
+    for code in range(sys.maxunicode + 1):
+        if unicodedata.category(chr(code)).startswith("M"):
+            assert tokenize(f"q{chr(code)}q") == [unicodedata.normalize("NFKC", f"q{chr(code)}q").casefold()]
+
+
 def test_no_letter_is_composed_of_what_separates():
     """Why runs may be tokenized by themselves: of all of Unicode, only these are composed so."""
     composed = {}
