@@ -323,7 +323,7 @@ def time_ratios(found: list[Comparison]) -> pd.DataFrame:
                     continue
                 if not there[f"{phase}_ms"] or not here[f"{phase}_ms"]:
                     continue
-                ratio = report.time_ratio(here, there, phase=phase)
+                ratio = report.time_ratio(here, there, field=f"{phase}_ms")
                 rows.append(
                     {
                         "machine": comparison.name,

@@ -1,7 +1,7 @@
 """From records to the book's tables and numbers. What is not in a record is not on a page.
 
 Speed comparisons are ratios of medians within one run, with a bootstrap 95% interval over the repeats; where
-the interval holds 1, the two are called a tie.
+the interval holds 1, the two are called a tie. So are gaps whose ranges over seeds overlap.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import resources
 
 import numpy as np
@@ -67,6 +68,11 @@ class Ratio:
         return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})" + (", tie" if self.is_tie else "")
 
     @property
+    def short(self) -> str:
+        """The ratio without its interval, and whether it is a tie."""
+        return f"{self.value:.2f}" + (", tie" if self.is_tie else "")
+
+    @property
     def verdict(self) -> str:
         """The ratio in words, of the numerator's speed."""
         if self.is_tie:
@@ -77,20 +83,26 @@ class Ratio:
 
 
 def time_ratio(
-    numerator: dict, denominator: dict, num_bootstrap: int = 2000, *, phase: str = "total"
+    numerator: dict, denominator: dict, num_bootstrap: int = 2000, *, field: str = "total_ms"
 ) -> Ratio:
-    """Median time of one speed record over another's, of a phase or in total.
+    """Median time of one record over another's, in a field that has its repeats.
 
     To be fair, both come from the same run.
     """
     rng = np.random.default_rng(0)
     medians = []
     for record in (numerator, denominator):
-        repeats = np.array(record[f"{phase}_ms_repeats"])
+        repeats = np.array(record[f"{field}_repeats"])
         samples = rng.integers(len(repeats), size=(num_bootstrap, len(repeats)))
         medians.append(np.median(repeats[samples], axis=1))
     low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
-    return Ratio(numerator[f"{phase}_ms"] / denominator[f"{phase}_ms"], float(low), float(high))
+    return Ratio(numerator[field] / denominator[field], float(low), float(high))
+
+
+def contended_mark(record: dict) -> str:
+    """What follows the name of a record whose threads had to wait for a processor, by `cemb.measure`."""
+    is_contended = record.get("is_contended")  # NaN in a frame where some records do not say
+    return " (contended)" if not pd.isna(is_contended) and is_contended else ""
 
 
 def speed_record(
@@ -149,7 +161,7 @@ def counting_table(found: list[dict]) -> pd.DataFrame:
             "what": [r["case"] for r in rows],
             "seconds": [f"{r['count_s']:.2f}" for r in rows],
             "million tokens/s": [f"{r['tokens_per_s'] / 1e6:.1f}" for r in rows],
-            "times ours": [f"{r['count_s'] / ours['count_s']:.1f}" for r in rows],
+            "times ours": ["1" if r is ours else str(time_ratio(r, ours, field="count_s")) for r in rows],
         }
     )
 
@@ -190,11 +202,13 @@ def bench_frame(found: list[dict]) -> pd.DataFrame:
             {
                 "optimizer": record["optimizer"],
                 "table": name,
+                "contended": "",
                 "is_ours": record["table"] in ("hashed", "full-fused"),
                 "floor": targets.floor_ms(record, rates),
                 "peak_mib": record["peak_mib"],
             },
         )
+        row["contended"] = row["contended"] or contended_mark(record)
         setting = "huge" if record["thp_mem_alloc_enable"] == "1" else "default"
         row[f"{record['ids']}_{setting}"] = record["total_ms"]
         row[f"{record['ids']}_{setting}_repeats"] = record["total_ms_repeats"]
@@ -207,7 +221,7 @@ def bench_table(found: list[dict], optimizer: str) -> pd.DataFrame:
     quartiles = [np.percentile(values, [25, 75]) for values in rows.uniform_default_repeats]
     return pd.DataFrame(
         {
-            "table": rows.table,
+            "table": rows.table + rows.contended,
             "total (ms)": rows.uniform_default.map("{:,.1f}".format),
             "quartiles": [f"{low:,.1f}–{high:,.1f}" for low, high in quartiles],
             "huge pages (ms)": rows.uniform_huge.map("{:,.1f}".format),
@@ -219,20 +233,34 @@ def bench_table(found: list[dict], optimizer: str) -> pd.DataFrame:
     )
 
 
+def target_ratio(found: list[dict], target: targets.Target) -> Ratio:
+    """The ratio of a target whose two sides were measured, with its interval."""
+    _, ours, best = target.evaluate(found)
+    return time_ratio(ours, best)
+
+
 def targets_table(found: list[dict]) -> pd.DataFrame:
-    """Each target of the benchmark, the ratio reached, and what it would be at our floor."""
+    """Each target of the benchmark, the ratio with its interval, and what it would be at our floor.
+
+    Where the interval holds the target, the noise does not let us say.
+    """
     (rates,) = (record for record in found if record["kind"] == "rates")
     rows = []
     for target in targets.targets():
         result = target.evaluate(found)
         if result is None:
             continue
-        ratio, ours, best = result
+        _, ours, best = result
+        ratio = target_ratio(found, target)
+        if ratio.low <= target.limit < ratio.high:
+            verdict = "undecided"
+        else:
+            verdict = "reached" if ratio.value <= target.limit else "missed"
         rows.append(
             {
                 "optimizer": OPTIMIZER_NAMES[target.optimizer],
                 "what": target.name,
-                "ratio": f"{ratio:.2f}, {'reached' if ratio <= target.limit else 'missed'}",
+                "ratio": f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f}), {verdict}",
                 "at most": f"{target.limit:.2f}",
                 "floor's": f"{targets.floor_ms(ours, rates) / best['total_ms']:.2f}",
             }
@@ -245,14 +273,14 @@ def other_machines() -> pd.DataFrame:
     rows = []
     for name, found in references("bench")[1:]:
         table = targets_table(found)
-        is_missed = table.ratio.str.endswith("missed")
-        missed = (table.optimizer + " " + table.what + ": " + table.ratio.str.split(",").str[0])[is_missed]
+        verdict = table.ratio.str.split(", ").str[1]
+        text = table.optimizer + " " + table.what + ": " + table.ratio
         rows.append(
             {
                 "machine": f"{name} ({machine(found)})",
                 "commit": (found[0]["git_commit"] or "no commit")[:10],
-                "reached": f"{int((~is_missed).sum())} of {len(table)}",
-                "missed": "; ".join(missed),
+                "reached": f"{int((verdict == 'reached').sum())} of {len(table)}",
+                "not reached": "; ".join(text[verdict != "reached"]),
             }
         )
     return pd.DataFrame(rows)
@@ -282,7 +310,7 @@ def beside_original(found: list[dict]) -> pd.DataFrame:
         rows.append(
             {
                 "optimizer": OPTIMIZER_NAMES[old.optimizer],
-                "table": "full" if is_full else f"pool {pool_size:,}",
+                "table": ("full" if is_full else f"pool {pool_size:,}") + contended_mark(ours),
                 "2021 (ms)": f"{old.total_ms:,.0f}",
                 "2021 ÷ full": "" if is_full else f"{original_ratio(old.optimizer, pool_size):.2f}",
                 "total (ms)": f"{ours['total_ms']:,.1f}",
@@ -319,7 +347,7 @@ def speed_table(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "optimizer": rows.optimizer.map(OPTIMIZER_NAMES),
-            "table": rows.label,
+            "table": [record["label"] + contended_mark(record) for record in rows.to_dict("records")],
             "total (ms)": rows.total_ms.map("{:,.1f}".format),
             "quartiles": [f"{low:,.1f}–{high:,.1f}" for low, high in quartiles],
             **{phase: rows[f"{phase}_ms"].map("{:,.1f}".format) for phase in PHASES},
@@ -377,6 +405,25 @@ def gap_text(record: dict, digits: int = 3) -> str:
     if record.get("num_seeds", 1) > 1:
         text += f" ({_signed(record['gap_low'], digits)} to {_signed(record['gap_high'], digits)})"
     return text
+
+
+def gaps_tie(first: dict, second: dict) -> bool:
+    """Whether the ranges over seeds of two records of `median_seeds` overlap.
+
+    If so, another seed may turn the two round. A single record is a range of one value.
+    """
+
+    def ends(record: dict) -> tuple[float, float]:
+        gaps = (record.get(name, record["gap"]) for name in ("gap_low", "gap_high"))
+        low, high = (math.inf if pd.isna(gap) else gap for gap in gaps)
+        return low, high
+
+    (low, high), (other_low, other_high) = ends(first), ends(second)
+    return low <= other_high and other_low <= high
+
+
+def _with_ties(name: str, tied: Sequence[str]) -> str:
+    return f"{name} (tied with {', '.join(tied)})" if tied else name
 
 
 def quality_table(found: list[dict], training: str, *, weighted: bool = False) -> pd.DataFrame:
@@ -535,7 +582,8 @@ def beats_trivial(found: list[dict], ratio: float) -> str:
         return "(not measured)"
     rows = frontier_frame(found)
     rows = rows[(rows.asked_ratio == ratio) & (rows.gap < trivial["gap"])].sort_values("gap")
-    return ", ".join(rows.method) or "none"
+    names = [r["method"] + (" (a tie)" if gaps_tie(r, trivial) else "") for r in rows.to_dict("records")]
+    return ", ".join(names) or "none"
 
 
 def costliest_rounding(found: list[dict]) -> dict | None:
@@ -618,6 +666,17 @@ def best_point(found: list[dict], budget: str, ratio: float, methods: Sequence[s
     return rows.sort_values("gap", kind="stable").iloc[0].to_dict()
 
 
+def best_method_text(found: list[dict], budget: str, ratio: float) -> str:
+    """The method of `best_point`, and those whose own best gap is tied with it."""
+    best = best_point(found, budget, ratio)
+    others = dict.fromkeys(
+        r["method"] for r in found if r["kind"] == "frontier" and r["method"] != best["method"]
+    )
+    points = [best_point(found, budget, ratio, [method]) for method in others]
+    tied = [r["method"] for r in points if r["method"] != "none" and gaps_tie(best, r)]
+    return _with_ties(best["method"], tied)
+
+
 def decisions(found: list[dict]) -> pd.DataFrame:
     """What to use at which budget: the smallest gap there is, and beside it the smallest of hashing."""
     rows = []
@@ -629,7 +688,9 @@ def decisions(found: list[dict]) -> pd.DataFrame:
             rows.append(
                 {
                     "fewer bytes": f"{ratio}× {'at' if budget == 'inference' else 'in'} {budget}",
-                    "use": f"{best['method']} ({best[f'{budget}_ratio']:.1f}×)" if is_there else "none",
+                    "use": f"{best_method_text(found, budget, ratio)}, {best[f'{budget}_ratio']:.1f}×"
+                    if is_there
+                    else "none",
                     "gap": gap_text(best) if is_there else "",
                     "WordSim-353": score_text(best, "wordsim353") if is_there else "",
                     "hashing's gap": gap_text(rival),
@@ -669,6 +730,20 @@ def best_quality(found: list[dict], **size: object) -> dict:
     """The full-batch quality record with the smallest gap over the optimizers."""
     runs = [quality_record(found, o, **size) for o in study.OPTIMIZERS]
     return min((r for r in runs if r["gap"] is not None), key=lambda r: r["gap"])
+
+
+def best_optimizer_text(found: list[dict], **size: object) -> str:
+    """The optimizer of `best_quality`, and those whose gap is tied with it."""
+    best = best_quality(found, **size)
+    runs = [quality_record(found, o, **size) for o in study.OPTIMIZERS if o != best["optimizer"]]
+    tied = [OPTIMIZER_NAMES[r["optimizer"]] for r in runs if r["gap"] is not None and gaps_tie(best, r)]
+    return _with_ties(OPTIMIZER_NAMES[best["optimizer"]], tied)
+
+
+def minutes(found: list[dict]) -> float:
+    """Minutes from the first of these records to the last."""
+    times = [datetime.fromisoformat(record["utc_time"]) for record in found]
+    return (max(times) - min(times)).total_seconds() / 60
 
 
 def machine(found: list[dict]) -> str:

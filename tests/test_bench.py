@@ -101,8 +101,6 @@ def test_rates_are_plausible():
     rates = floors.measure_rates(megabytes=8)
     assert set(rates) == set(RATES)
     assert all(value > 0 for value in rates.values())
-    # A gather from cache is not slower than one from memory, by more than noise.
-    assert rates["cached_gathers_per_s"] > 0.5 * rates["random_values_per_s"]
 
 
 def test_a_small_benchmark_runs(monkeypatch):

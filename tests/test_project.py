@@ -170,6 +170,77 @@ def test_readme_says_what_the_reference_records_say(publish):
     assert publish.renewed_readme(readme, name, found) == readme
 
 
+# A measurement as it would be typed: digits with a unit, or a span of time in words.
+UNIT = (
+    r"(?:[mµn]s|s|seconds?|minutes?|hours?|×|times|[KMGT]i?B|bytes|%|per cent|(?:GB|MiB|tokens|rows|steps)/s)"
+)
+MEASUREMENT = re.compile(
+    rf"(?<![\w.,-])(?:\d[\d,.]*\s*{UNIT}(?![\w/])"
+    r"|\d[\d,.]*\s+(?:million|billion)\b"
+    r"|(?:half an|an|one|two|three|four|five|ten) (?:hour|minute|second)s?\b"
+    r"|(?:gap|score|loss) (?:of|is) \d?\.\d)"
+)
+# What is defined and not measured.
+DEFINED = (
+    # A ratio of bytes or values that a table was asked for; how much faster anything is, is measured.
+    r"\d+\s+times(?! (?:as|faster|slower|longer|more|ours))",
+    r"95%(?=\s+bootstrap\s+interval)",
+    r"400 bytes",  # a row of float32
+    r"1 MiB",  # the pool of the floors
+    # The reader's own, or an option of a command.
+    r"\d+(?:MiB|GiB)",
+)
+
+
+def _prose(text):
+    """Markdown without its header, code, roles, formulas, targets of links, and the README's answer."""
+    for pattern in (
+        r"\A---\n.*?\n---\n",
+        r"<!-- answer -->.*?<!-- /answer -->",
+        r"^```.*?^```",
+        r"(?:\{[\w:]+\})?`[^`]*`",
+        r"\$[^$]*\$",
+        r"(?<=\])\([^)]*\)",
+    ):
+        text = re.sub(pattern, "…", text, flags=re.DOTALL | re.MULTILINE)
+    return text
+
+
+def _typed_measurements(text):
+    return [
+        match[0]
+        for match in MEASUREMENT.finditer(_prose(text))
+        if not any(re.match(defined, match.string[match.start() :]) for defined in DEFINED)
+    ]
+
+
+def test_no_number_is_typed_by_hand():
+    texts = {path.name: path.read_text() for path in (ROOT / "book").rglob("*.md")}
+    texts["README.md"] = (ROOT / "README.md").read_text()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        texts[path.name] = "\n\n".join(
+            "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
+        )
+    found = {name: typed for name, text in texts.items() if (typed := _typed_measurements(text))}
+    assert not found, "computed numbers are glued, from records"
+
+
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("a step takes 3.2 ms, 7 times faster", ["3.2 ms", "7 times"]),
+        ("in 16 times fewer bytes, 16\ntimes smaller", []),
+        ("some\n12% of 5 GB/s, 3 million tokens/s", ["12%", "5 GB/s", "3 million"]),
+        ("{glue:text}`x:.1f` ms, `5 ms`, $5\\%$ and [5](#5%)", []),
+        ("```bash\nsleep 5 s\n```\na gap of 0.32 after half an hour", ["gap of 0.3", "half an hour"]),
+        ("with its 95% bootstrap interval, in float32, Python 3.11", []),
+    ],
+)
+def test_typed_numbers_are_seen(text, typed):
+    assert _typed_measurements(text) == typed
+
+
 def test_readme_example_runs():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     found = {}

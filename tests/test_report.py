@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cemb import plots, records, report, study
+from cemb import plots, records, report, study, targets
 from cemb.train import default_learning_rate
 
 
@@ -64,7 +64,7 @@ def test_decisions_and_failures_are_shown(found):
     table = report.decisions(found)
     table = table.set_index("fewer bytes")
     assert list(table.loc["16× at inference"]) == [
-        "transform coding (16.0×)",
+        "transform coding, 16.0×",
         "0.080",
         "50 (50 to 50)",
         "0.900",
@@ -200,6 +200,84 @@ def test_words_for_what_beats_the_trivial_table(trained):
     assert report.point_text(points, "int8", digits=4) == "0.0001"
 
 
+def test_gaps_whose_seeds_overlap_are_tied():
+    def seeds(method, *gaps, ratio=4.0):
+        return [_point(method, gap, ratio=ratio, seed=seed) for seed, gap in enumerate(gaps)]
+
+    points = [
+        *seeds("hashed", 0.50, 0.52, 0.54),
+        *seeds("low-rank", 0.53, 0.56, 0.60),
+        *seeds("clustered", 0.55, 0.57),
+        *seeds("hybrid", 0.50, ratio=2.0),
+    ]
+    assert report.best_method_text(points, "inference", 4) == "hashed (tied with low-rank)"
+    assert report.best_method_text(points, "inference", 2) == "hybrid (tied with hashed)"
+    assert report.best_method_text(points, "inference", 5) == "none"
+    uses = report.decisions(points).set_index("fewer bytes").use
+    assert uses["4× at inference"] == "hashed (tied with low-rank), 4.0×"
+    trivial = seeds(report.TRIVIAL, 0.565)
+    assert report.beats_trivial([*points, *trivial], 4.0) == "hashed, clustered (a tie), low-rank (a tie)"
+    failed = {"gap": None}
+    assert not report.gaps_tie({"gap": 0.5}, failed)
+    assert report.gaps_tie({"gap": 0.5}, {"gap": 0.6, "gap_low": 0.4, "gap_high": None})
+    assert not report.gaps_tie({"gap": 0.5}, {"gap": 0.5001})
+
+
+def test_optimizers_whose_seeds_overlap_are_tied():
+    def seeds(optimizer, *gaps):
+        name = f"quality-{optimizer}-full-full-batch"
+        return [_trained(name, "full", gap, optimizer=optimizer, seed=k) for k, gap in enumerate(gaps)]
+
+    found = [*seeds("sgd", 0.3, 0.4), *seeds("adagrad", 0.01, 0.03, 0.05), *seeds("adam", 0.02, 0.021, 0.022)]
+    assert report.best_optimizer_text(found) == "Adam (tied with Adagrad)"
+    found[-1]["gap"] = found[-2]["gap"] = found[-3]["gap"] = 0.002
+    assert report.best_optimizer_text(found) == "Adam"
+
+
+def test_a_target_within_the_noise_is_undecided():
+    (target, *_) = (t for t in targets.targets() if t.name.startswith("our fused") and t.optimizer == "sgd")
+
+    def record(table, middle):
+        shared = {"ids": "uniform", "optimizer": "sgd", "num_embeddings": targets.ROWS, "device": "cpu"}
+        shared |= {"embedding_dim": 100, "batch_size": 100, "sparse_gradients": False, "touched_only": True}
+        shared |= {
+            "kind": "speed",
+            "pool_size": None,
+            "block_size": 1,
+            "thp_mem_alloc_enable": "0",
+            "label": table,
+        }
+        return {
+            **shared,
+            "table": table,
+            "total_ms": middle,
+            "total_ms_repeats": [middle + step for step in (-0.4, -0.2, 0.0, 0.2, 0.4)],
+        }
+
+    def verdict(ours):
+        rates = {"kind": "rates", "stream_gb_per_s": 50, "random_rows_per_s": 1e8}
+        rates |= {"random_values_per_s": 4e8, "cached_gathers_per_s": 4e9}
+        table = report.targets_table([rates, record("full-fused", ours), record("full", 10.0)])
+        return table.set_index("what").ratio[target.name]
+
+    assert verdict(10 * target.limit - 2).endswith("), reached")
+    assert verdict(10 * target.limit + 0.05).endswith("), undecided")
+    assert verdict(10 * target.limit + 2).endswith("), missed")
+
+
+def test_contended_records_are_marked():
+    speed = {**_speed("hashed", 1000), "kind": "speed", "label": "hashed"}
+    speed |= {f"{phase}_ms": 1.0 for phase in report.PHASES}
+    waited, free = {**speed, "is_contended": True}, {**speed, "is_contended": False}
+    assert list(report.speed_table([speed, waited, free]).table) == ["hashed", "hashed (contended)", "hashed"]
+    assert list(report.speed_table([waited, free]).table) == ["hashed (contended)", "hashed"]
+
+
+def test_minutes_are_from_the_first_record_to_the_last():
+    times = ("2026-01-01T00:10:00+00:00", "2026-01-01T00:00:00+00:00", "2026-01-01T00:07:30+00:00")
+    assert report.minutes([{"utc_time": time} for time in times]) == 10
+
+
 def test_words_for_rounded_tables(trained):
     assert report.rounding_cost(trained) == report.best_rounded(trained, 8) == "(not measured)"
     rounded = [
@@ -312,7 +390,7 @@ def test_the_machine_measured_last_stands_first(monkeypatch, tmp_path):
     assert others.machine.str[0].tolist() == ["a", "c"]
     ratios = report.targets_table(found).ratio
     assert others.reached[0] == f"{int(ratios.str.endswith('reached').sum())} of {len(ratios)}"
-    assert others.missed[0].count(";") + 1 == ratios.str.endswith("missed").sum()
+    assert others["not reached"][0].count(";") + 1 == (~ratios.str.endswith(", reached")).sum()
     with pytest.raises(FileNotFoundError, match=r"no machine among results/reference has a rates\.jsonl"):
         report.reference("rates")
 
@@ -320,13 +398,19 @@ def test_the_machine_measured_last_stands_first(monkeypatch, tmp_path):
 def test_counting_is_shown_fastest_first():
     counted = {"num_tokens": 100, "tokens_per_s": 2_500_000}
     found = [
-        {"case": "polars", "count_s": 8.0, **counted},
-        {"case": "cemb", "count_s": 2.0, **counted},
+        {"case": "polars", "count_s": 8.0, "count_s_repeats": [8.0, 8.0], **counted},
+        {"case": "cemb", "count_s": 2.0, "count_s_repeats": [1.8, 2.0, 2.2], **counted},
+        {"case": "row-wise", "count_s": 2.1, "count_s_repeats": [1.9, 2.1, 2.3], **counted},
         {"case": "text to PMI", "count_s": 1.0, "num_tokens": 50, "tokens_per_s": 1},
     ]
     table = report.counting_table(found)
-    assert table.what.tolist() == ["cemb", "polars"]
-    assert table["times ours"].tolist() == ["1.0", "4.0"]
+    assert table.what.tolist() == ["cemb", "row-wise", "polars"]
+    ours, near, far = table["times ours"]
+    assert ours == "1"
+    assert near.startswith("1.05 (")
+    assert near.endswith(", tie")
+    assert far.startswith("4.00 (3.6")
+    assert "tie" not in far
 
 
 def test_scaling_and_bands_are_drawn():
