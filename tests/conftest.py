@@ -54,10 +54,15 @@ def smoke():
     return environment
 
 
+def build_site(environment, folder):
+    """Build the site into a folder; returns where its pages are."""
+    command = [sys.executable, "book/build.py", "--build-dir", str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "_build" / "html"
+
+
 @pytest.fixture(scope="session")
 def site(smoke):
     """The built site of the smoke study."""
-    command = [sys.executable, "book/build.py", "--build-dir", str(SCRATCH)]
-    done = subprocess.run(command, env=smoke, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return SCRATCH / "_build" / "html"
+    return build_site(smoke, SCRATCH)

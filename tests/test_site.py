@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import threading
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import build_site
 
 ARGS = [
     "--headless",
@@ -219,6 +221,29 @@ def test_internal_links_resolve(site, pages):
                 if other is None or fragment not in other.ids:
                     broken.append(f"{name}: {link} (no such place)")
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("name", ["index", "data", "speed", "rivals", "quality", "frontier"])
+def test_measured_numbers_link_to_what_they_come_from(site, pages, name):
+    targets = {link for link in pages[f"{name}.html"].links if "#provenance-" in link}
+    assert targets
+    for target in targets:
+        path, _, place = target.partition("#")
+        assert path.startswith("runs/")
+        text = (site / path).read_text(encoding="utf-8")
+        end = text[text.index(f'id="{place}"') :]
+        plain = " ".join(re.sub(r"<[^>]*>", "", end).split())
+        for wanted in ("python -m cemb ", "commit", "machine", "versions", "measured"):
+            assert wanted in plain, (target, wanted)
+        if "runs/speed-" in path:
+            assert re.search(r"Every repeat, in order of measurement: .*\d ms", plain), target
+
+
+def test_two_builds_are_the_same_bytes(site, smoke, tmp_path):
+    again = build_site(smoke, tmp_path)
+    files = {path.relative_to(site) for path in site.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    assert not sorted(path for path in files if (site / path).read_bytes() != (again / path).read_bytes())
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
