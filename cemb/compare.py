@@ -208,11 +208,6 @@ def compare(name: str, here: list[dict], there: list[dict]) -> Comparison:
     )
 
 
-def references() -> list[tuple[str, list[dict]]]:
-    """Names and records of the reference machines that ran the study, the last measured first."""
-    return report.references("records")
-
-
 def checks_table(found: list[Comparison]) -> pd.DataFrame:
     """For each machine and kind of value: how many must match, how many do, and the largest difference."""
     rows = []
@@ -374,7 +369,7 @@ def times_table(ratios: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "run": run,
-                "what": record + (" (contended)" if total.is_contended else ""),
+                "what": record + report.contended_mark(total),
                 "machine": machine,
                 **{p: f"{by_phase.value[p]:.2f}" if p in by_phase.index else "" for p in PHASES},
                 "total": str(report.Ratio(total.value, total.low, total.high)),

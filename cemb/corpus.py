@@ -74,7 +74,7 @@ def _word() -> re.Pattern[str]:
     or non-joiner stands inside words of Persian and others (Unicode Standard Annex 29, rule WB4).
     """
     marks = "".join(
-        c for codes in _MARK_RANGES for c in map(chr, codes) if unicodedata.category(c) in ("Mn", "Mc", "Me")
+        c for codes in _MARK_RANGES for c in map(chr, codes) if unicodedata.category(c).startswith("M")
     )
     part = rf"{_LETTER}(?:{_LETTER}|[{marks}]|[\u200c\u200d](?={_LETTER}|[{marks}]))*"
     return re.compile(rf"{part}(?:'{part})*")

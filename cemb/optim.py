@@ -1,8 +1,9 @@
 """Optimizers for pools and full tables too large to be visited at every step.
 
 They take over the gradients of `cemb.ops.pair_scores` for the parameters they hold, see
-`cemb.touched.TouchedGradient`, and update only the values that a step touched. For small pools
-`torch.optim` with ``fused=True`` is as fast and simpler.
+`cemb.touched.TouchedGradient`, and update only the values that a step touched; at block size 1, where real
+batches touch most cache lines of a pool, they go through all of it. For small pools `torch.optim` with
+``fused=True`` is as fast and simpler.
 
 `step` uses the gradient up: a second call without a backward pass in between does nothing. Gradients from
 other ops, in ``parameter.grad``, are taken in too, and then all values are visited.

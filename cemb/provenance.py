@@ -182,11 +182,7 @@ def reference_page(machine: str, kind: str, found: list[dict]) -> str:
 
 def _reached_files(module: str) -> list[str]:
     """Files of cemb that a module reaches by imports, its own among them, from the repository's folder."""
-    reached, todo = set(), {module}
-    while todo:
-        name = todo.pop()
-        reached.add(name)
-        todo |= records.imported_modules(records.module_path(name).read_text(encoding="utf-8")) - reached
+    reached = records.reached_modules(f"import {module}")
     return sorted(str(records.module_path(name).relative_to(records.ROOT)) for name in reached)
 
 

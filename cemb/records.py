@@ -85,19 +85,24 @@ def module_path(name: str) -> Path | None:
     return None
 
 
-def code_hash(source: str) -> str:
-    """SHA-256 of Python source and of every file of cemb it reaches by imports; 16 hex digits.
-
-    Whole files count, comments too: simple, and never wrong in the direction that matters.
-    """
+def reached_modules(source: str) -> set[str]:
+    """Names of all modules of cemb that Python source reaches by imports."""
     reached: set[str] = set()
     todo = imported_modules(source)
     while todo:
         name = todo.pop()
         reached.add(name)
         todo |= imported_modules(module_path(name).read_text(encoding="utf-8")) - reached
+    return reached
+
+
+def code_hash(source: str) -> str:
+    """SHA-256 of Python source and of every file of cemb it reaches by imports; 16 hex digits.
+
+    Whole files count, comments too: simple, and never wrong in the direction that matters.
+    """
     digest = hashlib.sha256(source.encode())
-    for name in sorted(reached):
+    for name in sorted(reached_modules(source)):
         digest.update(name.encode() + module_path(name).read_bytes())
     return digest.hexdigest()[:16]
 

@@ -251,7 +251,7 @@ def targets_table(found: list[dict]) -> pd.DataFrame:
         if result is None:
             continue
         _, ours, best = result
-        ratio = target_ratio(found, target)
+        ratio = time_ratio(ours, best)
         if ratio.low <= target.limit < ratio.high:
             verdict = "undecided"
         else:

@@ -52,7 +52,7 @@ class TouchedGradient:
         self, num_pairs: int, spec: HashSpec | FullSpec, dtype: np.dtype
     ) -> np.ndarray | None:
         """Memory ``[num_pairs, 2, embedding_dim]`` for what the forward pass is to keep; None for nothing."""
-        if not _is_single(spec):
+        if not cpu.is_single(spec):
             return None
         spare, self._spare_values = self._spare_values, None
         shape = (num_pairs, 2, spec.embedding_dim)
@@ -102,8 +102,8 @@ class TouchedGradient:
 
     def clear(self) -> None:
         """Forget the gradient; its memory is kept for the next."""
-        if self._seen and len(self._seen[0]) == 4:
-            self._spare_values = self._seen[0][3]
+        if self._seen and cpu.is_single(self._geometry[0]):
+            *_, self._spare_values = self._seen[0]
         self._seen, self._versions = [], []
 
     def add_to(self, dense: np.ndarray, weight: np.ndarray) -> None:
@@ -111,7 +111,7 @@ class TouchedGradient:
         if self.is_empty:
             return
         rule = updates.Rule(updates.SGD, -1.0)
-        if _is_single(self._geometry[0]):
+        if cpu.is_single(self._geometry[0]):
             self._room = buckets.pair_buckets(*self._batch(), *self._geometry, self._room)
             updates.update_buckets(dense, (), rule, self._room)
             return
@@ -122,7 +122,7 @@ class TouchedGradient:
         """Update weights and an optimizer's states by `rule`, and forget the gradient."""
         batch = self._batch()
         spec, context_offset = self._geometry
-        if _is_single(spec):
+        if cpu.is_single(spec):
             self._room = buckets.pair_buckets(*batch, spec, context_offset, self._room)
             updates.update_buckets(weight, states, rule, self._room)
         else:
@@ -131,8 +131,3 @@ class TouchedGradient:
             updates.update_alone(weight, states, rule, *batch, self._room.alone, spec, context_offset)
             updates.update_runs(weight, states, rule, self._room.runs)
         self.clear()
-
-
-def _is_single(spec: HashSpec | FullSpec) -> bool:
-    """Whether each value is located by itself, so that no two are neighbours in memory."""
-    return isinstance(spec, HashSpec) and spec.block_size == 1

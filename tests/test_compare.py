@@ -184,7 +184,7 @@ def test_ratios_are_drawn_on_a_logarithmic_axis():
 
 
 def test_a_reference_matches_itself_and_not_its_altered_copy():
-    name, there = compare.references()[0]
+    name, there = report.references("records")[0]
     comparison = compare.compare(name, there, there)
     assert len(comparison.pairs) == len(there)
     assert _bad(comparison) == set()

@@ -133,10 +133,12 @@ def _prefetch_run(array, start, length):
     lanes.prefetch(array, start + (length + _LANES - 1) // _LANES * _LANES - 1)
 
 
-@njit(inline="always")
-def _is_single(table):
-    """Whether each value is located by itself, as in the original scheme."""
+def is_single(table):
+    """Whether each value of a geometry, or a spec, is located by itself, as in the original scheme."""
     return table.block_size == 1 and table.num_starts != 0
+
+
+_is_single = njit(inline="always")(is_single)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -589,10 +591,9 @@ def pair_scores_backward(
         kept = _kept(len(pairs), spec.embedding_dim, dropout, threads)
         arguments = (weight, pairs, kept, grad, pool.dtype.type(dropout.scale), pool)
         table = Geometry.of(spec, context_offset)
-        is_single = spec.block_size == 1 and spec.num_starts > 0
         if threads > 1 and pool.size > PRIVATE_POOL_LIMIT:
-            (_pair_owned_single if is_single else _pair_owned)(*arguments, threads, table)
-        elif is_single:
+            (_pair_owned_single if is_single(spec) else _pair_owned)(*arguments, threads, table)
+        elif is_single(spec):
             private = _private_pools(threads, 2 * pool.size, pool.dtype)
             _pair_private_single(*arguments, private, table)
         else:

@@ -1,7 +1,8 @@
-"""Numba kernels of optimizers that visit only what a gradient touches, see `cemb.kernels.runs`.
+"""Numba kernels of optimizers that visit only what a gradient touches, see `cemb.kernels.runs`, or all of a
+pool in order, see `cemb.kernels.buckets`.
 
-The gradient of several pieces of the table is laid out in a row, so arithmetic is done on a tile of them at
-once; only weights and state are gathered and scattered.
+What is touched comes in pieces: the gradient of several is laid out in a row, so arithmetic is done on a
+tile of them at once; only weights and state are gathered and scattered.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from numba import njit, prange
 
 from cemb import hashing
 from cemb.kernels import buckets, cpu, lanes, runs
-from cemb.kernels.buckets import SLICE_BITS
 
 SGD, ADAGRAD, ADAM = range(3)
 
@@ -203,12 +203,12 @@ def _update_dense(weight, first_state, second_state, rule, constants, gradient, 
 def _update_buckets(weight, first_state, second_state, rule, constants, entries, starts, threads):
     slices = starts.shape[0] - 1
     for t in prange(threads):
-        sums, moves = np.zeros(1 << SLICE_BITS, weight.dtype), np.empty(_TILE, weight.dtype)
+        sums, moves = np.zeros(1 << buckets.SLICE_BITS, weight.dtype), np.empty(_TILE, weight.dtype)
         for b in range(slices * t // threads, slices * (t + 1) // threads):
             for x in range(starts[b], starts[b + 1]):
                 sums[np.int64(entries[x, 1])] += entries[x, 0]
-            low = b << SLICE_BITS
-            high = min(low + (1 << SLICE_BITS), weight.shape[0])
+            low = b << buckets.SLICE_BITS
+            high = min(low + (1 << buckets.SLICE_BITS), weight.shape[0])
             first, second = first_state[low:high], second_state[low:high]
             _apply_slice(rule, constants, weight[low:high], first, second, sums[: high - low], moves)
             sums[:] = 0
