@@ -410,7 +410,9 @@ def times_figure(ratios: pd.DataFrame) -> Figure:
         axes.axvline(1, color=plots.GREY, linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        low, high = axes.get_xlim()
+        labelled = "25" if high < 100 * low else ""  # beyond two decades there is no room for more
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in labelled else "")
         axes.set_yticks(range(len(rows)), names, fontsize=7)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set(xlabel="time here ÷ time there")

@@ -766,7 +766,7 @@ def csv_text(found: list[dict], kind: str) -> str:
 def show(
     table: pd.DataFrame, *, nothing: str = "Not among these records; PROFILE=full make book measures it."
 ):
-    """A table as the book shows it: no index, text cells left, figures right, the same markup each time.
+    """A table as the book shows it: no index, texts left, figures right, the same markup each time.
 
     In place of an empty one stands `nothing`.
     """
@@ -774,16 +774,15 @@ def show(
         table = pd.DataFrame({"what": [nothing]})
     # The style's rules are global to a page, so tables of other columns need names of their own.
     name = hashlib.sha256(" ".join(table.columns).encode()).hexdigest()[:8]
-    numeric = [
-        c
-        for c in table.columns
-        if c not in ("optimizer", "table", "run", "word", "what", "use", "fewer bytes", "machine", "why")
+    texts = ("optimizer", "table", "run", "word", "what", "use", "fewer bytes", "machine", "why")
+    rules = [
+        {"selector": f".col{place}", "props": f"text-align: {'left' if column in texts else 'right'}"}
+        for place, column in enumerate(table.columns)
     ]
     return (
         table.style.hide(axis="index")
         .set_uuid(name)
-        .set_properties(**{"text-align": "left"})
-        .set_properties(subset=numeric, **{"text-align": "right"})
+        .set_table_styles(rules)
         .set_table_attributes('class="dataframe"')
     )
 
