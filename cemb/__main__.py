@@ -193,7 +193,9 @@ def _scaling(arguments: argparse.Namespace) -> None:
 def _pmi_config(arguments: argparse.Namespace):
     from cemb.dataset import PmiConfig
 
-    return PmiConfig(**{f.name: getattr(arguments, f.name) for f in fields(PmiConfig)})
+    options = {f.name: getattr(arguments, f.name, f.default) for f in fields(PmiConfig)}
+    first, *others = arguments.corpus
+    return PmiConfig(**{**options, "corpus": (first, *others) if others else first})
 
 
 def _pmi(arguments: argparse.Namespace) -> None:
@@ -348,7 +350,12 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--max-vocab", type=int, default=None, help="keep so many frequent words")
 
     def corpus_options(added):
-        added.add_argument("--corpus", default=DEFAULT_CORPUS, help=corpus_help)
+        added.add_argument(
+            "--corpus",
+            nargs="+",
+            default=[DEFAULT_CORPUS],
+            help=f"{corpus_help}; or several, one after another",
+        )
         text_options(added)
         window_options(added)
         added.add_argument("--context-smoothing", type=float, default=0.75)
@@ -424,8 +431,15 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--scratch", help="folder to work in, 150 bytes a token; by default the system's")
     scaling.add_argument("--out", help="file for the records, one JSON object a line")
 
-    pmi = command("pmi", _pmi, "build a corpus's PMI matrix and print its record as JSON")
+    pmi = command("pmi", _pmi, "build the PMI matrix of a corpus, or of events, and print its record as JSON")
     corpus_options(pmi)
+    pmi.add_argument(
+        "--events",
+        metavar="USER,ITEM",
+        default=None,
+        help="the corpus is CSV, TSV or Parquet with one event a row, and these are its columns of users and "
+        "items; options of text go not with it. None: text",
+    )
     memory_option(pmi)
     pmi.add_argument("--histogram-out", help="also write the histogram of the matrix's values here")
 

@@ -5,7 +5,6 @@ Fetched files are kept where `folder` says. Names win over files of the same nam
 
 import functools
 import gzip
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -296,8 +295,4 @@ def fingerprint(corpus: str | Sequence[str] = DEFAULT_CORPUS, text_field: str | 
 
     Raises what `find_sources` does, and ValueError for standard input, which cannot be read twice.
     """
-    parts = [source.fingerprint() for source in find_sources(corpus, text_field)]
-    if len(parts) <= 2:
-        return ", ".join(parts)
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return f"{len(parts)} files, sha256:{digest}"
+    return reading.fingerprint(find_sources(corpus, text_field))

@@ -1,4 +1,4 @@
-"""The study's data: a corpus's PMI matrix with its vocabulary and its optimum, built once and kept.
+"""The study's data: the PMI matrix of a corpus, or of events, with names and optimum, built once and kept.
 
 The optimum is kept too since the truncated SVD takes longer than all the rest.
 """
@@ -7,25 +7,41 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 
+from cemb import catalog, events, records
 from cemb import corpus as corpora
-from cemb import records
 from cemb.counting import DEFAULT_MEMORY, count
-from cemb.csr import CsrFolder
+from cemb.csr import CsrFolder, CsrWriter, disk_errors
 from cemb.evaluate import Optimum, optimum
 from cemb.pmi import write_pmi
+
+_TEXT_OPTIONS = (
+    "text_field",
+    "borders",
+    "min_count",
+    "max_vocab",
+    "window_size",
+    "distance_weighting",
+    "subsample_threshold",
+)
 
 
 @dataclass(frozen=True)
 class PmiConfig:
-    """How text becomes a PMI matrix; see `encode`, `count` and `write_pmi`."""
+    """How text becomes a PMI matrix, see `encode`, `count` and `write_pmi`; or events, see `read_events`.
 
-    corpus: str = corpora.DEFAULT_CORPUS
+    `events` are the two columns that hold users and items, as ``"user,item"``, in the files that `corpus`
+    names; None takes them as text. Raises ValueError if options of text are given with it.
+    """
+
+    corpus: str | tuple[str, ...] = corpora.DEFAULT_CORPUS
+    events: str | None = None
     text_field: str | None = None
     borders: str | None = None
     min_count: int = 5
@@ -38,19 +54,46 @@ class PmiConfig:
     top_k: int | None = None
     rank: int = 100
 
+    def __post_init__(self):
+        if self.events is None:
+            return
+        given = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name in _TEXT_OPTIONS and getattr(self, field.name) != field.default
+        ]
+        if given:
+            raise ValueError(f"events={self.events!r} take no options of text, got {', '.join(given)}")
+        names = [self.corpus] if isinstance(self.corpus, str) else self.corpus
+        if texts := [name for name in names if name in catalog.CORPORA]:
+            raise ValueError(
+                f"events={self.events!r} are read from files, and the corpus {texts[0]!r} is text"
+            )
+
 
 @dataclass(frozen=True)
 class PmiDataset:
-    """A PMI matrix ``[words, words]``, its words by falling count, and its best factorization.
+    """A PMI matrix ``[words, contexts]``, the names of both by falling count, and its best factorization.
 
-    The matrix's cells are mapped from disk.
+    Of text, contexts are the words; of events, words are the users and contexts the items. The matrix's cells
+    are mapped from disk.
     """
 
     matrix: sp.csr_array
     words: list[str]
-    word_counts: np.ndarray
+    word_counts: np.ndarray  # int64 [words]
+    contexts: list[str]
+    context_counts: np.ndarray  # int64 [contexts]
     optimum: Optimum
     summary: dict[str, object]  # the record of how it was built
+
+    def check_is_text(self, what: str) -> None:
+        """Raise ValueError unless the matrix is of text, so that its contexts are its words."""
+        if (columns := self.summary["events"]) is not None:
+            raise ValueError(
+                f"{what} needs a matrix of words by words, and this one is of events={columns!r}, "
+                f"{self.matrix.shape[0]:,} × {self.matrix.shape[1]:,}"
+            )
 
 
 def load_pmi(config: PmiConfig | None = None, *, memory: int = DEFAULT_MEMORY) -> PmiDataset:
@@ -58,14 +101,19 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int = DEFAULT_MEMORY) -
 
     What is kept is found by the configuration, the corpus's content and this package's code, so a changed
     file or version is built again. A build that was stopped goes on from the tokens, counts or matrix it had
-    finished. `memory` bounds the bytes that counting and PMI take; reading needs some for each distinct word
-    besides, and the optimum some for each word. Raises what its stages raise for a corpus that cannot be
-    used, and leaves nothing behind then.
+    finished. `memory` bounds the bytes that counting and PMI take; reading needs some for each distinct word,
+    or for each event, besides, and the optimum some for each word. Raises what its stages raise for a corpus
+    that cannot be used, and leaves nothing behind then.
     """
     config = config or PmiConfig()
+    if config.events is None:
+        options, fingerprint = asdict(config), corpora.fingerprint(config.corpus, config.text_field)
+    else:
+        options = {name: value for name, value in asdict(config).items() if name not in _TEXT_OPTIONS}
+        fingerprint = events.fingerprint(config.corpus)
     identity = {
-        **asdict(config),
-        "corpus_fingerprint": corpora.fingerprint(config.corpus, config.text_field),
+        **options,
+        "corpus_fingerprint": fingerprint,
         "code_hash": records.code_hash(Path(__file__).read_text(encoding="utf-8")),
         **{name: value for name, value in records.environment().items() if name.endswith("_version")},
     }
@@ -84,16 +132,17 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int = DEFAULT_MEMORY) -
     return _read(path)
 
 
-def _build(config: PmiConfig, identity: dict[str, object], partial: Path, path: Path, memory: int) -> None:
-    lap = time.perf_counter()
-    seconds = {}
+@dataclass(frozen=True)
+class _Counted:
+    matrix: CsrFolder
+    words: list[str]
+    word_counts: np.ndarray
+    contexts: list[str]
+    context_counts: np.ndarray
+    sizes: dict[str, object]  # fields of the record
 
-    def done(stage: str) -> None:
-        nonlocal lap
-        now = time.perf_counter()
-        seconds[f"{stage}_s"] = round(now - lap, 3)
-        lap = now
 
+def _count_text(config: PmiConfig, partial: Path, memory: int, done: Callable[[str], None]) -> _Counted:
     if not (partial / "corpus").exists():
         corpora.encode(
             config.corpus,
@@ -116,9 +165,58 @@ def _build(config: PmiConfig, identity: dict[str, object], partial: Path, path: 
         memory=memory,
     )
     done("count")
+    sizes = {
+        "num_tokens": encoded.num_tokens,
+        "num_tokens_in_vocabulary": int(encoded.word_counts.sum()),
+        "total_count": counts.total,
+    }
+    return _Counted(counts, encoded.words, encoded.word_counts, encoded.words, encoded.word_counts, sizes)
+
+
+def _count_events(config: PmiConfig, partial: Path, memory: int, done: Callable[[str], None]) -> _Counted:
+    folder = partial / "counts"
+    if not folder.exists():
+        counts, users, items = events.read_events(config.corpus, config.events)
+        with (
+            disk_errors(folder),
+            records.atomic_directory(folder) as work,
+            CsrWriter(work, counts.shape[1], np.int64, counts.nnz) as writer,
+        ):
+            _write_names(work / "names.json", users, items)
+            writer.append(np.diff(counts.indptr), counts.indices, counts.data)
+            writer.finish(kind="counts", events=config.events)
+    counts = CsrFolder(folder)
+    users, items = _read_names(folder / "names.json")
+    matrix = counts.matrix()
+    done("count")
+    sizes = {"num_events": int(matrix.data.sum())}
+    return _Counted(counts, users, matrix.sum(axis=1), items, matrix.sum(axis=0), sizes)
+
+
+def _write_names(path: Path, words: list[str], contexts: list[str]) -> None:
+    # As JSON, for names of users may hold line breaks.
+    path.write_text(json.dumps([words, contexts], ensure_ascii=False), encoding="utf-8")
+
+
+def _read_names(path: Path) -> tuple[list[str], list[str]]:
+    words, contexts = json.loads(path.read_text(encoding="utf-8"))
+    return words, contexts
+
+
+def _build(config: PmiConfig, identity: dict[str, object], partial: Path, path: Path, memory: int) -> None:
+    lap = time.perf_counter()
+    seconds = {}
+
+    def done(stage: str) -> None:
+        nonlocal lap
+        now = time.perf_counter()
+        seconds[f"{stage}_s"] = round(now - lap, 3)
+        lap = now
+
+    counted = (_count_text if config.events is None else _count_events)(config, partial, memory, done)
     if not (partial / "matrix").exists():
         write_pmi(
-            counts,
+            counted.matrix,
             partial / "matrix",
             context_smoothing=config.context_smoothing,
             num_negative=config.num_negative,
@@ -132,11 +230,10 @@ def _build(config: PmiConfig, identity: dict[str, object], partial: Path, path: 
     summary = {
         "kind": "pmi",
         **identity,
-        "num_tokens": encoded.num_tokens,
-        "num_tokens_in_vocabulary": int(encoded.word_counts.sum()),
-        "num_words": len(encoded.words),
-        "num_counted_cells": counts.num_cells,
-        "total_count": counts.total,
+        **counted.sizes,
+        "num_words": len(counted.words),
+        "num_contexts": len(counted.contexts),
+        "num_counted_cells": counted.matrix.num_cells,
         "num_stored_cells": int(matrix.nnz),
         "density": matrix.nnz / (matrix.shape[0] * matrix.shape[1]),
         "mean_stored_value": float(matrix.data.mean(dtype=np.float64)),
@@ -148,8 +245,8 @@ def _build(config: PmiConfig, identity: dict[str, object], partial: Path, path: 
     }
     with records.atomic_directory(path) as work:
         np.savez(work / "optimum.npz", left=best.left, singular_values=best.singular_values, right=best.right)
-        np.save(work / "word_counts.npy", encoded.word_counts)
-        (work / "words.txt").write_text("\n".join(encoded.words), encoding="utf-8")
+        np.savez(work / "counts.npz", words=counted.word_counts, contexts=counted.context_counts)
+        _write_names(work / "names.json", counted.words, counted.contexts)
         records.write([summary], work / "records.jsonl")
         (partial / "matrix").rename(work / "matrix")
 
@@ -158,10 +255,8 @@ def _read(path: Path) -> PmiDataset:
     summary = records.read(path / "records.jsonl")[0]
     with np.load(path / "optimum.npz") as stored:
         best = Optimum(**stored, squared_norm=summary["squared_norm"])
-    return PmiDataset(
-        CsrFolder(path / "matrix").matrix(),
-        (path / "words.txt").read_text(encoding="utf-8").split("\n"),
-        np.load(path / "word_counts.npy"),
-        best,
-        summary,
-    )
+    with np.load(path / "counts.npz") as stored:
+        word_counts, context_counts = stored["words"], stored["contexts"]
+    words, contexts = _read_names(path / "names.json")
+    matrix = CsrFolder(path / "matrix").matrix()
+    return PmiDataset(matrix, words, word_counts, contexts, context_counts, best, summary)

@@ -51,7 +51,7 @@ def read_events(
     names = tuple(columns.split(",")) if isinstance(columns, str) else tuple(columns)
     if len(names) != 2 or not all(names) or names[0] == names[1]:
         raise ValueError(f"events need two columns, as in user,item, got {columns!r}")
-    paths = [f.path for name in ([corpus] if isinstance(corpus, str) else corpus) for f in _files(name)]
+    paths = [file.path for file in _files(corpus)]
     users, items = _Names(), _Names()
     pairs = [np.empty((2, 0), np.int32)]
     with tqdm(desc="events read", unit="", unit_scale=True) as progress:
@@ -70,10 +70,16 @@ def read_events(
     return counts, ordered_users, ordered_items
 
 
-def _files(corpus: str) -> list[reading.File]:
-    if corpus == reading.STDIN:
+def fingerprint(corpus: str | Sequence[str]) -> str:
+    """A string that changes when the files of `read_events` do. Raises what `find_files` does."""
+    return reading.fingerprint(_files(corpus))
+
+
+def _files(corpus: str | Sequence[str]) -> list[reading.File]:
+    names = [corpus] if isinstance(corpus, str) else list(corpus)
+    if reading.STDIN in names:
         raise ValueError("events are read from files, not from standard input")
-    return reading.find_files(corpus)
+    return [file for name in names for file in reading.find_files(name)]
 
 
 def _batches(path: Path, names: tuple[str, str]) -> Iterator[tuple]:

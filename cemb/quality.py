@@ -183,11 +183,13 @@ def sgns_record(
 
     By gensim, with the windows and the smoothing that the matrix was counted with, and no subsampling. Its
     gap is null, for its factors are not of this matrix. Deterministic for a seed with one worker. Raises
-    ValueError if the corpus's words are no longer those of `data`, ImportError without gensim.
+    ValueError if the corpus's words are no longer those of `data`, or that is of events, ImportError without
+    gensim.
     """
     from gensim.models import Word2Vec
     from gensim.models.word2vec import MAX_WORDS_IN_BATCH
 
+    data.check_is_text("skip-gram with negative sampling")
     used = data.summary
     with tempfile.TemporaryDirectory() as scratch:
         encoded = corpora.encode(
@@ -292,8 +294,10 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
     """Train the case on the data; its record, with the learning curve as ``history``, and the model.
 
     If training diverges at every rate tried, the record says so in ``failure``, its scores are null and there
-    is no model. Deterministic for a seed and a number of threads.
+    is no model. Deterministic for a seed and a number of threads. Raises ValueError for data of events: its
+    tables have as many words as contexts.
     """
+    data.check_is_text("training a table")
     num_words, rank = data.matrix.shape[0], len(data.optimum.singular_values)
     table_values = 2 * num_words * rank
     pool_size = case.resolved_pool_size(table_values)

@@ -255,6 +255,15 @@ def _file_hash(path: Path, size: int, mtime_ns: int, algorithm: str) -> str:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
+def fingerprint(sources: Iterable[Source]) -> str:
+    """A string that changes when what the sources hold, or their order, does."""
+    parts = [source.fingerprint() for source in sources]
+    if len(parts) <= 2:
+        return ", ".join(parts)
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return f"{len(parts)} files, sha256:{digest}"
+
+
 def _kind(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:

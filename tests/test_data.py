@@ -1,12 +1,16 @@
 """Batches against a naive version or a conservation law; data sets, what they refuse and what they keep."""
 
+import json
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.linalg
 import scipy.sparse as sp
 import torch
 
+from cemb import __main__, dataset, evaluate, frontier, quality
 from cemb.batches import PairBatches
 from cemb.dataset import PmiConfig, load_pmi
 
@@ -95,3 +99,122 @@ def test_a_data_set_is_built_once_and_read_back(tmp_path):
     # A changed text is another data set.
     path.write_text("the cat sat on the mat and the dog ran on the cat and a mat " * 20)
     assert load_pmi(config).summary["corpus_fingerprint"] != again.summary["corpus_fingerprint"]
+
+
+def _events(folder, suffix):
+    """Events in two files, some of them without a user or an item, as a frame of all of them."""
+    rng = np.random.default_rng(5)
+    frame = pd.DataFrame(
+        {
+            "when": np.arange(4000),
+            "item": [f"item {k}" for k in rng.zipf(1.4, 4000) % 60],
+            "user": [f"u\n{k}" if k % 7 == 0 else f"u{k}" for k in rng.integers(90, size=4000)],
+        }
+    )
+    frame.loc[[0, 77, 3999], "user"] = None
+    frame.loc[[5, 77], "item"] = None
+    paths = [folder / f"{k}.{suffix}" for k in range(2)]
+    for path, part in zip(paths, (frame[:1500], frame[1500:]), strict=True):
+        part.to_parquet(path) if suffix == "parquet" else part.to_csv(path, index=False)
+    return paths, frame.dropna()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_the_command_makes_pmi_of_events(tmp_path, capsys, suffix):
+    paths, frame = _events(tmp_path, suffix)
+    command = [
+        "pmi",
+        "--corpus",
+        *map(str, paths),
+        "--events",
+        "user,item",
+        "--rank",
+        "4",
+        "--num-negative",
+        "2",
+    ]
+    assert __main__.main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    config = PmiConfig(corpus=tuple(map(str, paths)), events="user,item", rank=4, num_negative=2)
+    data = load_pmi(config)
+    assert len(list((tmp_path / "results" / "local" / "data").iterdir())) == 1
+    assert data.summary == said
+    table = pd.crosstab(frame["user"], frame["item"]).loc[data.words, data.contexts].to_numpy()
+    assert np.array_equal(data.word_counts, table.sum(1))
+    assert np.array_equal(data.context_counts, table.sum(0))
+    assert (np.diff(data.word_counts) <= 0).all()
+    assert (np.diff(data.context_counts) <= 0).all()
+    smoothed = table.sum(0) ** 0.75
+    with np.errstate(divide="ignore"):
+        expected = np.log(table * smoothed.sum() / (table.sum(1, keepdims=True) * smoothed)) - np.log(2)
+    np.testing.assert_allclose(data.matrix.toarray(), expected.clip(min=0), rtol=1e-5, atol=1e-6)
+    values = scipy.linalg.svdvals(data.matrix.toarray())
+    np.testing.assert_allclose(data.optimum.singular_values, values[:4], rtol=1e-3)
+    assert said["events"] == "user,item"
+    assert said["num_events"] == len(frame)
+    assert (said["num_words"], said["num_contexts"]) == table.shape == data.matrix.shape
+    assert not {"window_size", "min_count", "num_tokens"} & set(said)
+
+
+def test_events_are_told_apart(tmp_path):
+    """By their columns and their content."""
+    (path, _), _ = _events(tmp_path, "csv")
+    one = load_pmi(PmiConfig(corpus=str(path), events="user,item", rank=2))
+    other = load_pmi(PmiConfig(corpus=str(path), events="item,user", rank=2))
+    assert (other.words, other.contexts) == (one.contexts, one.words)
+    path.write_text(path.read_text() + "9,item 1,u1\n")
+    assert load_pmi(PmiConfig(corpus=str(path), events="user,item", rank=2)).summary["num_events"] == (
+        one.summary["num_events"] + 1
+    )
+
+
+def test_a_build_of_events_goes_on_from_its_counts(tmp_path, monkeypatch):
+    (path, _), _ = _events(tmp_path, "csv")
+    config = PmiConfig(corpus=str(path), events="user,item", rank=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "write_pmi", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            load_pmi(config)
+    assert not [p for p in (tmp_path / "results").rglob("pmi-*") if p.suffix != ".partial"]
+    monkeypatch.setattr(dataset.events, "read_events", lambda *_: pytest.fail("events were read again"))
+    data = load_pmi(config)
+    assert data.matrix.shape == (len(data.words), len(data.contexts))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"window_size": 3, "min_count": 2},
+            "events='u,i' take no options of text, got min_count=2, window_size=3",
+        ),
+        ({"subsample_threshold": 1e-3}, "take no options of text, got subsample_threshold=0.001"),
+        ({"text_field": "u"}, "take no options of text, got text_field='u'"),
+        ({"corpus": "text8"}, "are read from files, and the corpus 'text8' is text"),
+        ({"corpus": "-"}, "events are read from files, not from standard input"),
+        ({"events": "user,thing"}, r"0\.csv has no column 'thing'; it has when, item, user"),
+        ({"events": "user"}, "events need two columns, as in user,item, got 'user'"),
+        ({"events": "user,item", "rank": 60}, r"rank must lie in \[1, "),
+    ],
+)
+def test_what_makes_no_sense_of_events_is_refused(tmp_path, options, message):
+    (path, _), _ = _events(tmp_path, "csv")
+    with pytest.raises(ValueError, match=message):
+        load_pmi(PmiConfig(**{"corpus": str(path), "events": "u,i", "rank": 2, **options}))
+    assert not list((tmp_path / "results").rglob("pmi-*"))
+
+
+def test_what_needs_words_by_words_refuses_events(tmp_path):
+    (path, _), _ = _events(tmp_path, "csv")
+    data = load_pmi(PmiConfig(corpus=str(path), events="user,item", rank=2))
+    message = rf"of events='user,item', {len(data.words)} × {len(data.contexts)}"
+    with pytest.raises(ValueError, match=f"training a table needs a matrix of words by words, .*{message}"):
+        quality.measure_quality(quality.QualityCase("full", "adam"), data)
+    with pytest.raises(ValueError, match=f"skip-gram with negative sampling needs .*{message}"):
+        quality.sgns_record(data)
+    objective = evaluate.AllCellsLoss(data.matrix)
+    assert "words by words" in frontier.measure("full", data, objective)["failure"]
+    # What takes factors as they are works.
+    assert abs(quality.svd_record(data)["gap"]) < 1e-4
+    record = frontier.measure("alternating, float32", data, objective)
+    assert 0 <= record["gap"] < 0.1
