@@ -71,8 +71,8 @@ lint: $(STAMP) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(STAMP) ## open the tour, and the notebooks beside it, in JupyterLab
+	$(BIN)/jupyter lab notebooks/tour.ipynb
 
 open: ## open the built site in a browser
 	@$(PYTHON) -m webbrowser "file://$(CURDIR)/build/_build/html/index.html"

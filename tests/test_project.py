@@ -39,6 +39,7 @@ LAYERS = (
     ("speed",),
     ("bench", "counting_bench"),
     ("study", "plots"),
+    ("tour",),
     ("report",),
     ("compare",),
     ("provenance",),
