@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import matplotlib as mpl
 import nbformat
@@ -48,13 +49,13 @@ def test_readers_are_counted_as_sets_count_them(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_blocks_of_a_row_are_where_the_specification_puts_them(spec):
-    frame = tour.row_blocks(spec, 3)
+    def ends(numbers):
+        parts = [int(part.replace(",", "")) for part in numbers.split(" to ")]
+        return parts[0], parts[-1]
+
     located = []
-    for columns, places, sign in frame.itertuples(index=False):
-        low, high = (int(part) for part in (columns.split(" to ") * 2)[:: len(columns.split(" to "))])
-        first, last = (
-            int(part.replace(",", "")) for part in (places.split(" to ") * 2)[:: len(places.split(" to "))]
-        )
+    for columns, places, sign in tour.row_blocks(spec, 3).itertuples(index=False):
+        (low, high), (first, last) = ends(columns), ends(places)
         assert last - first == high - low
         located += [(first + i, 1 if sign == "+" else -1) for i in range(high - low + 1)]
     assert located == [spec.locate(3, column) for column in range(spec.embedding_dim)]
@@ -168,7 +169,7 @@ def test_the_synthetic_text_stands_in_for_a_corpus_that_is_missing(monkeypatch):
     monkeypatch.setattr(catalog, "find_sources", missing)
     monkeypatch.setattr(tour, "load_pmi", lambda config: config)
     config = tour.load_data(max_vocab=70, rank=5)
-    assert open(config.corpus).read() == tour.synthetic_text()
+    assert Path(config.corpus).read_text() == tour.synthetic_text()
     assert (config.max_vocab, config.rank) == (70, 5)
     assert tour.load_data("other.txt").corpus == "other.txt"
     monkeypatch.undo()
