@@ -15,6 +15,7 @@ from importlib import resources
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from cemb import catalog, records, study, targets
 from cemb.study import OPTIMIZER_NAMES
@@ -828,3 +829,16 @@ def readme_answer(found: list[dict]) -> str:
     return "\n".join(
         [*lines, "", f"Measured on {machine(found)}, PyTorch's memory settings left as they come."]
     )
+
+
+def bibtex() -> str:
+    """The BibTeX entry of the study, by its CITATION.cff."""
+    cited = yaml.safe_load((records.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    said = {
+        "author": " and ".join(f"{{{author['name']}}}" for author in cited["authors"]),
+        "title": f"{{{cited['title']}}}",  # braces keep capitals
+        "version": cited["version"],
+        "note": f"{cited['license']} licence",
+    }
+    lines = "".join(f"  {name} = {{{value}}},\n" for name, value in said.items())
+    return f"@software{{cemb,\n{lines}}}"

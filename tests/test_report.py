@@ -1,11 +1,13 @@
 """From records to the frontier's tables and figures: seeds, budgets, failures, learning rates."""
 
 import math
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from cemb import plots, records, report, study, targets
 from cemb.train import default_learning_rate
@@ -430,3 +432,13 @@ def test_scaling_and_bands_are_drawn():
     (axes,) = plots.sparsity_by_band(np.array([9, 8, 3, 2]), np.array([0, 4, 6, 7, 8])).axes
     middles = sorted(tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1)
     assert middles == [(pytest.approx(2**1.5), 0.25), (pytest.approx(2**3.5), 0.75)]
+
+
+def test_the_citation_is_that_of_the_file_for_tools():
+    entry = report.bibtex()
+    said = (ROOT / "CITATION.cff").read_text()
+    for name in ("title", "version", "name", "license"):
+        value = re.search(rf'^[ -]*{name}: "?(.*?)"?$', said, re.MULTILINE)[1]
+        assert re.search(rf"= {{+{re.escape(value)}[ }}]", entry), name
+    assert entry.startswith("@software{cemb,\n")
+    assert entry.count("{") == entry.count("}")
