@@ -107,7 +107,7 @@ def run(
     threads: int | None = None,
     **sizes,
 ) -> list[dict[str, object]]:
-    """Measure all cases; returns their records and, on the CPU, one of the machine's rates, ``kind: rates``.
+    """Measure all cases; returns one record of the machine's rates, ``kind: rates``, then theirs.
 
     Each case is timed ``repeats · rounds`` times. Needs some 20 GB of memory at the original's sizes.
     """
@@ -117,11 +117,15 @@ def run(
         (optimizer, kind): cases(optimizer, kind, device, **sizes) for optimizer in optimizers for kind in ids
     }
     settings = ("0", "1") if device == "cpu" else ("0",)  # it is of the CPU's memory
-    found = []
     if device == "cpu":
         from cemb.kernels import floors
 
-        found.append({"kind": "rates", **floors.measure_rates(), **records.provenance(device)})
+        rates = floors.measure_rates()
+    else:
+        from cemb.kernels import cuda_floors
+
+        rates = cuda_floors.measure_rates(device)
+    found = [{"kind": "rates", **rates, **records.provenance(device)}]
     with tqdm(total=len(parts) * rounds * len(settings), desc="benchmark", unit="turn") as progress:
         for (optimizer, kind), wanted in parts.items():
             progress.set_postfix_str(f"{optimizer}, {kind} ids")

@@ -138,6 +138,19 @@ def summarize(phases_ms: Mapping[str, list[float]]) -> dict[str, object]:
     return fields
 
 
+def device_ms(step: Step, device: str, *, steps: int = 10) -> float:
+    """Milliseconds a step that a GPU's kernels, copies and fills take by themselves, by torch's profiler.
+
+    Times of a `Clock` contain what Python and the launches take besides, wherever the GPU waits for them.
+    """
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(steps):
+            step(Clock(device))
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / steps
+
+
 def peak_mib(step: Step, device: str = "cpu") -> float | None:
     """Memory one step takes beyond what is held before it, in MiB; None where the system cannot tell.
 

@@ -66,6 +66,11 @@ def _decode(table: Sequence[int], pool_size: int) -> Spec:
     )
 
 
+def _dropout(p: float, seed: Tensor) -> PairDropout:
+    """Share and seed; a seed on a GPU is left there, for kernels to read, and not waited for."""
+    return PairDropout(p, 0 if seed.is_cuda else int(seed))
+
+
 def _array(tensor: Tensor):
     """The values as a contiguous numpy array; bfloat16 as the uint16 of its bits."""
     tensor = tensor.detach().contiguous()
@@ -83,12 +88,13 @@ def _hashed_lookup(weight: Tensor, ids: Tensor, table: Sequence[int]) -> Tensor:
     kind = backend(weight.device, weight.dtype)
     if kind == "torch":
         return reference.hashed_lookup(weight, ids, spec)
-    reference.check_ids(ids, spec.num_embeddings)
     flat = ids.reshape(-1).long().contiguous()
     if kind == "triton":
+        _cuda().check_ids(flat, spec.num_embeddings)
         out = weight.new_empty((*ids.shape, spec.embedding_dim))
         _cuda().lookup(weight.contiguous(), flat, spec, out.view(flat.numel(), spec.embedding_dim))
         return out
+    reference.check_ids(flat, spec.num_embeddings)
     out = weight.new_empty((*ids.shape, spec.embedding_dim), dtype=_wide(weight.dtype))
     cpu.lookup(_array(weight), flat.numpy(), spec, out.view(flat.numel(), spec.embedding_dim).numpy())
     return out.to(weight.dtype)
@@ -189,16 +195,17 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
 def _pair_scores(
     weight: Tensor, pairs: Tensor, table: Sequence[int], context_offset: int, dropout: float, seed: Tensor
 ) -> Tensor:
-    spec, drop = _decode(table, weight.numel()), PairDropout(dropout, int(seed))
-    reference.check_ids(pairs, spec.num_embeddings)
+    spec, drop = _decode(table, weight.numel()), _dropout(dropout, seed)
     kind = backend(weight.device, weight.dtype)
     if kind == "torch":
         return reference.pair_scores(weight, pairs, spec, context_offset, drop)
     pairs = pairs.long().contiguous()
     if kind == "triton":
+        _cuda().check_ids(pairs, spec.num_embeddings)
         scores = weight.new_empty(len(pairs))
-        _cuda().pair_scores(weight.contiguous(), pairs, spec, context_offset, drop, scores)
+        _cuda().pair_scores(weight.contiguous(), pairs, spec, context_offset, drop, seed, scores)
         return scores
+    reference.check_ids(pairs, spec.num_embeddings)
     scores = weight.new_empty(len(pairs), dtype=_wide(weight.dtype))
     cpu.pair_scores(_array(weight), pairs.numpy(), spec, context_offset, drop, scores.numpy())
     return scores.to(weight.dtype)
@@ -214,15 +221,15 @@ def _pair_scores_backward(
     dropout: float,
     seed: Tensor,
 ) -> Tensor:
-    spec, drop = _decode(table, weight.numel()), PairDropout(dropout, int(seed))
+    spec, drop = _decode(table, weight.numel()), _dropout(dropout, seed)
     kind = backend(weight.device, weight.dtype)
     if kind == "torch":
         return reference.pair_scores_backward(grad, weight, pairs, spec, context_offset, drop)
     pairs = pairs.long().contiguous()
     if kind == "triton":
         deterministic = torch.are_deterministic_algorithms_enabled()
-        arguments = (grad.contiguous(), weight.contiguous(), pairs, spec, context_offset, drop, deterministic)
-        return _cuda().pair_scores_backward(*arguments).to(weight.dtype)
+        arguments = (grad.contiguous(), weight.contiguous(), pairs, spec, context_offset, drop, seed)
+        return _cuda().pair_scores_backward(*arguments, deterministic).to(weight.dtype)
     pool = weight.new_zeros(weight.numel(), dtype=_wide(weight.dtype))
     wide_grad = grad.detach().to(pool.dtype).contiguous().numpy()
     arguments = (wide_grad, _array(weight), pairs.numpy(), spec, context_offset, drop)
@@ -259,7 +266,7 @@ class _TouchedPairScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, pairs, spec, context_offset, dropout, seed, touched):
-        drop = PairDropout(dropout, int(seed))
+        drop = _dropout(dropout, seed)
         ctx.save_for_backward(weight, pairs)
         ctx.constants = spec, context_offset, drop
         pool = _array(weight.reshape(-1))
@@ -279,10 +286,14 @@ class _TouchedPairScores(torch.autograd.Function):
         return (None,) * 7
 
 
-def _seed(dropout: float) -> Tensor:
+def _seed(dropout: float, like: Tensor) -> Tensor:
+    """A seed for one step. Triton's kernels find it on the GPU, so that a captured graph draws it anew."""
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    return torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
+    is_triton = backend(like.device, like.dtype) == "triton"
+    if not dropout:
+        return torch.zeros((), dtype=torch.int64)
+    return torch.randint(2**62, (), device=like.device if is_triton else "cpu")
 
 
 def pair_scores(
@@ -309,36 +320,45 @@ def pair_scores(
     _check(weight, pairs, spec, "pairs")
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must have shape [n, 2], got {list(pairs.shape)}")
-    seed = _seed(dropout)
+    seed = _seed(dropout, weight)
     touched: TouchedGradient | None = getattr(weight, "touched", None)
     if touched is not None and torch.is_grad_enabled():
         return _TouchedPairScores.apply(weight, pairs, spec, context_offset, dropout, seed, touched)
     return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
 
 
-def _has_vector_kernel(vectors: Tensor) -> bool:
-    """Vectors have kernels on the CPU alone, and there not in bfloat16."""
-    return vectors.device.type == "cpu" and vectors.dtype in (torch.float32, torch.float64)
+def _vector_backend(vectors: Tensor) -> str:
+    """As `backend`; on the CPU there is no kernel for bfloat16 vectors."""
+    kind = backend(vectors.device, vectors.dtype)
+    return "torch" if kind == "numba" and vectors.dtype == torch.bfloat16 else kind
 
 
 @torch.library.custom_op("cemb::vector_scores", mutates_args=())
 def _vector_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    drop = PairDropout(dropout, int(seed))
-    if not _has_vector_kernel(vectors):
+    drop = _dropout(dropout, seed)
+    kind = _vector_backend(vectors)
+    if kind == "torch":
         return reference.vector_scores(vectors, drop)
     scores = vectors.new_empty(len(vectors))
-    cpu.vector_scores(_array(vectors), drop, scores.numpy())
+    if kind == "triton":
+        _cuda().vector_scores(vectors.contiguous(), drop, seed, scores)
+    else:
+        cpu.vector_scores(_array(vectors), drop, scores.numpy())
     return scores
 
 
 @torch.library.custom_op("cemb::vector_scores_backward", mutates_args=())
 def _vector_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    drop = PairDropout(dropout, int(seed))
-    if not _has_vector_kernel(vectors):
+    drop = _dropout(dropout, seed)
+    kind = _vector_backend(vectors)
+    if kind == "torch":
         weights = grad.unsqueeze(-1) * reference.pair_weights(vectors, drop)
         return weights.unsqueeze(1) * vectors.flip(1)
     out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-    cpu.vector_scores_backward(_array(grad), _array(vectors), drop, out.numpy())
+    if kind == "triton":
+        _cuda().vector_scores_backward(grad.contiguous(), vectors.contiguous(), drop, seed, out)
+    else:
+        cpu.vector_scores_backward(_array(grad), _array(vectors), drop, out.numpy())
     return out
 
 
@@ -383,4 +403,4 @@ def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if vectors.dim() != 3 or vectors.shape[1] != 2:
         raise ValueError(f"vectors must have shape [n, 2, dim], got {list(vectors.shape)}")
-    return _vector_scores(vectors, dropout, _seed(dropout))
+    return _vector_scores(vectors, dropout, _seed(dropout, vectors))

@@ -155,7 +155,7 @@ class Timed:
         return "torch"
 
     def record(self, times_ms: dict[str, list[float]], **options: object) -> dict[str, object]:
-        """The record of these times; takes one more step, to see the memory it needs."""
+        """The record of these times; takes more steps, to see the memory one needs and the GPU's own time."""
         case = self.case
         cpu.release_memory()
         peak = measure.peak_mib(self, case.device)
@@ -171,6 +171,7 @@ class Timed:
             "parameters_mib": self.num_parameters * 4 / 2**20,
             **measure.summarize(times_ms),
             "peak_mib": None if peak is None else round(peak, 2),
+            **({} if case.device == "cpu" else {"device_ms": round(measure.device_ms(self, case.device), 4)}),
             **records.provenance(case.device),
         }
 

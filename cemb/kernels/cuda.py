@@ -18,6 +18,7 @@ from cemb import hashing
 
 MULTIPLIER_1 = tl.constexpr(hashing.MULTIPLIER_1)
 MULTIPLIER_2 = tl.constexpr(hashing.MULTIPLIER_2)
+GOLDEN = tl.constexpr(hashing.GOLDEN)
 
 # Columns that share a hash in one program, values that one program handles, and columns of a pair that are
 # handled at once.
@@ -112,16 +113,20 @@ def _row_kernel(
 
 
 @triton.jit
+def _salt(seed):
+    """What the seed, a scalar in memory, adds to every key."""
+    return _mix(tl.load(seed).to(tl.uint64) + GOLDEN)
+
+
+@triton.jit
 def _kept(pair, column, salt, threshold, DIM: tl.constexpr):
     """Which components of which pairs dropout keeps: a hash has four lanes of 16 bits."""
-    key = pair.to(tl.uint64) * ((DIM + 3) // 4) + (column // 4).to(tl.uint64) + tl.cast(salt, tl.uint64)
+    key = pair.to(tl.uint64) * ((DIM + 3) // 4) + (column // 4).to(tl.uint64) + salt
     lane = _mix(key) >> ((column % 4) * 16).to(tl.uint64)
     return (lane & 0xFFFF).to(tl.int32) >= threshold
 
 
-@triton.jit(
-    do_not_specialize=["n", "word_base", "context_base", "num_starts", "dropout_salt", "threshold", "factor"]
-)
+@triton.jit(do_not_specialize=["n", "word_base", "context_base", "num_starts", "threshold", "factor"])
 def _pair_kernel(
     weight,
     pairs,
@@ -132,10 +137,9 @@ def _pair_kernel(
     word_base,
     context_base,
     num_starts,
-    dropout_salt,
+    seed,
     threshold,
     factor,
-    DROPOUT: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -151,6 +155,8 @@ def _pair_kernel(
     word = tl.load(pairs + 2 * pair, mask=pair < n, other=0)[:, None, None]
     context = tl.load(pairs + 2 * pair + 1, mask=pair < n, other=0)[:, None, None]
     tile_pair = pair[:, None, None]
+    if seed is not None:
+        salt = _salt(seed)
     if grad is None:
         total = tl.zeros([PAIRS, PIECES, WIDTH], tl.float32)
     else:
@@ -159,8 +165,8 @@ def _pair_kernel(
         piece = first + tl.arange(0, PIECES)[None, :, None]
         block, within, column, mask = _columns(piece, DIM, BLOCK_SIZE, WIDTH, CHUNKS)
         mask = mask & (tile_pair < n)
-        if DROPOUT:
-            mask = mask & _kept(tile_pair, column, dropout_salt, threshold, DIM)
+        if seed is not None:
+            mask = mask & _kept(tile_pair, column, salt, threshold, DIM)
         word_start, word_sign = _locate(word, block, word_base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED)
         context_start, context_sign = _locate(
             context, block, context_base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED
@@ -179,6 +185,62 @@ def _pair_kernel(
         tl.store(out + pair, score, mask=pair < n)
 
 
+@triton.jit(do_not_specialize=["n", "threshold", "factor"])
+def _vector_kernel(
+    vectors,
+    grad,
+    out,
+    n,
+    seed,
+    threshold,
+    factor,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Score PAIRS pairs of vectors or, where there is a `grad`, write their gradient to `out`."""
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    tile_pair = pair[:, None]
+    if seed is not None:
+        salt = _salt(seed)
+    if grad is None:
+        total = tl.zeros([PAIRS, COLUMNS], tl.float32)
+    else:
+        upstream = tl.load(grad + pair, mask=pair < n, other=0.0).to(tl.float32)[:, None] * factor
+    for first in range(0, DIM, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        inside = (tile_pair < n) & (column < DIM)
+        kept = inside
+        if seed is not None:
+            kept = inside & _kept(tile_pair, column, salt, threshold, DIM)
+        word = 2 * tile_pair * DIM + column
+        word_value = tl.load(vectors + word, mask=kept, other=0.0).to(tl.float32)
+        context_value = tl.load(vectors + word + DIM, mask=kept, other=0.0).to(tl.float32)
+        if grad is None:
+            total += word_value * context_value
+        else:
+            tl.store(out + word, upstream * context_value, mask=inside)
+            tl.store(out + word + DIM, upstream * word_value, mask=inside)
+    if grad is None:
+        tl.store(out + pair, tl.sum(total, axis=1) * factor, mask=pair < n)
+
+
+# The only kernel whose assertions are compiled: they would slow the others down.
+@triton.jit(debug=True, do_not_specialize=["n", "num_embeddings"])
+def _check_kernel(ids, n, num_embeddings, COUNT: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    entity = tl.load(ids + i, mask=i < n, other=0)
+    inside = (entity >= 0) & (entity < num_embeddings)
+    tl.device_assert(inside, "ids must lie in [0, num_embeddings), the rows of the table")
+
+
+def check_ids(ids: Tensor, num_embeddings: int) -> None:
+    """Trip a device assert if one of `ids`, int64 and contiguous, is out of range; in a single launch."""
+    if ids.numel():
+        with torch.cuda.device_of(ids):
+            _check_kernel[(triton.cdiv(ids.numel(), TILE),)](ids, ids.numel(), num_embeddings, COUNT=TILE)
+
+
 def _int64(x: int) -> int:
     """The signed integer with the same lower 64 bits, as kernels take it."""
     return (x + 2**63) % 2**64 - 2**63
@@ -187,6 +249,11 @@ def _int64(x: int) -> int:
 def _base(spec: hashing.HashSpec | hashing.FullSpec, table_offset: int) -> int:
     """What every key of a table has in common."""
     return _int64(table_offset * spec.num_blocks + spec.salt)
+
+
+def _device_seed(dropout: hashing.PairDropout, seed: Tensor | None) -> Tensor | None:
+    """The seed as kernels take it: none where nothing is dropped."""
+    return seed if dropout.threshold else None
 
 
 def _constants(spec: hashing.HashSpec | hashing.FullSpec) -> dict[str, int]:
@@ -282,6 +349,7 @@ def _launch_pairs(
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     dropout: hashing.PairDropout,
+    seed: Tensor | None,
     out: Tensor,
     grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -301,10 +369,9 @@ def _launch_pairs(
             _base(spec, spec.table_offset),
             _base(spec, context_offset),
             spec.num_starts,
-            _int64(dropout.salt),
+            _device_seed(dropout, seed),
             dropout.threshold,
             dropout.scale,
-            DROPOUT=dropout.threshold > 0,
             PIECES=pieces,
             PAIRS=tile_pairs,
             **constants,
@@ -317,16 +384,19 @@ def pair_scores(
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     dropout: hashing.PairDropout,
+    seed: Tensor | None,
     scores: Tensor,
 ) -> None:
     """Write the dot product of both rows of each of `pairs` ``[n, 2]`` (int64) into `scores` ``[n]``.
 
     Row numbers are relative to `spec.table_offset` in column 0, words, and to `context_offset` in column 1,
-    contexts; both tables are otherwise as `spec` says, in `weight` ``[pool_size]``. Sums are in float32, in
-    an order that depends on shapes alone, so results are deterministic; `scores` is of weight's dtype.
+    contexts; both tables are otherwise as `spec` says, in `weight` ``[pool_size]``. `seed`, an int64
+    scalar on the device, takes the place of the dropout's own, so that a captured graph can draw it anew; it
+    may be None where nothing is dropped. Sums are in float32, in an order that depends on shapes alone, so
+    results are deterministic; `scores` is of weight's dtype.
     """
     if len(pairs):
-        _launch_pairs(weight, pairs, spec, context_offset, dropout, scores)
+        _launch_pairs(weight, pairs, spec, context_offset, dropout, seed, scores)
 
 
 def pair_scores_backward(
@@ -336,6 +406,7 @@ def pair_scores_backward(
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     dropout: hashing.PairDropout,
+    seed: Tensor | None,
     deterministic: bool,
 ) -> Tensor:
     """Gradient of `pair_scores` for `weight`, given `grad` ``[n]``: a new float32 pool ``[pool_size]``.
@@ -349,5 +420,42 @@ def pair_scores_backward(
         scale = _fixed_point_scale(bound, pairs.numel() * spec.embedding_dim)
     pool = _new_pool(spec, weight, scale)
     if len(pairs):
-        _launch_pairs(weight, pairs, spec, context_offset, dropout, pool, grad, scale)
+        _launch_pairs(weight, pairs, spec, context_offset, dropout, seed, pool, grad, scale)
     return _to_float(pool, scale)
+
+
+def _launch_vectors(
+    vectors: Tensor, dropout: hashing.PairDropout, seed: Tensor | None, out: Tensor, grad: Tensor | None
+) -> None:
+    n, _, dim = vectors.shape
+    columns = min(triton.next_power_of_2(dim), PAIR_COLUMNS)
+    pairs = TILE // columns
+    if n:
+        with torch.cuda.device_of(vectors):
+            _vector_kernel[(triton.cdiv(n, pairs),)](
+                vectors,
+                grad,
+                out,
+                n,
+                _device_seed(dropout, seed),
+                dropout.threshold,
+                dropout.scale,
+                DIM=dim,
+                COLUMNS=columns,
+                PAIRS=pairs,
+            )
+
+
+def vector_scores(vectors: Tensor, dropout: hashing.PairDropout, seed: Tensor | None, scores: Tensor) -> None:
+    """Write the dot products of the pairs of `vectors` ``[n, 2, dim]`` into `scores` ``[n]``, deterministic.
+
+    `scores` is of the vectors' dtype; sums are in float32; `seed` is that of `pair_scores`.
+    """
+    _launch_vectors(vectors, dropout, seed, scores, None)
+
+
+def vector_scores_backward(
+    grad: Tensor, vectors: Tensor, dropout: hashing.PairDropout, seed: Tensor | None, out: Tensor
+) -> None:
+    """Write the gradient of `vector_scores` with respect to `vectors` into `out` ``[n, 2, dim]``."""
+    _launch_vectors(vectors, dropout, seed, out, grad)

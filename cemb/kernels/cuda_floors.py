@@ -1,0 +1,99 @@
+"""What a GPU's memory and caches allow at best: the rates that a step's floor there is made of."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAM = 2048  # values that one program handles
+_ROW, _BLOCK = 100, 32  # values: a row of 400 bytes, a block of 128
+_REPEATS = 10
+
+
+@triton.jit
+def _run_kernel(
+    array,
+    out,
+    n,
+    num_places,
+    STRIDE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """Sum RUNS runs of LENGTH values or, where there is no `out`, add one to each of them."""
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    mask = (run < n) & (column < LENGTH)
+    # The finalizer of MurmurHash3; reading places from memory would be traffic of its own.
+    x = run.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    x = (x ^ (x >> 16)).to(tl.uint64)
+    place = array + (((x * num_places) >> 32) * STRIDE).to(tl.int64) + column
+    if out is None:
+        tl.atomic_add(place, tl.full([RUNS, WIDTH], 1.0, tl.float32), mask=mask, sem="relaxed")
+    else:
+        total = tl.sum(tl.sum(tl.load(place, mask=mask, other=0.0), axis=1), axis=0)
+        tl.store(out + tl.program_id(0), total)
+
+
+def num_programs(n: int, length: int) -> int:
+    """Programs that `launch_runs` starts for `n` runs."""
+    return triton.cdiv(n, _PROGRAM // triton.next_power_of_2(length))
+
+
+def launch_runs(array: Tensor, n: int, length: int, stride: int, out: Tensor | None) -> None:
+    """Sum `n` runs of `length` values of the float32 `array`, a partial sum a program, or add to them.
+
+    Run i starts at `stride` times a hash of i. `out`, float32 of `num_programs` values, takes the sums; where
+    it is None, one is added to each value of the runs.
+    """
+    width = triton.next_power_of_2(length)
+    places = (array.numel() - length) // stride + 1
+    _run_kernel[(num_programs(n, length),)](
+        array, out, n, places, STRIDE=stride, LENGTH=length, WIDTH=width, RUNS=_PROGRAM // width
+    )
+
+
+def _best_s(run: Callable[[], object]) -> float:
+    """The shortest of several runs on the device."""
+    run()
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return best
+
+
+def measure_rates(device: str = "cuda") -> dict[str, float]:
+    """Rates of a GPU, each the best of several launches that fill it.
+
+    Returns:
+        ``stream_gb_per_s``, bytes read and written by a copy of 1 GiB; ``random_rows_per_s``, rows of 400
+        bytes read from 4 GiB; ``random_values_per_s``, single values of it; ``cached_blocks_per_s``, runs of
+        32 values at any place of a pool of 1 MiB, which stays in cache; ``cached_values_per_s``, single
+        values of it; and each of the last four as ``..._adds_per_s``, the same added to atomically.
+    """
+    with torch.cuda.device(device):
+        large, pool = torch.ones(2**30, device=device), torch.ones(2**18, device=device)
+        halves = large[: 2**28], large[2**28 : 2**29]
+        found = {"stream_gb_per_s": 2 * 2**30 / _best_s(lambda: halves[0].copy_(halves[1])) / 1e9}
+        for name, array, length, stride, n in (
+            ("random_row", large, _ROW, _ROW, 2**21),
+            ("random_value", large, 1, 1, 2**25),
+            ("cached_block", pool, _BLOCK, 1, 2**22),
+            ("cached_value", pool, 1, 1, 2**26),
+        ):
+            sums = torch.empty(num_programs(n, length), device=device)
+            for suffix, out in (("s", sums), ("_adds", None)):
+                run = functools.partial(launch_runs, array, n, length, stride, out)
+                found[f"{name}{suffix}_per_s"] = n / _best_s(run)
+    return found
