@@ -28,6 +28,17 @@ def renewed_readme(readme: str, name: str, found: list[dict]) -> str:
     return ANSWER.sub(lambda _: f"{report.readme_answer(found)}\n\n{picture}\n", readme)
 
 
+def without_noise(record: dict) -> dict:
+    """The record, its learning curve to nine digits: more say nothing, and curves are a fifth of the file."""
+    if not record.get("history"):
+        return record
+    history = [
+        {key: float(f"{value:.9g}") if isinstance(value, float) else value for key, value in point.items()}
+        for point in record["history"]
+    ]
+    return {**record, "history": history}
+
+
 def extended(kept: list[dict], new: list[dict]) -> list[dict]:
     """Records, those of the new ones' runs replaced, in the study's order; of other runs last."""
     renewed = {record["run"] for record in new}
@@ -55,7 +66,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"nothing to publish: {error}", file=sys.stderr)
         return 1
-    records.write(found, folder / "records.jsonl")
+    records.write(map(without_noise, found), folder / "records.jsonl")
     for kind, measurement in provenance.MEASUREMENTS.items():
         if measurement.module and (local := records.results_dir() / "local" / f"{kind}.jsonl").exists():
             records.write(records.read(local), folder / f"{kind}.jsonl")
