@@ -151,6 +151,33 @@ def device_ms(step: Step, device: str, *, steps: int = 10) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / steps
 
 
+def graph_ms(step: Callable[[], object], feed: Callable[[], object], *, repeats: int) -> float:
+    """Median milliseconds of a step replayed as a CUDA graph, after ``feed()`` has put its input in place.
+
+    Both must write and read the same memory at each call.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(repeats):
+        feed()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
 def peak_mib(step: Step, device: str = "cpu") -> float | None:
     """Memory one step takes beyond what is held before it, in MiB; None where the system cannot tell.
 

@@ -22,6 +22,7 @@ import triton.language as tl  # noqa: E402
 from cemb import HashedEmbedding, reference, speed  # noqa: E402
 from cemb.hashing import GOLDEN, MULTIPLIER_1, MULTIPLIER_2, FullSpec, HashSpec, PairDropout, mix  # noqa: E402
 from cemb.kernels import cuda, cuda_floors  # noqa: E402
+from cemb.measure import Clock  # noqa: E402
 from cemb.model import build_model, mse_loss  # noqa: E402
 from cemb.train import make_optimizer  # noqa: E402
 
@@ -359,16 +360,17 @@ def _murmur_finalizer(x):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(1, 1), (25, 1), (100, 100)])
-def test_floors_read_and_add_what_they_say(length, stride):
+@pytest.mark.parametrize("shape", [(512, 2), (2048, 8)])
+def test_floors_read_and_add_what_they_say(length, stride, shape):
     array, n = torch.arange(500, dtype=torch.float32, device=DEVICE), 4099
     num_places = (500 - length) // stride + 1
     starts = torch.tensor([(_murmur_finalizer(i) * num_places >> 32) * stride for i in range(n)])
     places = (starts[:, None] + torch.arange(length)).reshape(-1).to(DEVICE)
-    sums, _ = _poisoned(cuda_floors.num_programs(n, length))
-    cuda_floors.launch_runs(array, n, length, stride, sums)
+    sums, _ = _poisoned(cuda_floors.num_programs(n, length, shape))
+    cuda_floors.launch_runs(array, n, length, stride, sums, shape)
     assert sums.double().sum() == array.double()[places].sum()
     before = array.clone()
-    cuda_floors.launch_runs(array, n, length, stride, None)
+    cuda_floors.launch_runs(array, n, length, stride, None, shape)
     assert torch.equal(array - before, torch.bincount(places, minlength=500).float())
 
 
@@ -403,6 +405,7 @@ def test_models_train_as_on_the_cpu(table, optimizer):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler's modules
 def test_hashed_embedding_compiles_whole():
     table = HashedEmbedding(1000, 20, 500, block_size=4, device="cuda")
     ids = torch.randint(1000, (70,), device="cuda")
@@ -430,7 +433,41 @@ def test_deterministic_algorithms_give_the_same_bits():
 
 
 @needs_gpu
-@pytest.mark.parametrize("call", ["table(ids)", "table.pair_scores(ids.view(1, 2), table)"])
+def test_a_captured_step_draws_dropout_anew():
+    model = build_model(
+        "hashed", 1000, 100, pool_size=3000, block_size=25, dropout=0.5, device="cuda"
+    ).train()
+    pairs = torch.randint(1000, (500, 2), device="cuda")
+    with torch.no_grad():
+        for _ in range(2):
+            model(pairs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            scores = model(pairs)
+        graph.replay()
+        first = scores.clone()
+        graph.replay()
+        assert not torch.equal(scores, first)
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
+def test_a_captured_step_trains(optimizer):
+    sizes = {"num_embeddings": 50, "embedding_dim": 8, "batch_size": 64, "dropout": 0.0, "device": "cuda"}
+    case = speed.SpeedCase("hashed", optimizer, 64, **sizes)
+    replayed, stepped = speed.Timed(case), speed.Timed(case)
+    replayed.graph_ms(repeats=5)
+    # Three steps to warm up on the first batch; the capture runs none; replays take the batches in turn.
+    for batch in (0, 0, 0, 0, 1, 2, 3, 0):
+        stepped._calls = batch
+        stepped(Clock("cuda"))
+    weights = [next(timed._score.parameters()) for timed in (replayed, stepped)]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("call", ["table(ids)", "table.pair_scores(ids.view(1, 2), table, 0.1)"])
 def test_ids_out_of_range_trip_a_device_assert(call):
     code = (
         "import torch; from cemb import HashedEmbedding; table = HashedEmbedding(10, 4, 20, device='cuda'); "
@@ -447,6 +484,7 @@ def test_speed_records_of_a_gpu():
     cases = [speed.SpeedCase("full", "sgd", **sizes), speed.SpeedCase("hashed", "sgd", 64, **sizes)]
     for record in speed.measure_cases(cases, repeats=2):
         assert 0 < record["device_ms"] < record["total_ms"] + 1
+        assert record["graph_ms"] > 0
         assert record["backend"] == ("torch" if record["table"] == "full" else "triton")
         assert record["peak_mib"] >= 0
 
