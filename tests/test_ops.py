@@ -302,7 +302,9 @@ def test_pair_scores_are_close_to_float64(spec, p, private_pool_limit, dtype, mo
     exact = _exact(weight.double(), pairs, spec, drop, upstream)
     for ours, theirs, truth in zip((scores.detach(), grad), naive, exact, strict=True):
         assert ours.dtype == dtype
-        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-5
+        # Torch sums float16 in another order where memory is aligned otherwise, and rounds to it.
+        stored = truth.abs() * torch.finfo(dtype).eps
+        assert ((ours - truth).abs() <= 2 * (theirs - truth).abs().max() + stored + 1e-5).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
