@@ -65,7 +65,7 @@ test-gpu: ## run the tests of the kernels on this GPU
 gpu: test-gpu ## run those, then time the whole grid there; records go to the folder OUT
 	mkdir -p $(OUT)
 	$(PYTHON) -m cemb speed --grid original --device cuda --out $(OUT)/original.csv
-	$(PYTHON) -m cemb bench --device cuda --out $(OUT)/bench.jsonl
+	$(PYTHON) -m cemb bench --device cuda --out $(OUT)/gpu.jsonl
 
 lint: $(STAMP) ## check style
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from cemb import measure, records, rivals, speed
-from cemb.targets import BLOCK, HUGE_TABLE, LARGE, OPTIMIZERS, SMALL
+from cemb.targets import BLOCK, GPU_BLOCK, HUGE_TABLE, LARGE, OPTIMIZERS, SMALL
 
 _THP = "THP_MEM_ALLOC_ENABLE"
 
@@ -30,7 +30,7 @@ def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes) ->
         for table in ("full-fbgemm", "full-fbgemm-rowwise"):
             if rivals.available(table, optimizer):
                 found.append(replace(full, table=table))
-    block = BLOCK if device == "cpu" else 32
+    block = BLOCK if device == "cpu" else GPU_BLOCK
     for pool_size in (SMALL, LARGE):
         hashed = replace(full, table="hashed", pool_size=pool_size)
         found += [hashed, replace(hashed, block_size=block)]

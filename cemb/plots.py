@@ -201,6 +201,42 @@ def benchmark(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def gpu_benchmark(rows: pd.DataFrame) -> Figure:
+    """Step times (log axis) of `report.gpu_frame` by optimizer: as Python waits, the GPU's own, the floor."""
+    optimizers = [name for name in OPTIMIZER_STYLES if name in set(rows.optimizer)]
+    counts = [int((rows.optimizer == name).sum()) for name in optimizers]
+    figure, panels = _figure(
+        len(optimizers),
+        1,
+        size=(7.4, 1.2 + 0.26 * sum(counts)),
+        sharex=True,
+        gridspec_kw={"height_ratios": counts},
+    )
+    for panel, optimizer in zip(np.atleast_1d(panels), optimizers, strict=True):
+        own = rows[rows.optimizer == optimizer].reset_index(drop=True)
+        y = np.arange(len(own))
+        series = (
+            ("uniform_device_ms", BLUE, "o", "the GPU's own"),
+            ("uniform_graph_ms", GREEN, "^", "replayed as a graph"),
+            ("uniform_total_ms", ORANGE, "D", "from Python"),
+        )
+        for name, colour, marker, label in series:
+            values = own[name].astype(float)
+            panel.plot(values, y, marker=marker, color=colour, markersize=5, linestyle="none", label=label)
+        panel.vlines(own.floor.astype(float), y - 0.42, y + 0.42, color="#000000", label="floor")
+        panel.set_yticks(y, own.table, fontsize=8)
+        for tick, is_ours in zip(panel.get_yticklabels(), own.is_ours, strict=True):
+            tick.set_fontweight("bold" if is_ours else "normal")
+        panel.invert_yaxis()
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_title(OPTIMIZER_STYLES[optimizer][2], fontsize=10, loc="left")
+    np.atleast_1d(panels)[-1].set_xlabel("milliseconds a step (log)")
+    handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return figure
+
+
 def quality_overview(quality: pd.DataFrame, svd: dict) -> Figure:
     """Gap and WordSim-353 against compression (log axis) for each optimizer, full-batch training.
 

@@ -30,6 +30,11 @@ MEASUREMENTS = {
     "bench": Measurement(
         "the benchmark", "python -m cemb bench --targets --out results/local/bench.jsonl", "cemb.bench"
     ),
+    "gpu": Measurement(
+        "the benchmark, on a GPU",
+        "python -m cemb bench --device cuda --out results/local/gpu.jsonl",
+        "cemb.bench",
+    ),
     "rates": Measurement(
         "learning rates", "python -m cemb rates --out results/local/rates.jsonl", "cemb.quality"
     ),

@@ -132,3 +132,49 @@ def floor_ms(record: dict, rates: dict) -> float | None:
     lines_s = lines * min(1 / rates["random_values_per_s"], row_s * 64 / (400 + 60))
     in_order_s = passes * size * 4 / (rates["stream_gb_per_s"] * 1e9)
     return 1e3 * (lines_s + min((passes - 1) * lines_s, in_order_s))
+
+
+GPU_BLOCK = 32
+GPU_LIMIT = 0.5  # of the best full table's step, each by the GPU's own time
+
+
+def gpu_floor_ms(record: dict, rates: dict) -> float | None:
+    """The least time this GPU's memory and caches allow a step, as `floor_ms`, of `cuda_floors`' rates.
+
+    Forward and backward each read what a batch looks up, and the backward pass adds to as much; components
+    that dropout drops need neither at block size 1, where each is an access of its own. Sparse steps read the
+    rows once and update them, and each state of the optimizer, in place; all others write the gradient in
+    order, read it, and go through weights and states. None for block sizes of which no rate was measured.
+    """
+    rows = 2 * record["batch_size"]
+    size = record["pool_size"] or record["num_embeddings"] * record["embedding_dim"]
+    copies = COPIES[record["optimizer"]]
+    row_s, row_add_s = 1 / rates["random_rows_per_s"], 1 / rates["random_row_adds_per_s"]
+    if record["sparse_gradients"]:
+        return 1e3 * rows * (row_s + copies * row_add_s)
+    in_order_s = (2 * copies + 2) * size * 4 / (rates["stream_gb_per_s"] * 1e9)
+    if record["table"].startswith("full"):
+        return 1e3 * (rows * (2 * row_s + row_add_s) + in_order_s)
+    values = rows * record["embedding_dim"]
+    if record["block_size"] == 1:
+        accesses = values * (1 - record["dropout"]) ** 2
+        place = "cached_value" if size <= SMALL else "random_value"
+        read_s, add_s = 1 / rates[f"{place}s_per_s"], 1 / rates[f"{place}_adds_per_s"]
+    elif record["block_size"] == GPU_BLOCK:
+        accesses = values / GPU_BLOCK
+        if size <= SMALL:
+            read_s, add_s = 1 / rates["cached_blocks_per_s"], 1 / rates["cached_block_adds_per_s"]
+        else:
+            read_s, add_s = row_s * GPU_BLOCK / 100, row_add_s * GPU_BLOCK / 100  # by their bytes
+    else:
+        return None
+    return 1e3 * (accesses * (2 * read_s + add_s) + in_order_s)
+
+
+def gpu_ratio(found: list[dict], optimizer: str, field: str) -> tuple[float, dict, dict]:
+    """The small pool's step in blocks over the best full table's by a field of time, and both records."""
+    uniform = [r for r in found if r.get("ids") == "uniform" and r["optimizer"] == optimizer]
+    (ours,) = _select(uniform, _hashed(SMALL, GPU_BLOCK))
+    full = [r for r in _select(uniform, {}) if r["table"].startswith("full") and r[field] is not None]
+    best = min(full, key=lambda r: r[field])
+    return ours[field] / best[field], ours, best

@@ -97,6 +97,60 @@ def test_floors_count_what_must_move():
     assert targets.floor_ms({"device": "cuda"}, RATES) is None
 
 
+GPU_RATES = {
+    "stream_gb_per_s": 1000,
+    "random_rows_per_s": 1e9,
+    "random_row_adds_per_s": 5e8,
+    "random_values_per_s": 1e10,
+    "random_value_adds_per_s": 5e9,
+    "cached_blocks_per_s": 1e10,
+    "cached_block_adds_per_s": 5e9,
+    "cached_values_per_s": 1e11,
+    "cached_value_adds_per_s": 5e10,
+}
+
+
+def test_floors_of_a_gpu_count_what_must_move():
+    def floor(table, optimizer="sgd", **fields):
+        case = dataclasses.replace(speed.SpeedCase(table, optimizer, dropout=0.5), **fields)
+        return targets.gpu_floor_ms(dataclasses.asdict(case), GPU_RATES)
+
+    rows_ms = 65_536 / 1e9 * 1e3
+    # Rows are read once, and weights, or also two moments, updated at half that rate.
+    assert floor("full", sparse_gradients=True) == pytest.approx(3 * rows_ms)
+    assert floor("full", "adam", sparse_gradients=True) == pytest.approx(7 * rows_ms)
+    # Read twice and added to once; the gradient written and read, weights read and written, 0.4 GB each.
+    assert floor("full") == floor("full-fused") == pytest.approx(4 * rows_ms + 4 * 0.4)
+    pool_ms = 4 * 2**20 / 1e12 * 1e3
+    blocks_ms = 6_553_600 / 32 / 1e10 * 1e3
+    blocks = {"pool_size": targets.SMALL, "block_size": 32}
+    assert floor("hashed", **blocks) == pytest.approx(4 * blocks_ms + pool_ms)
+    # A quarter of the values survive dropout.
+    values_ms = 6_553_600 / 4 / 1e11 * 1e3
+    assert floor("hashed", pool_size=targets.SMALL) == pytest.approx(4 * values_ms + pool_ms)
+    large = floor("hashed", pool_size=targets.LARGE)
+    assert large == pytest.approx(40 * values_ms + 4 * 0.4)
+    in_blocks = floor("hashed", pool_size=targets.LARGE, block_size=32)
+    assert in_blocks == pytest.approx(4 * rows_ms + 4 * 0.4)
+    assert floor("hashed", pool_size=targets.SMALL, block_size=25) is None
+
+
+def test_the_ratio_on_a_gpu_is_to_the_best_full_table():
+    def record(table, ms, **fields):
+        case = speed.SpeedCase(table, "sgd", ids="uniform")
+        return {**dataclasses.asdict(dataclasses.replace(case, **fields)), "device_ms": ms, "graph_ms": None}
+
+    ours = record("hashed", 3.0, pool_size=targets.SMALL, block_size=32)
+    others = [
+        record("hashed", 1.0, pool_size=targets.SMALL),
+        record("full", 5.0, ids="zipf"),
+        record("full", 8.0, num_embeddings=9),
+    ]
+    full = [record("full-fused", 6.0), record("full", 9.0), {**record("full", 0.0), "device_ms": None}]
+    ratio, found, best = targets.gpu_ratio([ours, *others, *full], "sgd", "device_ms")
+    assert (ratio, found, best) == (0.5, ours, full[0])
+
+
 def test_rates_are_plausible():
     rates = floors.measure_rates(megabytes=8)
     assert set(rates) == set(RATES)

@@ -442,3 +442,23 @@ def test_the_citation_is_that_of_the_file_for_tools():
         assert re.search(rf"= {{+{re.escape(value)}[ }}]", entry), name
     assert entry.startswith("@software{cemb,\n")
     assert entry.count("{") == entry.count("}")
+
+
+def test_the_benchmark_on_a_gpu_is_shown():
+    _, found = report.reference("gpu")
+    rows = report.gpu_frame(found)
+    speeds = [record for record in found if record["kind"] == "speed"]
+    assert len(rows) * 2 == len(speeds)  # uniform and Zipf ids
+    table = report.gpu_table(found, "adam")
+    sparse = table[table.table == "full, sparse gradients"].iloc[0]
+    assert sparse["as a graph (ms)"] == ""
+    (record,) = (
+        r for r in speeds if r["optimizer"] == "adam" and r["sparse_gradients"] and r["ids"] == "uniform"
+    )
+    assert float(sparse["the GPU's own (ms)"]) == pytest.approx(record["device_ms"], abs=6e-4)
+    summary = report.gpu_targets_table(found)
+    assert len(summary) == 3
+    assert list(summary[""]) == [
+        "reached" if targets.gpu_ratio(found, optimizer, "device_ms")[0] <= targets.GPU_LIMIT else "missed"
+        for optimizer in targets.OPTIMIZERS
+    ]
