@@ -4,7 +4,9 @@ Speed comparisons are ratios of medians within one run, with a bootstrap 95% int
 the interval holds 1, the two are called a tie. So are gaps whose ranges over seeds overlap.
 """
 
+import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -824,6 +826,15 @@ def csv_text(found: list[dict], kind: str) -> str:
     for name in rows.columns:
         rows[name] = rows[name].map(lambda cell: json.dumps(cell) if isinstance(cell, list) else cell)
     return rows.to_csv(index=False, lineterminator="\n")
+
+
+def explorer_data(found: list[dict]) -> str:
+    """The script that hands the explorer the CSV files' columns and cells, by kind."""
+    data = {}
+    for kind in ("speed", "quality", "frontier"):
+        columns, *rows = csv.reader(io.StringIO(csv_text(found, kind)))
+        data[kind] = {"columns": columns, "rows": rows}
+    return f"window.cembRecords = {json.dumps(data, ensure_ascii=False)};\n"
 
 
 def show(

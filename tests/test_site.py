@@ -1,6 +1,8 @@
 """The built site, as a reader's browser sees it from disk and without a network."""
 
+import csv
 import functools
+import importlib.resources
 import os
 import re
 import shutil
@@ -277,3 +279,112 @@ def test_search_finds_adagrad(browser, site):
             assert "Adagrad" in tab.locator("article").inner_text()
         finally:
             tab.close()
+
+
+@pytest.fixture
+def explorer(browser, site):
+    tab = browser.new_page(viewport={"width": 1200, "height": 900})
+    tab.goto((site / "explore.html").as_uri())
+    yield tab
+    tab.close()
+
+
+def _speed_rows(site):
+    (path,) = site.rglob("speed.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_explorers_filters_change_plot_and_table(explorer, site):
+    rows = _speed_rows(site)
+    points, lines = explorer.locator(".plot .point"), explorer.locator(".listing tbody tr")
+    assert points.count() == lines.count() == len(rows)
+    hashed = [row for row in rows if row["table"] == "hashed"]
+    explorer.get_by_label("table", exact=True).select_option("=hashed")
+    assert points.count() == lines.count() == len(hashed) < len(rows)
+    assert explorer.locator(".count").inner_text() == f"{len(hashed)} of {len(rows)} records"
+    before = points.first.get_attribute("d")
+    explorer.get_by_label("up", exact=True).select_option("forward_ms")
+    assert points.first.get_attribute("d") != before
+    before = points.first.get_attribute("d")
+    explorer.get_by_label("log up").uncheck()
+    assert points.first.get_attribute("d") != before
+    explorer.get_by_label("search the records").fill("no record has this")
+    assert points.count() == lines.count() == 0
+
+
+def test_the_explorer_shows_a_whole_record_and_leads_to_its_run(explorer, site):
+    explorer.locator(".plot .point").first.hover()
+    record = explorer.locator(".record")
+    for name in ("total_ms", "git_commit", "device_name"):
+        assert record.get_by_text(name, exact=True).count() == 1
+    explorer.locator(".plot .point").first.click()
+    assert "/runs/speed-" in explorer.url
+    assert Path(unquote(urlsplit(explorer.url).path)).is_file()
+
+
+def test_the_explorers_table_sorts(explorer):
+    def column():
+        place = 1 + [*explorer.locator(".listing th").all_inner_texts()].index(
+            next(t for t in explorer.locator(".listing th").all_inner_texts() if t.startswith("total_ms"))
+        )
+        texts = explorer.locator(f".listing tbody td:nth-child({place})").all_inner_texts()
+        return [float(text.replace(",", "")) for text in texts]
+
+    header = explorer.locator('.listing th[data-column="total_ms"]')
+    header.locator("button").click()
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert column() == sorted(column())
+    header.locator("button").press("Enter")
+    assert header.get_attribute("aria-sort") == "descending"
+    assert column() == sorted(column(), reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["speed", "quality", "frontier"])
+def test_the_explorer_downloads_the_records(explorer, site, kind):
+    explorer.get_by_label("records of").select_option(kind)
+    with explorer.expect_download() as download:
+        explorer.get_by_role("button", name="Download these as CSV").click()
+    (path,) = site.rglob(f"{kind}.csv")
+    assert Path(download.value.path()).read_bytes() == path.read_bytes()
+
+
+def test_the_explorers_files_are_loaded_by_its_page_alone(site, pages):
+    users = {name for name, page in pages.items() if any("explorer.js" in link for link in page.links)}
+    assert users == {"explore.html"}
+
+
+# What the theme itself brings on every page; anything else that axe-core calls serious or critical fails.
+THEMES_OWN = {
+    "summary-name",  # the arrow that opens a chapter's list in the sidebar has no name
+    "aria-required-children",  # citations are a list whose entries are not marked as such
+}
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_nothing_keeps_readers_out(browser, site, pages, theme):
+    axe = importlib.resources.files("axe_playwright_python") / "axe.min.js"
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=theme)
+    context.add_init_script(
+        f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}');"
+    )
+    tab = context.new_page()
+    found = []
+    chapters = sorted(name for name in pages if "/" not in name)
+    for name in (*chapters, next(name for name in pages if name.startswith("runs/speed-"))):
+        tab.goto((site / name).as_uri(), wait_until="load")
+        tab.evaluate(axe.read_text(encoding="utf-8"))
+        result = tab.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+        found += [
+            f"{name}: {violation['id']} ({violation['impact']}), {node['target']}: {node['html'][:120]}"
+            for violation in result["violations"]
+            if violation["impact"] in ("serious", "critical") and violation["id"] not in THEMES_OWN
+            for node in violation["nodes"]
+        ]
+    context.close()
+    assert not found, "\n".join([f"{len(found)} problems", *found[:40]])
+
+
+def test_pages_are_small(site, pages):
+    large = {name: (site / name).stat().st_size for name in pages}
+    assert not {name: size for name, size in large.items() if size > 1_500_000}
