@@ -12,7 +12,7 @@ TEST_STAMP := $(VENV)/.installed-test
 PEERS_STAMP := $(VENV)/.installed-peers
 OUT ?= results/local/gpu
 
-.PHONY: help env book study check site test lint bench peers test-gpu gpu lab open clean
+.PHONY: help env book study check site archive test lint bench peers test-gpu gpu lab open clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -40,6 +40,9 @@ check: $(STAMP) ## say which runs are stale, and why
 
 site: $(STAMP) ## build the site from the runs there are
 	$(BIN)/python book/build.py
+
+archive: $(STAMP) ## build the site and pack it into one zip file, build/cemb-VERSION-site.zip
+	$(BIN)/python book/build.py --archive
 
 $(TEST_STAMP): requirements-test.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-test.txt -c constraints.txt

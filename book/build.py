@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,21 +71,18 @@ def stage_run(run: study.Run, found: list[dict], page: Path) -> None:
     page.write_text(json.dumps(notebook), encoding="utf-8")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--build-dir", type=Path, default=ROOT / "build")
-    build = parser.parse_args().build_dir.resolve()
-    runs = report.book_runs()
-    try:
-        found = report.load()
-    except (OSError, ValueError) as error:
-        print(f"the site cannot be built: {error}\n`make study` runs what is missing", file=sys.stderr)
-        return 1
-    key, stamp, index = site_key(runs), build / ".site-key", build / "_build" / "html" / "index.html"
-    if index.exists() and stamp.exists() and stamp.read_text() == key:
-        print(f"the site is up to date: {index}")
-        return 0
-    stamp.unlink(missing_ok=True)
+def pack(html: Path, archive: Path) -> None:
+    """Put a built site into one zip file, the same bytes for the same site."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in sorted(path for path in html.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(f"{archive.stem}/{path.relative_to(html).as_posix()}")
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            packed.writestr(entry, path.read_bytes())
+
+
+def build_html(runs: list[study.Run], found: list[dict], build: Path) -> int:
+    """Stage and build; returns Jupyter Book's exit status."""
+    (build / ".site-key").unlink(missing_ok=True)
     shutil.rmtree(build / "_build", ignore_errors=True)
     stage(runs, found, build / "src")
     command = [Path(sys.executable).parent / "jupyter-book", "build", build / "src"]
@@ -96,11 +94,33 @@ def main() -> int:
         if Path(os.environ.get(name) or "none").exists()
     }
     environment = {**os.environ, **paths, "TQDM_DISABLE": "1"}  # bars would litter the pages
-    done = subprocess.run(list(map(str, command)), env=environment, check=False)
-    if done.returncode:
-        return done.returncode
-    records.write_atomic(stamp, key)
-    print(f"the site is built: {index}")
+    return subprocess.run(list(map(str, command)), env=environment, check=False).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build-dir", type=Path, default=ROOT / "build")
+    parser.add_argument("--archive", action="store_true", help="also pack the site into one zip file")
+    arguments = parser.parse_args()
+    build = arguments.build_dir.resolve()
+    runs = report.book_runs()
+    try:
+        found = report.load()
+    except (OSError, ValueError) as error:
+        print(f"the site cannot be built: {error}\n`make study` runs what is missing", file=sys.stderr)
+        return 1
+    key, stamp, index = site_key(runs), build / ".site-key", build / "_build" / "html" / "index.html"
+    if index.exists() and stamp.exists() and stamp.read_text() == key:
+        print(f"the site is up to date: {index}")
+    elif status := build_html(runs, found, build):
+        return status
+    else:
+        records.write_atomic(stamp, key)
+        print(f"the site is built: {index}")
+    if arguments.archive:
+        archive = build / f"cemb-{version('cemb')}-site.zip"
+        pack(index.parent, archive)
+        print(f"packed: {archive}")
     return 0
 
 

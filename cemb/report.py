@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -904,9 +905,31 @@ def readme_answer(found: list[dict]) -> str:
     )
 
 
+def launch(repository: str | None) -> str:
+    """Where the tour opens without an installation, as Markdown, for a repository on GitHub."""
+    if repository is None:
+        return (
+            "A copy on GitHub opens on Binder without an installation: its `.binder` says what is needed, "
+            "and `repository-code` in its `CITATION.cff` puts the links here."
+        )
+    path = urlsplit(repository).path.strip("/").removesuffix(".git")
+    tour = "notebooks/tour.ipynb"
+    binder = f"https://mybinder.org/v2/gh/{path}/HEAD?urlpath=lab/tree/{tour}"
+    colab = f"https://colab.research.google.com/github/{path}/blob/HEAD/{tour}"
+    return (
+        f"The tour opens without an installation [on Binder]({binder}) and, after "
+        f"`!pip install git+{repository}`, [on Colab]({colab})."
+    )
+
+
+def citation() -> dict:
+    """The fields of CITATION.cff."""
+    return yaml.safe_load((records.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+
+
 def bibtex() -> str:
     """The BibTeX entry of the study, by its CITATION.cff."""
-    cited = yaml.safe_load((records.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    cited = citation()
     said = {
         "author": " and ".join(f"{{{author['name']}}}" for author in cited["authors"]),
         "title": f"{{{cited['title']}}}",  # braces keep capitals

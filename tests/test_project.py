@@ -74,6 +74,12 @@ def test_constraints_pin_the_rest():
     assert not set(_pins("requirements.txt")) & set(extra)
 
 
+def test_binder_installs_the_same():
+    lines = (ROOT / ".binder" / "requirements.txt").read_text().split("\n")
+    assert lines == ["-r ../requirements.txt", "-c ../constraints.txt", ""]
+    assert (ROOT / ".binder" / "postBuild").stat().st_mode & 0o111
+
+
 def test_environment_yml_installs_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]

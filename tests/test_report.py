@@ -1,5 +1,6 @@
 """From records to the frontier's tables and figures: seeds, budgets, failures, learning rates."""
 
+import json
 import math
 import re
 
@@ -461,4 +462,26 @@ def test_the_benchmark_on_a_gpu_is_shown():
     assert list(summary["own time"].str.split(", ").str[1]) == [
         "reached" if targets.gpu_ratio(found, optimizer, "device_ms")[0] <= targets.GPU_LIMIT else "missed"
         for optimizer in targets.OPTIMIZERS
+    ]
+
+
+def test_the_tour_is_launched_from_where_the_source_is():
+    text = report.launch("https://github.com/someone/cemb.git")
+    assert "(https://mybinder.org/v2/gh/someone/cemb/HEAD?urlpath=lab/tree/notebooks/tour.ipynb)" in text
+    assert "(https://colab.research.google.com/github/someone/cemb/blob/HEAD/notebooks/tour.ipynb)" in text
+    assert "http" not in report.launch(None)
+    assert (ROOT / "notebooks" / "tour.ipynb").exists()
+
+
+def test_the_explorer_has_every_record():
+    columns = {"label": ["a, b", 'say "c"'], "total_ms": [1.5, 2.0], "total_ms_repeats": [[1, 2], [2]]}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    found = [{"kind": kind, **row} for kind in ("speed", "quality", "frontier") for row in rows]
+    name, _, script = report.explorer_data(found).partition(" = ")
+    assert name == "window.cembRecords"
+    data = json.loads(script.removesuffix(";\n"))
+    assert data["speed"]["columns"] == ["kind", *columns]
+    assert data["frontier"]["rows"] == [
+        ["frontier", "a, b", "1.5", "[1, 2]"],
+        ["frontier", 'say "c"', "2.0", "[2]"],
     ]

@@ -6,7 +6,10 @@ import importlib.resources
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
+import zipfile
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import build_site
+from conftest import ROOT, build_site
 
 ARGS = [
     "--headless",
@@ -383,6 +386,18 @@ def test_nothing_keeps_readers_out(browser, site, pages, theme):
         ]
     context.close()
     assert not found, "\n".join([f"{len(found)} problems", *found[:40]])
+
+
+def test_the_site_packs_into_one_file(site, smoke):
+    build = site.parent.parent
+    command = [sys.executable, "book/build.py", "--build-dir", str(build), "--archive"]
+    subprocess.run(command, cwd=ROOT, env=smoke, check=True)
+    (archive,) = build.glob("*.zip")
+    with zipfile.ZipFile(archive) as packed:
+        inside = {name.partition("/")[2]: packed.read(name) for name in packed.namelist()}
+    files = {path.relative_to(site).as_posix(): path for path in site.rglob("*") if path.is_file()}
+    assert set(inside) == set(files)
+    assert all(data == files[name].read_bytes() for name, data in inside.items())
 
 
 def test_pages_are_small(site, pages):
