@@ -4,8 +4,10 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from cemb import targets
 
@@ -38,6 +40,11 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "cemb",  # the same drawing gives the same bytes
 }
+
+
+if get_ipython() is not None:
+    # In notebooks and pages figures are drawings, sharp at any size; without a date they are the same bytes.
+    set_matplotlib_formats("svg", metadata={"Date": None})
 
 
 def _figure(*shape, size=(7, 3), **options):

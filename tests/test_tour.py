@@ -204,7 +204,7 @@ def test_the_tour_runs_without_a_browser_and_follows_its_sliders(tmp_path, monke
     assert len(shown) == 5
     neighbours, readers, two, sharers, located = shown
     assert "gap" in neighbours["text/html"]
-    assert readers["image/png"]
+    assert readers["image/svg+xml"]
     assert "'nowhere' is not among the" in two["text/plain"]
     assert "context" in sharers["text/html"]
     spec = HashSpec(2**40, 8, 1024, signed=True)
