@@ -328,9 +328,11 @@ def test_the_explorer_shows_a_whole_record_and_leads_to_its_run(explorer, site):
     record = explorer.locator(".record")
     for name in ("total_ms", "git_commit", "device_name"):
         assert record.get_by_text(name, exact=True).count() == 1
+    run = record.locator("a").inner_text()
+    assert run in {row["run"] for row in _speed_rows(site)}
     explorer.locator(".plot .point").last.click()
-    assert "/runs/speed-" in explorer.url
-    assert Path(unquote(urlsplit(explorer.url).path)).is_file()
+    assert Path(unquote(urlsplit(explorer.url).path)) == site / "runs" / f"{run}.html"
+    assert (site / "runs" / f"{run}.html").is_file()
 
 
 def test_the_explorers_table_sorts(explorer):
