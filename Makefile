@@ -6,6 +6,8 @@ CORPUS ?=
 PROFILE ?= default
 CEMB_GRID := $(PROFILE)
 export CORPUS CEMB_GRID
+# Where it is set, as in many containers, each of the study's dozens of kernels would compile torch and all else anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
