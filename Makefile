@@ -72,9 +72,10 @@ gpu: test-gpu ## run those, then time the whole grid there; records go to the fo
 	$(PYTHON) -m cemb speed --grid original --device cuda --out $(OUT)/original.csv
 	$(PYTHON) -m cemb bench --device cuda --out $(OUT)/gpu.jsonl
 
-lint: $(STAMP) ## check style
+lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lab: $(STAMP) ## open the tour, and the notebooks beside it, in JupyterLab
 	$(BIN)/jupyter lab notebooks/tour.ipynb

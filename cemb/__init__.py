@@ -19,7 +19,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # Loaded on first use: the book's pages and `study --check` need no torch and should not wait for it.
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)

@@ -3,11 +3,17 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cemb.dataset import PmiConfig
+    from cemb.records import Record
 
 
-def _print_record(record: dict) -> None:
+def _print_record(record: "Record") -> None:
     from cemb.records import to_json
 
     print(to_json(record), flush=True)
@@ -36,7 +42,7 @@ def _speed(arguments: argparse.Namespace) -> None:
     if arguments.grid:
         # One case at a time, as the original did: its largest tables do not fit beside each other.
         out = _output(arguments.out)
-        found = []
+        found: list[Record] = []
         for case in speed.grid_cases(arguments.grid, device=arguments.device):
             found += speed.measure_cases([case], **options, rounds=1)
             print(f"{case.optimizer}, {case.label}: {found[-1]['total_ms']:.2f} ms", file=sys.stderr)
@@ -120,7 +126,8 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 def _count(arguments: argparse.Namespace) -> None:
     import time
-    from contextlib import nullcontext
+    from concurrent.futures import Executor
+    from contextlib import AbstractContextManager, nullcontext
 
     from cemb.corpus import EncodedCorpus
     from cemb.counting import cluster_executor, count, parse_memory, process_executor
@@ -129,6 +136,7 @@ def _count(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     if arguments.scheduler and arguments.processes:
         raise ValueError("give --scheduler or --processes, not both")
+    where: AbstractContextManager[tuple[Executor | None, int | None]]
     if arguments.scheduler:
         where = cluster_executor(arguments.scheduler)
     elif arguments.processes:
@@ -190,10 +198,10 @@ def _scaling(arguments: argparse.Namespace) -> None:
             _print_record(record)
 
 
-def _pmi_config(arguments: argparse.Namespace):
+def _pmi_config(arguments: argparse.Namespace) -> "PmiConfig":
     from cemb.dataset import PmiConfig
 
-    options = {f.name: getattr(arguments, f.name, f.default) for f in fields(PmiConfig)}
+    options: dict[str, Any] = {f.name: getattr(arguments, f.name, f.default) for f in fields(PmiConfig)}
     first, *others = arguments.corpus
     return PmiConfig(**{**options, "corpus": (first, *others) if others else first})
 
@@ -225,6 +233,8 @@ def _train(arguments: argparse.Namespace) -> None:
     record, model = quality.measure_quality(case, load_pmi(_pmi_config(arguments)))
     _print_record(record)
     if save:
+        if model is None:
+            raise RuntimeError(f"there is no model to save: {record['failure']}")
         torch.save(model.state_dict(), save)
 
 
@@ -288,8 +298,8 @@ def _study(arguments: argparse.Namespace) -> int:
         from cemb.provenance import published_staleness
 
         found = published_staleness()
-        for stale in found:
-            print(stale)
+        for line in found:
+            print(line)
         print(
             "published records are of the present code and versions" if not found else f"{len(found)} stale"
         )
@@ -317,19 +327,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
-    def command(name, function, text):
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int | None], text: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text, formatter_class=defaults)
         added.set_defaults(function=function)
         return added
 
-    def window_options(added):
+    def window_options(added: argparse.ArgumentParser) -> None:
         added.add_argument("--window-size", type=int, default=5, help="tokens to each side")
         added.add_argument("--distance-weighting", default="flat", help="flat or harmonic")
         added.add_argument(
             "--subsample-threshold", type=float, default=None, help="as word2vec's; None: all tokens count"
         )
 
-    def memory_option(added, default="2GiB"):
+    def memory_option(added: argparse.ArgumentParser, default: str = "2GiB") -> None:
         added.add_argument("--memory", default=default, help="that counting may take, as 512MiB or 2GiB")
 
     corpus_help = (
@@ -337,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
         "Parquet, plain or compressed"
     )
 
-    def text_options(added):
+    def text_options(added: argparse.ArgumentParser) -> None:
         added.add_argument(
             "--text-field", default=None, help="field of JSON lines or column of Parquet; None: text"
         )
@@ -349,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--min-count", type=int, default=5, help="occurrences a word needs")
         added.add_argument("--max-vocab", type=int, default=None, help="keep so many frequent words")
 
-    def corpus_options(added):
+    def corpus_options(added: argparse.ArgumentParser) -> None:
         added.add_argument(
             "--corpus",
             nargs="+",
@@ -492,7 +504,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; errors of the user's input are one line on standard error and status 2."""
     parsed = _parser().parse_args(arguments)
     try:
-        return parsed.function(parsed) or 0
+        status: int | None = parsed.function(parsed)
+        return status or 0
     except (ValueError, OSError, RuntimeError, OverflowError) as error:
         print(f"cemb: {error}", file=sys.stderr)
         return 2

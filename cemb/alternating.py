@@ -9,6 +9,7 @@ made good, as far as it can be, by the next solve of the other.
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from cemb.tables.transform_coded import allocate_bits
 
 # What keeps a table: vectors [n, dim] and the cost of a unit of squared error in each column, to a table.
 Store = Callable[[Tensor, Tensor], nn.Module]
+_Table = TypeVar("_Table", bound=nn.Module)
 
 
 def _kept(dtype: torch.dtype) -> Store:
@@ -60,7 +62,8 @@ def solve(products: Tensor, fixed: Tensor) -> Tensor:
         raise ValueError("the stored factor is zero; too few bytes leave no bits for its values")
     ridge = 1e-12 * gram.diagonal().mean()
     gram.diagonal().add_(ridge)
-    return torch.linalg.solve(gram, products.T.double()).T.to(products.dtype).contiguous()
+    solved: Tensor = torch.linalg.solve(gram, products.T.double())
+    return solved.T.to(products.dtype).contiguous()
 
 
 def train_alternating(
@@ -90,7 +93,9 @@ def train_alternating(
     return word_table, context_table, history
 
 
-def _store_solved(objective: AllCellsLoss, words: Tensor, store: Store) -> tuple[nn.Module, Tensor, float]:
+def _store_solved(
+    objective: AllCellsLoss, words: Tensor, store: Callable[[Tensor, Tensor], _Table]
+) -> tuple[_Table, Tensor, float]:
     """The contexts' table for given words, its vectors, and the error of both."""
     products = objective.transposed @ words
     gram = words.T @ words

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ class PairBatches:
         batch_size: int,
         *,
         negative_share: float = 0.5,
-        context_shares: np.ndarray | None = None,
+        context_shares: npt.NDArray[np.float64] | None = None,
         weighted: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -71,14 +73,15 @@ class PairBatches:
         self._rng = np.random.default_rng(seed)
 
     def __len__(self) -> int:
-        return math.ceil(self.matrix.nnz / self.num_positive)
+        num_cells: int = self.matrix.nnz
+        return math.ceil(num_cells / self.num_positive)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         order = self._rng.permutation(self.matrix.nnz)
         for first in range(0, len(order), self.num_positive):
             yield self._batch(order[first : first + self.num_positive])
 
-    def _batch(self, cells: np.ndarray) -> tuple[Tensor, ...]:
+    def _batch(self, cells: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
         num_negative = self.num_negative * len(cells) // self.num_positive
         if self.weighted:
             num_negative = max(1, num_negative)
@@ -92,7 +95,7 @@ class PairBatches:
         values[: len(cells)] = self.matrix.data[cells]
         if num_negative:  # scipy gives a scalar for no indices
             values[len(cells) :] = self.matrix[tuple(pairs[len(cells) :].T)]
-        batch = [pairs, values]
+        batch: list[npt.NDArray[Any]] = [pairs, values]
         if self.weighted:
             weights = np.full(len(pairs), self.matrix.nnz / len(cells) / self.matrix.shape[0], np.float32)
             weights[len(cells) :] = self._sums[-1] / (num_negative * self.context_shares[drawn])

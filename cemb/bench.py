@@ -10,8 +10,9 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from cemb.targets import BLOCK, GPU_BLOCK, HUGE_TABLE, LARGE, OPTIMIZERS, SMALL
 _THP = "THP_MEM_ALLOC_ENABLE"
 
 
-def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes) -> list[speed.SpeedCase]:
+def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes: Any) -> list[speed.SpeedCase]:
     """All that is measured with an optimizer: torch's full tables, rivals, ours, and the hashed ones."""
     full = speed.SpeedCase("full", optimizer, ids=ids, device=device, **sizes)
     found = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
@@ -40,10 +41,10 @@ def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes) ->
     return [*found, replace(small, num_embeddings=HUGE_TABLE)]
 
 
-def _serve(connection) -> None:
+def _serve(connection: Any) -> None:
     """A process that holds cases and measures them when told to."""
-    steps: dict[speed.SpeedCase, speed.Timed] = {}
-    times: dict[speed.SpeedCase, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    steps: dict[Hashable, speed.Timed] = {}
+    times: dict[Hashable, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     while True:
         command, *arguments = connection.recv()
         if command == "build":
@@ -53,7 +54,7 @@ def _serve(connection) -> None:
                     step(measure.Clock(step.case.device))
             connection.send(None)
         elif command == "measure":
-            (device,) = {case.device for case in steps}
+            (device,) = {step.case.device for step in steps.values()}
             found = measure.interleave(steps, repeats=arguments[0], warmup=1, rounds=1, device=device)
             for case, phases in found.items():
                 for phase, values in phases.items():
@@ -82,7 +83,7 @@ class _Process:
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         theirs.close()
 
-    def __call__(self, *command: object) -> object:
+    def __call__(self, *command: object) -> Any:
         self._connection.send(command)
         try:
             return self._connection.recv()
@@ -105,8 +106,8 @@ def run(
     repeats: int = 5,
     rounds: int = 3,
     threads: int | None = None,
-    **sizes,
-) -> list[dict[str, object]]:
+    **sizes: Any,
+) -> list[records.Record]:
     """Measure all cases; returns one record of the machine's rates, ``kind: rates``, then theirs.
 
     Each case is timed ``repeats · rounds`` times. Needs some 20 GB of memory at the original's sizes.

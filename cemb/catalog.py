@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cemb import reading
 from cemb.reading import DOCUMENT_BREAK, Source
@@ -31,7 +32,7 @@ class Corpus:
     title: str
     licence: str
     origin: str  # a URL, or how to install it
-    find: Callable[[], list[Source]]
+    find: Callable[[], Sequence[Source]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _package(part: str, package: str, pattern: str, documents: Callable[[Path], 
             f"the corpus {DEFAULT_CORPUS!r} needs the package {package}, which is not installed; "
             f"install it with pip, or name a text file as corpus"
         ) from None
-    paths = [Path(distribution.locate_file(f)) for f in distribution.files or [] if f.match(pattern)]
+    paths = [Path(str(distribution.locate_file(f))) for f in distribution.files or [] if f.match(pattern)]
     paths.sort(key=lambda path: path.name)
     return Documents(part, tuple(paths), documents, f"{package}=={distribution.version}")
 
@@ -150,8 +151,8 @@ def wordnet_entries(path: Path) -> Iterator[str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line or line.startswith("  "):  # the licence
             continue
-        fields, _, gloss = line.partition(" | ")
-        fields = fields.split(" ")
+        front, _, gloss = line.partition(" | ")
+        fields = front.split(" ")
         try:
             words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
         except (ValueError, IndexError):
@@ -159,7 +160,7 @@ def wordnet_entries(path: Path) -> Iterator[str]:
         yield ", ".join(words).replace("_", " ") + "\n" + gloss
 
 
-def _debian() -> list[Source]:
+def _debian() -> Sequence[Source]:
     parts = [
         Documents("dict-gcide", (DICTD / "gcide.dict.dz", DICTD / "gcide.index"), _dictd_part),
         Documents(
@@ -189,7 +190,7 @@ def folder() -> Path:
     return Path(_pooch().os_cache("cemb"))
 
 
-def _pooch():
+def _pooch() -> Any:
     try:
         import pooch
     except ImportError:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from cemb import plots, records, report
+from cemb.records import Record
 from cemb.report import PHASES
 
 # What a measurement was asked for. Counts and results are not in it, nor how often it was timed.
@@ -86,16 +88,16 @@ def tolerance(name: str, value: object) -> Tolerance:
     return _EXACT
 
 
-def asked(record: dict) -> dict[str, object]:
+def asked(record: Record) -> dict[str, object]:
     """The `PARAMETERS` that a record has; of a record without a corpus's name, also its fingerprint."""
     names = PARAMETERS if record.get("corpus") else (*PARAMETERS, "corpus_fingerprint")
     return {name: record[name] for name in names if record.get(name) is not None}
 
 
-def _asked_by_key(found: list[dict]) -> dict[str, dict]:
+def _asked_by_key(found: list[Record]) -> dict[str, Record]:
     """Records by what they were asked for; those beside a matrix's own record are of that matrix."""
     matrices = {record["run"]: asked(record) for record in found if record["kind"] == "pmi"}
-    side: dict[str, dict] = {}
+    side: dict[str, Record] = {}
     for record in found:
         key = json.dumps({**matrices.get(record["run"], {}), **asked(record)}, sort_keys=True, default=str)
         if key in side:
@@ -104,7 +106,7 @@ def _asked_by_key(found: list[dict]) -> dict[str, dict]:
     return side
 
 
-def record_name(record: dict) -> str:
+def record_name(record: Record) -> str:
     """What a record is of, in its run: a speed case, a method at a ratio, a table; and its seed."""
     name = record.get("label") or record.get("method") or record.get("table") or record["kind"]
     parts = [str(name)]
@@ -151,15 +153,15 @@ def _may_differ(name: str) -> bool:
     return name.removesuffix(".length").split(".")[-1].split("[")[0].endswith(_MEASURED_HERE)
 
 
-def _must_match(record: dict) -> dict[str, object]:
-    found = {}
+def _must_match(record: Record) -> dict[str, object]:
+    found: dict[str, object] = {}
     for name, value in record.items():
         if name not in _PLACE and name not in PARAMETERS:
             found.update((n, v) for n, v in _values(name, value) if not _may_differ(n))
     return found
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -183,9 +185,9 @@ class Comparison:
     """
 
     name: str
-    pairs: list[tuple[dict, dict]] = field(default_factory=list)
-    only_here: list[dict] = field(default_factory=list)
-    only_there: list[dict] = field(default_factory=list)
+    pairs: list[tuple[Record, Record]] = field(default_factory=list)
+    only_here: list[Record] = field(default_factory=list)
+    only_there: list[Record] = field(default_factory=list)
 
     def checks(self) -> list[Check]:
         """Every value that must match, of all pairs; a field that one record lacks is not checked."""
@@ -197,7 +199,7 @@ class Comparison:
         return sorted(found, key=lambda check: (check.run, check.record, check.name))
 
 
-def compare(name: str, here: list[dict], there: list[dict]) -> Comparison:
+def compare(name: str, here: list[Record], there: list[Record]) -> Comparison:
     """Put records beside those of a reference machine. ValueError if two of one side were asked the same."""
     ours, theirs = _asked_by_key(here), _asked_by_key(there)
     return Comparison(
@@ -277,7 +279,7 @@ def missing_table(found: list[Comparison]) -> pd.DataFrame:
             ("here", comparison.only_here, comparison.only_there),
             ("there", comparison.only_there, comparison.only_here),
         ):
-            runs: dict[str, list[dict]] = {}
+            runs: dict[str, list[Record]] = {}
             for record in own:
                 runs.setdefault(record["run"], []).append(record)
             for run, alone in runs.items():
@@ -294,14 +296,15 @@ def missing_table(found: list[Comparison]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _why_alone(record: dict, rivals: list[dict]) -> str:
+def _why_alone(record: Record, rivals: list[Record]) -> str:
     if not rivals:
         return "not run on the other side"
     mine = asked(record)
     differing = (
         [name for name in {**mine, **asked(rival)} if mine.get(name) != rival.get(name)] for rival in rivals
     )
-    return f"other {', '.join(min(differing, key=len)) or 'matrix'}"
+    fewest = min(differing, key=len)
+    return f"other {', '.join(fewest) or 'matrix'}"
 
 
 def time_ratios(found: list[Comparison]) -> pd.DataFrame:
@@ -393,9 +396,8 @@ def times_figure(ratios: pd.DataFrame) -> Figure:
         for phase, colour in colours.items():
             own = ratios[ratios.phase == phase]
             places = [rows.index(key) for key in zip(own.machine, own.run, own.record, strict=True)]
-            error = [own.value - own.low, own.high - own.value] if phase == "total" else None
             # The ratio of medians may lie outside of what the bootstrap draws.
-            error = None if error is None else np.maximum(error, 0)
+            error = np.maximum([own.value - own.low, own.high - own.value], 0) if phase == "total" else None
             marker = "o" if phase == "total" else "|"
             axes.errorbar(
                 own.value,

@@ -8,10 +8,13 @@ Kernels release Python's lock and use no threading of Numba's, so they may run o
 """
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 from llvmlite import ir
 from numba import get_num_threads, njit, types
@@ -52,7 +55,7 @@ class Windows:
     distance_weighting: str = "flat"
     symmetric: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.distance_weighting not in DISTANCE_WEIGHTINGS:
             raise ValueError(
                 f"distance_weighting must be one of {', '.join(DISTANCE_WEIGHTINGS)}, "
@@ -86,7 +89,7 @@ class Windows:
         return total
 
 
-def keep_thresholds(word_counts: np.ndarray, subsample_threshold: float) -> np.ndarray:
+def keep_thresholds(word_counts: npt.NDArray[Any], subsample_threshold: float) -> npt.NDArray[np.uint64]:
     """For each word the hash up to which its tokens are kept, uint64 ``[words]``.
 
     A word of relative frequency f is kept with probability ``min(1, √(t/f) + t/f)``, t being the
@@ -107,7 +110,13 @@ def keep_thresholds(word_counts: np.ndarray, subsample_threshold: float) -> np.n
 
 
 @njit(nogil=True, cache=True)
-def _keep(token_ids, first_position, thresholds, salt, kept):
+def _keep(
+    token_ids: npt.NDArray[Any],
+    first_position: int,
+    thresholds: npt.NDArray[np.uint64],
+    salt: np.uint64,
+    kept: npt.NDArray[np.int32],
+) -> int:
     found = 0
     for i in range(token_ids.shape[0]):
         word = token_ids[i]
@@ -124,8 +133,8 @@ def _keep(token_ids, first_position, thresholds, salt, kept):
 
 
 def subsample(
-    token_ids: np.ndarray, thresholds: np.ndarray, *, seed: int = 0, first_position: int = 0
-) -> np.ndarray:
+    token_ids: npt.NDArray[Any], thresholds: npt.NDArray[np.uint64], *, seed: int = 0, first_position: int = 0
+) -> npt.NDArray[np.int32]:
     """The tokens ``[kept]`` of a piece of a stream that subsampling keeps, int32; borders all stay.
 
     ``mix(position + mix(seed + GOLDEN))`` of `cemb.hashing` decides, position being that in the whole
@@ -137,17 +146,23 @@ def subsample(
 
 
 @intrinsic
-def _trailing_zeros(typing, x):
+def _trailing_zeros(typing: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
     """Position of the lowest bit set of an integer that is not 0."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.uint64(types.uint64), generate
 
 
 @njit(nogil=True, cache=True)
-def _index_positions(padded, first, last, row_ptr, positions):
+def _index_positions(
+    padded: npt.NDArray[np.uint32],
+    first: int,
+    last: int,
+    row_ptr: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.uint32],
+) -> None:
     """Where each word stands in ``padded[first:last]``; words from ``len(row_ptr) - 1`` on are borders."""
     vocab_size = row_ptr.shape[0] - 1
     row_ptr[:] = 0
@@ -173,36 +188,55 @@ class Row:
     The last column takes what stands at borders and is never given out.
     """
 
-    def __init__(self, vocab_size: int, dtype: np.dtype):
+    def __init__(self, vocab_size: int, dtype: np.dtype[Any]):
         self.totals = np.zeros(vocab_size + 1, dtype)
         self.bits = np.zeros((vocab_size >> 6) + 1, np.uint64)
         self.touched = np.zeros((vocab_size >> _TOUCHED_SHIFT) + 1, np.uint8)
 
     @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
         return self.totals, self.bits, self.touched
 
     @staticmethod
-    def num_bytes(vocab_size: int, dtype: np.dtype) -> int:
+    def num_bytes(vocab_size: int, dtype: np.dtype[Any]) -> int:
         return vocab_size * (np.dtype(dtype).itemsize + 1)
 
 
 @njit(nogil=True, inline="always")
-def _add(totals, bits, touched, column, weight):
+def _add(
+    totals: npt.NDArray[Any],
+    bits: npt.NDArray[np.uint64],
+    touched: npt.NDArray[np.uint8],
+    column: np.uint64,
+    weight: Any,
+) -> None:
     totals[column] += weight
     bits[column >> _S6] |= _ONE << (column & _LOW6)
     touched[column >> _S_TOUCHED] = 1
 
 
 @njit(nogil=True, cache=True)
-def add_cells(totals, bits, touched, columns, values):
+def add_cells(
+    totals: npt.NDArray[Any],
+    bits: npt.NDArray[np.uint64],
+    touched: npt.NDArray[np.uint8],
+    columns: npt.NDArray[np.int32],
+    values: npt.NDArray[Any],
+) -> None:
     """Add cells to a row."""
     for k in range(columns.shape[0]):
         _add(totals, bits, touched, np.uint64(columns[k]), values[k])
 
 
 @njit(nogil=True, cache=True)
-def emit(totals, bits, touched, columns, values, found):
+def emit(
+    totals: npt.NDArray[Any],
+    bits: npt.NDArray[np.uint64],
+    touched: npt.NDArray[np.uint8],
+    columns: npt.NDArray[np.int32],
+    values: npt.NDArray[Any],
+    found: int,
+) -> int:
     """Move a row's cells, in order of their columns, behind the `found` ones there; returns their number."""
     vocab_size = np.uint64(totals.shape[0] - 1)
     totals[vocab_size] = 0
@@ -225,9 +259,22 @@ def emit(totals, bits, touched, columns, values, found):
 
 @njit(nogil=True, cache=True)
 def _count_rows(
-    padded, positions, row_ptr, row, last_row, window_size, weights, symmetric, has_borders,
-    totals, bits, touched, row_cells, columns, values,
-):  # fmt: skip
+    padded: npt.NDArray[np.uint32],
+    positions: npt.NDArray[np.uint32],
+    row_ptr: npt.NDArray[np.int64],
+    row: int,
+    last_row: int,
+    window_size: int,
+    weights: npt.NDArray[Any],
+    symmetric: bool,
+    has_borders: bool,
+    totals: npt.NDArray[Any],
+    bits: npt.NDArray[np.uint64],
+    touched: npt.NDArray[np.uint8],
+    row_cells: npt.NDArray[Any],
+    columns: npt.NDArray[np.int32],
+    values: npt.NDArray[Any],
+) -> tuple[int, int]:
     """Count rows from `row` on while their cells are sure to fit; returns the next row and the cells."""
     vocab_size = row_ptr.shape[0] - 1
     border = padded.dtype.type(vocab_size)
@@ -277,7 +324,9 @@ class PositionIndex:
         dtype: of totals, unsigned and wide enough, as `total_dtype` gives it.
     """
 
-    def __init__(self, padded: np.ndarray, vocab_size: int, windows: Windows, dtype: np.dtype):
+    def __init__(
+        self, padded: npt.NDArray[np.int32], vocab_size: int, windows: Windows, dtype: np.dtype[Any]
+    ):
         margin = windows.window_size
         inside = padded >= 0
         first, last = inside.argmax(), len(inside) - inside[::-1].argmax()
@@ -290,32 +339,41 @@ class PositionIndex:
         _index_positions(self._padded, margin, len(padded) - margin, self.row_ptr, self._positions)
         self._weights = np.array(windows.weights, dtype)
 
-    def count_rows(self, first, last, row: Row, row_cells, columns, values) -> tuple[int, int]:
+    def count_rows(
+        self,
+        first: int,
+        last: int,
+        row: Row,
+        row_cells: npt.NDArray[Any],
+        columns: npt.NDArray[np.int32],
+        values: npt.NDArray[Any],
+    ) -> tuple[int, int]:
         """Count rows from `first` on, up to `last` or as many as `columns` surely holds.
 
         Returns the row to go on with and the number of cells. `columns` must hold `vocab_size` cells.
         """
-        return _count_rows(
+        counted: tuple[int, int] = _count_rows(
             self._padded, self._positions, self.row_ptr, first, last,
             self._windows.window_size, self._weights, self._windows.symmetric, self.has_borders,
             *row.arrays, row_cells, columns, values,
         )  # fmt: skip
+        return counted
 
 
 class _Room:
     """What one block is counted in."""
 
-    def __init__(self, num_cells: int, vocab_size: int, dtype: np.dtype):
+    def __init__(self, num_cells: int, vocab_size: int, dtype: np.dtype[Any]):
         self.columns, self.values = np.empty(num_cells, np.int32), np.empty(num_cells, dtype)
         self.row = Row(vocab_size, dtype)
 
 
-def total_dtype(largest_total: int) -> np.dtype:
+def total_dtype(largest_total: int) -> np.dtype[Any]:
     """The unsigned integers that totals take."""
     return np.dtype(np.uint32 if largest_total < 2**32 else np.uint64)
 
 
-def check_ids(token_ids: np.ndarray, vocab_size: int) -> None:
+def check_ids(token_ids: npt.NDArray[Any], vocab_size: int) -> None:
     """Raise ValueError unless all ids lie in ``[0, vocab_size)`` or are `BORDER`."""
     if token_ids.size and not (token_ids.min() >= BORDER and token_ids.max() < vocab_size):
         raise ValueError(
@@ -325,7 +383,7 @@ def check_ids(token_ids: np.ndarray, vocab_size: int) -> None:
 
 
 def count_cooccurrences(
-    token_ids: np.ndarray,
+    token_ids: npt.NDArray[Any],
     *,
     vocab_size: int,
     window_size: int = 5,
@@ -369,7 +427,7 @@ def count_cooccurrences(
     room_cells = max(vocab_size, _ROOM_CELLS)
     row_cells = np.zeros(vocab_size, np.int64)
 
-    def count_block(block_and_room) -> tuple[_Room, int]:
+    def count_block(block_and_room: tuple[tuple[int, int], _Room]) -> tuple[_Room, int]:
         (first, last), room = block_and_room
         _, found = index.count_rows(first, last, room.row, row_cells, room.columns, room.values)
         return room, found
@@ -387,7 +445,7 @@ def count_cooccurrences(
             rooms.append(room)
     indices.resize(end, refcheck=False)
     data.resize(end, refcheck=False)
-    indptr = np.zeros(vocab_size + 1, np.int64)
+    indptr: npt.NDArray[Any] = np.zeros(vocab_size + 1, np.int64)
     np.cumsum(row_cells, out=indptr[1:])
     indptr = indptr.astype(np.int32) if end < 2**31 else indptr
     return sp.csr_array((data, indices, indptr), shape=(vocab_size, vocab_size))

@@ -20,8 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from cemb import catalog, reading, records
@@ -106,17 +108,18 @@ class EncodedCorpus:
 
     folder: Path
     words: list[str]
-    word_counts: np.ndarray  # int64 [vocabulary]
+    word_counts: npt.NDArray[np.int64]  # int64 [vocabulary]
     num_tokens: int  # before words outside the vocabulary were removed
     shard_sizes: tuple[int, ...]
     borders: str | None = None  # of BORDERS
     fingerprint: str = ""  # of words and ids
 
-    def shard(self, i: int) -> np.ndarray:
+    def shard(self, i: int) -> npt.NDArray[np.int32]:
         """Ids of one shard, int32 ``[shard_sizes[i]]``, mapped from disk, to be read only."""
-        return np.load(self.folder / _shard_name(i), mmap_mode="r")
+        ids: npt.NDArray[np.int32] = np.load(self.folder / _shard_name(i), mmap_mode="r")
+        return ids
 
-    def shards(self) -> list[np.ndarray]:
+    def shards(self) -> list[npt.NDArray[np.int32]]:
         """Ids of all shards in order, each as `shard` gives it."""
         return [self.shard(i) for i in range(len(self.shard_sizes))]
 
@@ -212,7 +215,7 @@ def encode(
         raise FileExistsError(f"{folder} exists already; an encoded corpus is written to a new folder")
     sources = catalog.find_sources(corpus, text_field)
     with _explaining_full_disks(folder), records.atomic_directory(folder) as work:
-        numbering = _Numbering(work, BORDERS.get(borders, 0), shard_tokens)
+        numbering = _Numbering(work, 0 if borders is None else BORDERS[borders], shard_tokens)
         numbering.read(sources, threads or len(os.sched_getaffinity(0)))
         words, counts, final = numbering.vocabulary(min_count, max_vocab)
         digest = hashlib.sha256("\n".join(words).encode())
@@ -269,10 +272,14 @@ class _Table:
         return int(self.key_ends[self.size - 1]) if self.size else 0
 
     def add(
-        self, keys: np.ndarray, key_ends: np.ndarray, hashes: np.ndarray, wanted: np.ndarray
-    ) -> np.ndarray:
+        self,
+        keys: npt.NDArray[np.uint8],
+        key_ends: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+        wanted: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.int32]:
         """The numbers of those keys that are wanted."""
-        if (most := self.size + np.count_nonzero(wanted)) > len(self.key_ends):
+        if (most := self.size + int(np.count_nonzero(wanted))) > len(self.key_ends):
             capacity = 1 << int(most - 1).bit_length()
             self.key_ends = _longer(self.key_ends, capacity)
             self.hashes = _longer(self.hashes, capacity)
@@ -284,13 +291,13 @@ class _Table:
         self.size = kernels.insert(*table, keys, key_ends, hashes, wanted, numbers)
         return numbers
 
-    def strings(self, numbers: np.ndarray) -> list[bytes]:
+    def strings(self, numbers: npt.NDArray[Any]) -> list[bytes]:
         starts = np.where(numbers > 0, self.key_ends[numbers - 1], 0).tolist()
         stops = self.key_ends[numbers].tolist()
         return [self.keys[start:stop].tobytes() for start, stop in zip(starts, stops, strict=True)]
 
 
-def _longer(array: np.ndarray, length: int) -> np.ndarray:
+def _longer(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
     new = np.zeros(length, array.dtype)
     new[: len(array)] = array
     return new
@@ -314,7 +321,7 @@ class _Numbering:
 
     def read(self, sources: list[reading.Source], threads: int) -> None:
         sizes = [source.num_bytes for source in sources]
-        total = None if None in sizes else sum(sizes)
+        total = None if None in sizes else sum(size or 0 for size in sizes)
         written = self._part_tokens
         with (
             tqdm(total=total, desc="encoding", unit="B", unit_scale=True, unit_divisor=1024) as progress,
@@ -333,10 +340,18 @@ class _Numbering:
                 rate = self.num_tokens / max(progress.format_dict["elapsed"], 1e-3)
                 progress.set_postfix_str(f"{rate / 1e6:.1f} M tokens/s", refresh=False)
 
-    def _scan(self, block: reading.Block) -> tuple[reading.Block, tuple[np.ndarray, ...]]:
+    def _scan(self, block: reading.Block) -> tuple[reading.Block, tuple[npt.NDArray[Any], ...]]:
         return block, kernels.scan(np.frombuffer(block.data, np.uint8), self._borders)
 
-    def _to_words(self, block: reading.Block, ids, keys, key_ends, hashes, counts) -> np.ndarray:
+    def _to_words(
+        self,
+        block: reading.Block,
+        ids: npt.NDArray[np.int32],
+        keys: npt.NDArray[np.uint8],
+        key_ends: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+        counts: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.int32]:
         """Ids of a block's entries as ids of words, counted."""
         if self._runs.num_bytes > _MAX_REMEMBERED_BYTES:
             self._forget_runs()
@@ -358,7 +373,7 @@ class _Numbering:
         self.num_tokens += kernels.add_counts(counts, first, last, values, self._counts)
         return out
 
-    def _tokenize_runs(self, block: reading.Block, new: np.ndarray) -> None:
+    def _tokenize_runs(self, block: reading.Block, new: npt.NDArray[Any]) -> None:
         runs = self._runs.strings(new)
         try:
             text = b"\n".join(runs).decode()
@@ -381,11 +396,14 @@ class _Numbering:
         key_ends = np.cumsum([len(word) for word in encoded], dtype=np.int64)
         wanted = np.ones(len(encoded), np.bool_)
         numbers = self._words.add(keys, key_ends, kernels.hash_keys(keys, key_ends), wanted)
-        found = np.append(numbers, np.int32(-1))[np.array(found, np.int64)]
         self._run_ends = np.append(self._run_ends, len(self._run_words) + np.array(ends, np.int64))
-        self._run_words = np.append(self._run_words, found)
+        self._run_words = np.append(
+            self._run_words, np.append(numbers, np.int32(-1))[np.array(found, np.int64)]
+        )
 
-    def vocabulary(self, min_count: int, max_vocab: int | None) -> tuple[list[str], np.ndarray, np.ndarray]:
+    def vocabulary(
+        self, min_count: int, max_vocab: int | None
+    ) -> tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Words in their final order, their counts, and the final id of each first id, -1 for none."""
         if self.num_tokens == 0:
             raise ValueError("the corpus holds no token: no run of letters was found in it")
@@ -405,7 +423,7 @@ class _Numbering:
         return [strings[i].decode() for i in order], counts[kept[order]], final
 
 
-def _ahead(pool: ThreadPoolExecutor, items: Iterator) -> Iterator:
+def _ahead(pool: ThreadPoolExecutor, items: Iterator[reading.Block]) -> Iterator[reading.Block]:
     """Items of which the next is made while the present one is used."""
     coming = pool.submit(next, items, None)
     while (item := coming.result()) is not None:
@@ -423,10 +441,13 @@ def _what_is_not_utf8(block: reading.Block, runs: list[bytes]) -> str:
     raise AssertionError("all runs are UTF-8")
 
 
-def _write_shards(work: Path, parts: list[Path], final: np.ndarray, shard_tokens: int, digest) -> list[int]:
+def _write_shards(
+    work: Path, parts: list[Path], final: npt.NDArray[np.int32], shard_tokens: int, digest: "hashlib._Hash"
+) -> list[int]:
     """The second pass: ids of the vocabulary in shards of `shard_tokens`; takes `parts` away."""
     shard = np.empty(shard_tokens, np.int32)
-    filled, is_border, sizes = 0, 2, []
+    filled, is_border = 0, 2
+    sizes: list[int] = []
 
     def write() -> None:
         ids = shard[:filled]

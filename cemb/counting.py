@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -25,13 +25,15 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 from tqdm import tqdm
 
@@ -83,7 +85,7 @@ class _File:
     size: int
     dtype: str
 
-    def read(self, first: int, last: int) -> np.ndarray:
+    def read(self, first: int, last: int) -> npt.NDArray[Any]:
         dtype = np.dtype(self.dtype)
         found = np.fromfile(self.path, dtype, last - first, offset=self.offset + first * dtype.itemsize)
         if len(found) != last - first:
@@ -95,13 +97,13 @@ class _File:
 
 @dataclass(frozen=True)
 class _Memory:
-    values: np.ndarray
+    values: npt.NDArray[Any]
 
     @property
     def size(self) -> int:
         return len(self.values)
 
-    def read(self, first: int, last: int) -> np.ndarray:
+    def read(self, first: int, last: int) -> npt.NDArray[Any]:
         return self.values[first:last]
 
 
@@ -115,7 +117,7 @@ class _Stream:
     seed: int = 0
 
     @cached_property
-    def starts(self) -> np.ndarray:
+    def starts(self) -> npt.NDArray[Any]:
         return np.cumsum([0, *(shard.size for shard in self.shards)])
 
     @property
@@ -123,10 +125,11 @@ class _Stream:
         return int(self.starts[-1])
 
     @cached_property
-    def _thresholds(self) -> np.ndarray:
+    def _thresholds(self) -> npt.NDArray[Any]:
+        assert self.thresholds is not None
         return self.thresholds.read(0, self.thresholds.size)
 
-    def pieces(self, first: int, last: int) -> Iterable[np.ndarray]:
+    def pieces(self, first: int, last: int) -> Iterable[npt.NDArray[Any]]:
         """What is left of the tokens ``[first, last)``, piece by piece; positions outside are left out."""
         first, last = max(first, 0), min(last, self.num_tokens)
         while first < last:
@@ -142,7 +145,7 @@ class _Stream:
             yield ids
             first = end
 
-    def beside(self, position: int, size: int, direction: int) -> np.ndarray:
+    def beside(self, position: int, size: int, direction: int) -> npt.NDArray[Any]:
         """The `size` tokens left before `position` (direction −1) or from it on; fewer at the ends."""
         reach = size
         while True:
@@ -166,7 +169,7 @@ class _CountTask:
     folder: str
 
     @staticmethod
-    def num_bytes(num_tokens: int, vocab_size: int, dtype: np.dtype) -> int:
+    def num_bytes(num_tokens: int, vocab_size: int, dtype: np.dtype[Any]) -> int:
         """Bound on what `count` needs."""
         room = max(vocab_size, _CHUNK)
         fixed = Row.num_bytes(vocab_size, dtype) + vocab_size * (8 + 8 + 8) + room * (4 + dtype.itemsize)
@@ -204,7 +207,18 @@ class _CountTask:
 
 
 @njit(nogil=True, cache=True)
-def _merge_rows(row_cells, starts, columns, values, totals, bits, touched, cells, out_columns, out_values):
+def _merge_rows(
+    row_cells: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    columns: npt.NDArray[np.int32],
+    values: npt.NDArray[Any],
+    totals: npt.NDArray[np.int64],
+    bits: npt.NDArray[np.uint64],
+    touched: npt.NDArray[np.uint8],
+    cells: npt.NDArray[np.int64],
+    out_columns: npt.NDArray[np.int32],
+    out_values: npt.NDArray[np.int64],
+) -> int:
     """Add up rows: run k's cells of them lie in order from ``starts[k]`` on, `row_cells` ``[runs, rows]``."""
     found = 0
     for row in range(row_cells.shape[1]):
@@ -235,7 +249,7 @@ class _MergeTask:
     folder: str
 
     @staticmethod
-    def num_bytes(num_cells: int, num_runs: int, num_rows: int, vocab_size: int, dtype: np.dtype) -> int:
+    def num_bytes(num_cells: int, num_runs: int, num_rows: int, vocab_size: int, dtype: np.dtype[Any]) -> int:
         """Bound on what merging needs."""
         row = Row.num_bytes(vocab_size, np.dtype(np.int64)) + vocab_size * (4 + 8)
         return _SLACK + row + num_rows * (8 + 8 * num_runs) + num_cells * (4 + dtype.itemsize + 4 + 8)
@@ -265,7 +279,9 @@ class _MergeTask:
             out[1].tofile(work / "values")
         return self.num_cells
 
-    def _merge_block(self, row: Row, row_cells: np.ndarray, cells: np.ndarray):
+    def _merge_block(
+        self, row: Row, row_cells: npt.NDArray[np.int64], cells: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         sizes = row_cells.sum(axis=1)
         starts = np.cumsum(sizes) - sizes
         columns, values = np.empty(self.num_cells, np.int32), np.empty(self.num_cells, self.dtype)
@@ -278,7 +294,9 @@ class _MergeTask:
         found = _merge_rows(row_cells, starts, columns, values, *row.arrays, cells, *out)
         return out[0][:found], out[1][:found]
 
-    def _merge_row(self, row: Row, sizes: np.ndarray):
+    def _merge_row(
+        self, row: Row, sizes: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """One row, which may have too many cells in all runs together to hold them at once."""
         for run, place, size in zip(self.runs, self.starts, sizes, strict=True):
             for first in range(place, place + size, _CHUNK):
@@ -312,7 +330,7 @@ def _run(tasks: Sequence[Callable[[], int]], executor: Executor, progress: tqdm,
 
 
 @contextmanager
-def process_executor(workers: int | None = None):
+def process_executor(workers: int | None = None) -> Iterator[tuple[Executor, int]]:
     """An executor of processes of this machine, by default as many as it has processors, and their number."""
     workers = (os.cpu_count() or 1) if workers is None else workers
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -320,7 +338,7 @@ def process_executor(workers: int | None = None):
 
 
 @contextmanager
-def cluster_executor(address: str):
+def cluster_executor(address: str) -> Iterator[tuple[Executor, int]]:
     """An executor on the Dask cluster at `address`, and how many of its threads share a machine's memory.
 
     Its workers must have this package, and see the folders counted from and to under the same paths. Tasks of
@@ -351,7 +369,7 @@ def cluster_executor(address: str):
         yield client.get_executor(retries=3), max(threads.values())
 
 
-def _identify(shards: Sequence[np.ndarray]) -> str:
+def _identify(shards: Sequence[npt.NDArray[Any]]) -> str:
     """Of files their names, sizes and times; of arrays their contents."""
     digest = hashlib.sha256()
     for shard in shards:
@@ -364,14 +382,16 @@ def _identify(shards: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file_of(shard: np.ndarray) -> _File | None:
+def _file_of(shard: npt.NDArray[Any]) -> _File | None:
     """The file under an array that `numpy.load` mapped, if it is all of one."""
     if not isinstance(shard, np.memmap) or isinstance(shard.base, np.ndarray) or shard.filename is None:
         return None
     return _File(str(Path(shard.filename).resolve()), shard.offset, len(shard), shard.dtype.str)
 
 
-def _plan(num_tokens: int, vocab_size: int, windows: Windows, memory: int, workers: int):
+def _plan(
+    num_tokens: int, vocab_size: int, windows: Windows, memory: int, workers: int
+) -> tuple[int, np.dtype[Any]]:
     """Tokens a task, and the type of its totals."""
     for dtype in (np.dtype(np.uint32), np.dtype(np.uint64)):
         spare = memory // workers - _CountTask.num_bytes(0, vocab_size, dtype)
@@ -388,7 +408,7 @@ def _plan(num_tokens: int, vocab_size: int, windows: Windows, memory: int, worke
 
 
 def count(
-    shards: Sequence[np.ndarray],
+    shards: Sequence[npt.NDArray[Any]],
     out: str | Path,
     *,
     vocab_size: int,
@@ -396,7 +416,7 @@ def count(
     distance_weighting: str = "flat",
     symmetric: bool = True,
     subsample_threshold: float | None = None,
-    word_counts: np.ndarray | None = None,
+    word_counts: npt.NDArray[Any] | None = None,
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
     workers: int | None = None,
@@ -458,7 +478,18 @@ def count(
     return CooccurrenceCounts(out)
 
 
-def _count(shards, word_counts, partial, options, windows, size, memory, dtype, workers, executor) -> None:
+def _count(
+    shards: Sequence[npt.NDArray[Any]],
+    word_counts: npt.NDArray[Any] | None,
+    partial: Path,
+    options: dict[str, Any],
+    windows: Windows,
+    size: int,
+    memory: int,
+    dtype: np.dtype[Any],
+    workers: int,
+    executor: Executor | None,
+) -> None:
     """Count into ``partial/result``; `memory` is that of one task."""
     with disk_errors(partial):
         plan = _begin(partial, options, {"task_tokens": size, "task_memory": memory, "dtype": dtype.name})
@@ -477,7 +508,9 @@ def _count(shards, word_counts, partial, options, windows, size, memory, dtype, 
         )
         for i, first in enumerate(firsts)
     ]
-    own = ThreadPoolExecutor(workers) if executor is None else nullcontext(executor)
+    own: AbstractContextManager[Executor] = (
+        ThreadPoolExecutor(workers) if executor is None else nullcontext(executor)
+    )
     with own as pool:
         with tqdm(total=stream.num_tokens, desc="counting", unit=" tokens", unit_scale=True) as progress:
             _run(tasks, pool, progress, again)
@@ -489,7 +522,7 @@ def _count(shards, word_counts, partial, options, windows, size, memory, dtype, 
         _assemble(partial, merges, stream.vocab_size, {**options, "denominator": windows.denominator})
 
 
-def _check_same(folder: Path, found: dict, wanted: dict) -> None:
+def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     if different := sorted(name for name in wanted if found.get(name) != wanted[name]):
         raise ValueError(
             f"{str(folder)!r} holds counts of something else; different are "
@@ -498,11 +531,11 @@ def _check_same(folder: Path, found: dict, wanted: dict) -> None:
         )
 
 
-def _begin(partial: Path, options: dict, sizes: dict) -> dict:
+def _begin(partial: Path, options: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     """The plan of unfinished work: what was begun goes on as planned, unless its tasks are now too large."""
     path = partial / "plan.json"
     if path.exists():
-        plan = json.loads(path.read_text())
+        plan: dict[str, Any] = json.loads(path.read_text())
         _check_same(partial, plan, options)
         if plan["task_memory"] > sizes["task_memory"]:
             raise ValueError(
@@ -518,7 +551,11 @@ def _begin(partial: Path, options: dict, sizes: dict) -> dict:
 
 
 def _open_stream(
-    partial: Path, plan: dict, shards: Sequence[np.ndarray], word_counts, elsewhere: bool
+    partial: Path,
+    plan: dict[str, Any],
+    shards: Sequence[npt.NDArray[Any]],
+    word_counts: npt.NDArray[Any] | None,
+    elsewhere: bool,
 ) -> _Stream:
     """The stream as its tasks read it: from files if they run elsewhere."""
     seen = []
@@ -530,13 +567,16 @@ def _open_stream(
         seen.append(file or _Memory(np.asarray(shard)))
     thresholds = None
     if plan["subsample_threshold"] is not None:
+        assert word_counts is not None
         path = partial / "thresholds.npy"
         np.save(path, keep_thresholds(word_counts, plan["subsample_threshold"]))
         thresholds = _file_of(np.load(path, mmap_mode="r"))
     return _Stream(tuple(seen), plan["vocab_size"], thresholds, plan["seed"] or 0)
 
 
-def _plan_merge(partial: Path, runs: list[str], vocab_size: int, memory: int, dtype) -> list[_MergeTask]:
+def _plan_merge(
+    partial: Path, runs: list[str], vocab_size: int, memory: int, dtype: np.dtype[Any]
+) -> list[_MergeTask]:
     """Blocks of rows that fit in `memory`, with their places in all runs."""
     cells = np.zeros(vocab_size, np.int64)
     for run in runs:
@@ -566,7 +606,7 @@ def _plan_merge(partial: Path, runs: list[str], vocab_size: int, memory: int, dt
     ]  # fmt: skip
 
 
-def _assemble(partial: Path, merges: list[_MergeTask], vocab_size: int, manifest: dict) -> None:
+def _assemble(partial: Path, merges: list[_MergeTask], vocab_size: int, manifest: dict[str, Any]) -> None:
     """Put the blocks after one another."""
     folder = partial / "result"
     folder.mkdir()
@@ -591,9 +631,11 @@ class CooccurrenceCounts(CsrFolder):
 
     @property
     def denominator(self) -> int:
-        return self.manifest["denominator"]
+        denominator: int = self.manifest["denominator"]
+        return denominator
 
     @property
     def total(self) -> float:
         """The sum of all counts."""
-        return self.manifest["total"] / self.denominator
+        total: int = self.manifest["total"]
+        return total / self.denominator

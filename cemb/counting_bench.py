@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 from numba import get_num_threads, njit, prange
 from tqdm import tqdm
@@ -24,15 +26,18 @@ TEXT_TARGET = 4.5e6
 _BURST_WORDS, _BURST_SHARE, _DOCUMENT_TOKENS = 16, 0.25, 400
 
 
-def zipf_ids(num_tokens: int, vocab_size: int, *, seed: int = 0, bursts: bool = False) -> np.ndarray:
+def zipf_ids(
+    num_tokens: int, vocab_size: int, *, seed: int = 0, bursts: bool = False
+) -> npt.NDArray[np.int32]:
     """Made-up ids int32 ``[num_tokens]``, id k with a frequency near 1/(k + 1), the same for the same seed.
 
     With `bursts`, a quarter of the tokens of each document of 400 are of 16 words that are its own.
     """
     rng = np.random.default_rng(seed)
 
-    def draw(*shape: int) -> np.ndarray:
-        return (np.exp(rng.random(shape) * np.log(vocab_size + 1)) - 1).astype(np.int32)
+    def draw(*shape: int) -> npt.NDArray[np.int32]:
+        drawn: npt.NDArray[np.float64] = np.exp(rng.random(shape) * np.log(vocab_size + 1)) - 1
+        return drawn.astype(np.int32)
 
     ids = draw(num_tokens)
     if bursts:
@@ -43,7 +48,7 @@ def zipf_ids(num_tokens: int, vocab_size: int, *, seed: int = 0, bursts: bool = 
 
 
 @njit(cache=True)
-def _positions(ids, row_ptr):
+def _positions(ids: npt.NDArray[np.int32], row_ptr: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     positions = np.empty(ids.shape[0], np.int64)
     place = row_ptr.copy()
     for p in range(ids.shape[0]):
@@ -53,7 +58,17 @@ def _positions(ids, row_ptr):
 
 
 @njit(parallel=True, cache=True)
-def _row_wise(ids, positions, row_ptr, window_size, workers, indptr, indices, data, fill):
+def _row_wise(
+    ids: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.int64],
+    row_ptr: npt.NDArray[np.int64],
+    window_size: int,
+    workers: int,
+    indptr: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.int32],
+    data: npt.NDArray[np.float64],
+    fill: bool,
+) -> None:
     """Distinct contexts of each word into ``indptr[1:]``, or with `fill` its columns and counts."""
     vocab_size = row_ptr.shape[0] - 1
     for worker in prange(workers):
@@ -79,7 +94,7 @@ def _row_wise(ids, positions, row_ptr, window_size, workers, indptr, indices, da
                 total[seen[k]] = 0.0
 
 
-def count_row_wise(ids: np.ndarray, vocab_size: int, window_size: int = 5) -> sp.csr_array:
+def count_row_wise(ids: npt.NDArray[np.int32], vocab_size: int, window_size: int = 5) -> sp.csr_array:
     """A rival: flat symmetric counts by a position index and a dense row, in Numba and nothing more."""
     row_ptr = np.zeros(vocab_size + 1, np.int64)
     np.cumsum(np.bincount(ids, minlength=vocab_size), out=row_ptr[1:])
@@ -92,7 +107,7 @@ def count_row_wise(ids: np.ndarray, vocab_size: int, window_size: int = 5) -> sp
     return sp.csr_array((data, indices, indptr), shape=(vocab_size, vocab_size))
 
 
-def count_polars(ids: np.ndarray, window_size: int = 5):
+def count_polars(ids: npt.NDArray[np.int32], window_size: int = 5) -> Any:
     """A rival: polars' streaming group-by over shifted columns; a frame of (word, context, count).
 
     It counts only the contexts that follow, to its advantage, and returns them in no order.
@@ -104,7 +119,7 @@ def count_polars(ids: np.ndarray, window_size: int = 5):
     return pl.concat(pairs).group_by("word", "context").len("count").collect(engine="streaming")
 
 
-def write_text(path: Path, ids: np.ndarray) -> None:
+def write_text(path: Path, ids: npt.NDArray[np.int32]) -> None:
     """A text of made-up words, some twelve to a line."""
     rng = np.random.default_rng(0)
     size = int(ids.max()) + 1
@@ -118,7 +133,7 @@ def write_text(path: Path, ids: np.ndarray) -> None:
 
 def run(
     *, num_tokens: int = 16_000_000, vocab_size: int = 70_000, text_mb: int = 100, repeats: int = 5
-) -> list[dict[str, object]]:
+) -> list[records.Record]:
     """Time counting, its rivals, counting to disk, and all from text to PMI in turns; a record for each.
 
     polars is left out where it is not installed.
@@ -128,7 +143,7 @@ def run(
         folder, text = Path(scratch), Path(scratch) / "text.txt"
         turns = iter(range(10**6))
         write_text(text, ids[: min(num_tokens, text_mb * 10**6 // 6)])
-        cases: dict[str, Callable[[], object]] = {
+        cases: dict[str, Callable[[], Any]] = {
             "cemb": lambda: count_cooccurrences(ids, vocab_size=vocab_size),
             "cemb on disk": lambda: counting.count([ids], folder / f"{next(turns)}", vocab_size=vocab_size),
             "numba row-wise": lambda: count_row_wise(ids, vocab_size),
@@ -176,7 +191,7 @@ def _text_to_pmi(text: Path, folder: Path) -> int:
     return encoded.num_tokens
 
 
-def check_targets(found: list[dict], say: Callable[[str], None] = print) -> bool:
+def check_targets(found: list[records.Record], say: Callable[[str], None] = print) -> bool:
     """Say of each target whether it is reached; returns whether all are, unmeasured ones not."""
     times = {record["case"]: record for record in found if record["kind"] == "counting"}
     reached = []
@@ -204,7 +219,7 @@ def measure_scaling(
     vocab_size: int = 1_000_000,
     memory: int = 2**29,
     workers: int | None = None,
-) -> dict[str, object]:
+) -> records.Record:
     """Make a stream of `zipf_ids` with bursts in shards, count it and take its PMI in a process of its own.
 
     `folder` takes some 150 bytes a token meanwhile. Peak memory is beyond what the process held before.
@@ -230,11 +245,11 @@ def measure_scaling(
     }
 
 
-def _measure_scaling(folder: Path, vocab_size: int, memory: int, workers: int | None) -> dict[str, object]:
+def _measure_scaling(folder: Path, vocab_size: int, memory: int, workers: int | None) -> records.Record:
     warm = counting.count([np.arange(99, dtype=np.int32) % 7], folder / "warm", vocab_size=7)
     write_pmi(warm, folder / "warm-pmi")
     shards = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("ids-*.npy"))]
-    seconds = []
+    seconds: list[float] = []
 
     def timed(work: Callable[[], object]) -> float | None:
         def step(_: object) -> None:
@@ -244,7 +259,7 @@ def _measure_scaling(folder: Path, vocab_size: int, memory: int, workers: int | 
 
         return measure.peak_mib(step)
 
-    options = {"vocab_size": vocab_size, "memory": memory, "workers": workers}
+    options: dict[str, Any] = {"vocab_size": vocab_size, "memory": memory, "workers": workers}
     count_mib = timed(lambda: counting.count(shards, folder / "counts", **options))
     pmi_mib = timed(lambda: write_pmi(CsrFolder(folder / "counts"), folder / "pmi", memory=memory))
     return {
@@ -258,8 +273,8 @@ def _measure_scaling(folder: Path, vocab_size: int, memory: int, workers: int | 
 
 
 def scaling(
-    sizes: Iterable[int] = (10**6, 10**7, 10**8), folder: Path | None = None, **options: object
-) -> Iterable[dict[str, object]]:
+    sizes: Iterable[int] = (10**6, 10**7, 10**8), folder: Path | None = None, **options: Any
+) -> Iterable[records.Record]:
     """The record of `measure_scaling` for each number of tokens, in a temporary folder inside `folder`."""
     for num_tokens in sizes:
         with tempfile.TemporaryDirectory(dir=folder, prefix="scaling-") as scratch:

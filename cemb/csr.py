@@ -9,8 +9,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 
 from cemb.records import write_atomic
@@ -25,7 +27,7 @@ _FULL = {
 
 
 @contextmanager
-def disk_errors(path: Path):
+def disk_errors(path: Path) -> Iterator[None]:
     """Say what could not be written where the disk is full."""
     try:
         yield
@@ -39,7 +41,7 @@ def disk_errors(path: Path):
         ) from error
 
 
-def _header(file, size: int, dtype: np.dtype) -> int:
+def _header(file: BinaryIO, size: int, dtype: np.dtype[Any]) -> int:
     # numpy leaves room in it for the size to grow, so it can be written again over itself.
     description = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
@@ -53,12 +55,12 @@ def _header(file, size: int, dtype: np.dtype) -> int:
 class NpyWriter:
     """A one-dimensional .npy file of a length that is not known beforehand."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype[Any] | type[np.generic]):
         self.dtype, self.size = np.dtype(dtype), 0
         self._file = path.open("wb")
         self._start = _header(self._file, 0, self.dtype)
 
-    def append(self, values: np.ndarray) -> None:
+    def append(self, values: npt.NDArray[Any]) -> None:
         values = np.ascontiguousarray(values, self.dtype)
         self._file.write(values.data)
         self.size += len(values)
@@ -81,7 +83,9 @@ class CsrWriter:
         max_cells: bound on the number of cells; says how wide indices must be.
     """
 
-    def __init__(self, folder: Path, num_columns: int, dtype: np.dtype, max_cells: int):
+    def __init__(
+        self, folder: Path, num_columns: int, dtype: np.dtype[Any] | type[np.generic], max_cells: int
+    ):
         self._folder, self._num_columns = folder, num_columns
         self._indptr = NpyWriter(folder / "indptr.npy", np.int64)
         self._indptr.append(np.zeros(1, np.int64))
@@ -100,12 +104,14 @@ class CsrWriter:
         """Cells written so far."""
         return self._data.size
 
-    def append(self, row_cells: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
+    def append(
+        self, row_cells: npt.NDArray[Any], columns: npt.NDArray[Any], values: npt.NDArray[Any]
+    ) -> None:
         """Add rows of so many cells ``[rows]``; columns and values ``[cells]`` may follow by `extend`."""
         self._indptr.append(self.num_cells + np.cumsum(row_cells, dtype=np.int64))
         self.extend(columns, values)
 
-    def extend(self, columns: np.ndarray, values: np.ndarray) -> None:
+    def extend(self, columns: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
         """Add cells ``[cells]`` to the rows last added."""
         self._indices.append(columns)
         self._data.append(values)
@@ -147,9 +153,9 @@ class CsrFolder:
                 f"{str(self.folder)!r} holds no matrix of version {VERSION}: its manifest has version "
                 f"{self.manifest.get('version')!r}"
             )
-        self.shape = tuple(self.manifest["shape"])
-        self.num_cells = self.manifest["num_cells"]
-        self._headers = {}
+        self.shape: tuple[int, int] = tuple(self.manifest["shape"])
+        self.num_cells: int = self.manifest["num_cells"]
+        self._headers: dict[str, tuple[int, np.dtype[Any]]] = {}
         sizes = {"indptr": self.shape[0] + 1, "indices": self.num_cells, "data": self.num_cells}
         for name, size in sizes.items():
             path = self.folder / f"{name}.npy"
@@ -165,10 +171,10 @@ class CsrFolder:
                 )
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> np.dtype[Any]:
         return self._headers["data"][1]
 
-    def read(self, name: str, first: int, last: int) -> np.ndarray:
+    def read(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
         """Values ``[first:last]`` of ``"indptr"``, ``"indices"`` or ``"data"``, in memory of their own."""
         start, dtype = self._headers[name]
         return np.fromfile(
@@ -195,7 +201,7 @@ class CsrFolder:
         return sp.csr_array((data, indices, indptr), shape=self.shape, copy=False)
 
 
-def row_blocks(indptr: np.ndarray, max_cells: int) -> Iterator[tuple[int, int]]:
+def row_blocks(indptr: npt.NDArray[Any], max_cells: int) -> Iterator[tuple[int, int]]:
     """First row and the one after the last of blocks of at most `max_cells` cells, or of one row."""
     first, num_rows = 0, len(indptr) - 1
     while first < num_rows:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 
 from cemb import catalog, events, records
@@ -54,7 +55,7 @@ class PmiConfig:
     top_k: int | None = None
     rank: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.events is None:
             return
         given = [
@@ -81,11 +82,11 @@ class PmiDataset:
 
     matrix: sp.csr_array
     words: list[str]
-    word_counts: np.ndarray  # int64 [words]
+    word_counts: npt.NDArray[np.int64]  # int64 [words]
     contexts: list[str]
-    context_counts: np.ndarray  # int64 [contexts]
+    context_counts: npt.NDArray[np.int64]  # int64 [contexts]
     optimum: Optimum
-    summary: dict[str, object]  # the record of how it was built
+    summary: records.Record  # the record of how it was built
 
     def check_is_text(self, what: str) -> None:
         """Raise ValueError unless the matrix is of text, so that its contexts are its words."""
@@ -136,10 +137,10 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int = DEFAULT_MEMORY) -
 class _Counted:
     matrix: CsrFolder
     words: list[str]
-    word_counts: np.ndarray
+    word_counts: npt.NDArray[np.int64]
     contexts: list[str]
-    context_counts: np.ndarray
-    sizes: dict[str, object]  # fields of the record
+    context_counts: npt.NDArray[np.int64]
+    sizes: records.Record  # fields of the record
 
 
 def _count_text(config: PmiConfig, partial: Path, memory: int, done: Callable[[str], None]) -> _Counted:
@@ -174,6 +175,7 @@ def _count_text(config: PmiConfig, partial: Path, memory: int, done: Callable[[s
 
 
 def _count_events(config: PmiConfig, partial: Path, memory: int, done: Callable[[str], None]) -> _Counted:
+    assert config.events is not None
     folder = partial / "counts"
     if not folder.exists():
         counts, users, items = events.read_events(config.corpus, config.events)
@@ -203,9 +205,9 @@ def _read_names(path: Path) -> tuple[list[str], list[str]]:
     return words, contexts
 
 
-def _build(config: PmiConfig, identity: dict[str, object], partial: Path, path: Path, memory: int) -> None:
+def _build(config: PmiConfig, identity: records.Record, partial: Path, path: Path, memory: int) -> None:
     lap = time.perf_counter()
-    seconds = {}
+    seconds: dict[str, float] = {}
 
     def done(stage: str) -> None:
         nonlocal lap

@@ -3,11 +3,14 @@
 import math
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 import scipy.sparse.linalg
 import scipy.stats
@@ -20,9 +23,9 @@ from tqdm import tqdm
 class Optimum:
     """The best rank-`rank` factorization of a matrix in all-cells squared error (Eckart and Young, 1936)."""
 
-    left: np.ndarray  # float32 [words, rank], orthonormal columns
-    singular_values: np.ndarray  # float32 [rank], falling
-    right: np.ndarray  # float32 [contexts, rank], orthonormal columns
+    left: npt.NDArray[np.float32]  # float32 [words, rank], orthonormal columns
+    singular_values: npt.NDArray[np.float32]  # float32 [rank], falling
+    right: npt.NDArray[np.float32]  # float32 [contexts, rank], orthonormal columns
     squared_norm: float  # of the matrix
 
     @property
@@ -34,7 +37,9 @@ class Optimum:
         """``(loss − L*) / (‖M‖² − L*)``: 0 at the optimum, 1 for predicting zero everywhere."""
         return (loss - self.loss) / (self.squared_norm - self.loss)
 
-    def factors(self, singular_value_power: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+    def factors(
+        self, singular_value_power: float = 0.5
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Word vectors U·S^p and context vectors V·S^(1−p)."""
         scale = self.singular_values**singular_value_power
         return self.left * scale, self.right * (self.singular_values / scale)
@@ -52,8 +57,8 @@ def optimum(matrix: sp.csr_array, rank: int) -> Optimum:
     # ARPACK decides itself how many products it needs, so there is a count and no time left.
     with tqdm(desc="truncated SVD", unit=" products") as progress:
 
-        def counted(factor: sp.csr_array):
-            def product(vector: np.ndarray) -> np.ndarray:
+        def counted(factor: sp.csr_array) -> Callable[[npt.NDArray[Any]], Any]:
+            def product(vector: npt.NDArray[Any]) -> Any:
                 progress.update()
                 return factor @ vector
 
@@ -111,10 +116,17 @@ class SparseMatrix:
 
 class _AllCells(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, words, contexts, matrix, transposed, squared_norm):
+    def forward(
+        ctx: Any,
+        words: Tensor,
+        contexts: Tensor,
+        matrix: SparseMatrix,
+        transposed: SparseMatrix,
+        squared_norm: float,
+    ) -> Tensor:
         word_gram, context_gram = words.T @ words, contexts.T @ contexts
         fitted = matrix @ contexts
-        loss = squared_norm - 2 * torch.linalg.vecdot(words, fitted).sum(dtype=torch.float64)
+        loss: Tensor = squared_norm - 2 * torch.linalg.vecdot(words, fitted).sum(dtype=torch.float64)
         loss += torch.sum(word_gram.double() * context_gram.double())
         word_grad = fitted.addmm_(words, context_gram, beta=-2, alpha=2)
         context_grad = (transposed @ words).addmm_(contexts, word_gram, beta=-2, alpha=2)
@@ -123,7 +135,7 @@ class _AllCells(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         word_grad, context_grad = ctx.saved_tensors
         scale = grad.to(word_grad.dtype)
         return word_grad * scale, context_grad * scale, None, None, None
@@ -143,13 +155,16 @@ class AllCellsLoss:
 
     def __call__(self, words: Tensor, contexts: Tensor) -> Tensor:
         """The error as a float64 scalar, for factors ``[words, dim]`` and ``[contexts, dim]``."""
-        return _AllCells.apply(words, contexts, self.matrix, self.transposed, self.squared_norm)
+        arguments = (words, contexts, self.matrix, self.transposed, self.squared_norm)
+        loss: Tensor = _AllCells.apply(*arguments)  # type: ignore[no-untyped-call]
+        return loss
 
 
-def frequency_weights(word_counts: np.ndarray, power: float) -> np.ndarray:
+def frequency_weights(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[np.float64]:
     """Weights ``[words]`` that grow as the counts' `power`, of mean 1."""
     weights = np.asarray(word_counts, dtype=np.float64) ** power
-    return weights / weights.mean()
+    shares: npt.NDArray[np.float64] = weights / weights.mean()
+    return shares
 
 
 class WeightedLoss:
@@ -163,8 +178,8 @@ class WeightedLoss:
     def __init__(
         self,
         matrix: sp.csr_array,
-        word_weights: np.ndarray,
-        context_weights: np.ndarray,
+        word_weights: npt.NDArray[Any],
+        context_weights: npt.NDArray[Any],
         device: torch.device | str | None = None,
     ):
         scales = []
@@ -190,7 +205,7 @@ class WeightedLoss:
         return optimum(self.matrix, rank)
 
 
-def balanced(words: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+def balanced(words: npt.NDArray[Any], contexts: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Word vectors ``U(CᵀC)^½`` ``[words, dim]``, whose dot products are those of the rows of ``UCᵀ``.
 
     They depend on ``UCᵀ`` alone, up to a rotation, and not on how U and C share it: UA and CA⁻ᵀ give the
@@ -199,10 +214,11 @@ def balanced(words: np.ndarray, contexts: np.ndarray) -> np.ndarray:
     contexts = contexts.astype(np.float64)
     values, basis = np.linalg.eigh(contexts.T @ contexts)
     root = basis * np.sqrt(values.clip(min=0)) @ basis.T
-    return (words @ root).astype(words.dtype)
+    turned: npt.NDArray[Any] = words @ root
+    return turned.astype(words.dtype)
 
 
-def normalized(vectors: np.ndarray) -> np.ndarray:
+def normalized(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Rows scaled to length 1; zero rows stay zero."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
@@ -214,7 +230,7 @@ SIMILARITY_SETS = {"wordsim353": "wordsim353.tsv", "simlex999": "simlex999.txt"}
 def _test_data(name: str) -> list[str]:
     """Lines of an evaluation set that ships in gensim's wheel; none if gensim is not installed."""
     try:
-        path = Path(distribution("gensim").locate_file(f"gensim/test/test_data/{name}"))
+        path = Path(str(distribution("gensim").locate_file(f"gensim/test/test_data/{name}")))
     except PackageNotFoundError:
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -222,7 +238,7 @@ def _test_data(name: str) -> list[str]:
 
 
 def similarity(
-    vectors: np.ndarray, words: list[str], name: str, *, num_bootstrap: int = 500
+    vectors: npt.NDArray[Any], words: list[str], name: str, *, num_bootstrap: int = 500
 ) -> dict[str, float]:
     """Spearman correlation of cosines with human judgements, in per cent, with a bootstrap interval.
 
@@ -259,7 +275,11 @@ def similarity(
 
 
 def analogies(
-    vectors: np.ndarray, words: list[str], *, batch_size: int = 512, max_questions: int | None = None
+    vectors: npt.NDArray[Any],
+    words: list[str],
+    *,
+    batch_size: int = 512,
+    max_questions: int | None = None,
 ) -> dict[str, float]:
     """Google's analogy questions (Mikolov et al., 2013), answered over the whole vocabulary.
 
@@ -277,7 +297,7 @@ def analogies(
     known = np.array([[index[w] for w in q] for q in questions if all(w in index for w in q)])
     if max_questions is not None and len(known) > max_questions:
         known = known[np.linspace(0, len(known) - 1, max_questions).astype(int)]
-    result = {"questions": len(known), "questions_total": len(questions)}
+    result: dict[str, float] = {"questions": len(known), "questions_total": len(questions)}
     if len(known) == 0:
         return dict.fromkeys(("score", "mul_score", "low", "high"), math.nan) | result
     unit = normalized(vectors).astype(np.float32)
@@ -299,7 +319,9 @@ def analogies(
     return {name: 100 * float(count) / len(known) for name, count in counts.items()} | result
 
 
-def neighbours(vectors: np.ndarray, words: list[str], word: str, count: int = 10) -> list[tuple[str, float]]:
+def neighbours(
+    vectors: npt.NDArray[Any], words: list[str], word: str, count: int = 10
+) -> list[tuple[str, float]]:
     """The `count` words of highest cosine with `word`; KeyError if it is not in the vocabulary."""
     if word not in words:
         raise KeyError(f"{word!r} is not among the {len(words):,} words of the vocabulary")

@@ -3,8 +3,10 @@
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 from tqdm import tqdm
 
@@ -17,15 +19,16 @@ class _Names:
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
 
-    def add(self, column) -> np.ndarray:
+    def add(self, column: Any) -> npt.NDArray[np.int32]:
         """The numbers of the strings of an Arrow array without nulls."""
         encoded = column.dictionary_encode()
         numbers = [
             self.numbers.setdefault(name, len(self.numbers)) for name in encoded.dictionary.to_pylist()
         ]
-        return np.array(numbers, np.int32)[encoded.indices.to_numpy()]
+        found: npt.NDArray[np.int32] = np.array(numbers, np.int32)[encoded.indices.to_numpy()]
+        return found
 
-    def ordered(self, counts: np.ndarray) -> tuple[list[str], np.ndarray]:
+    def ordered(self, counts: npt.NDArray[Any]) -> tuple[list[str], npt.NDArray[np.int32]]:
         """Names by falling count, ties alphabetical, and the place of each number in that order."""
         names = list(self.numbers)
         order = sorted(range(len(names)), key=lambda i: (-counts[i], names[i]))
@@ -56,6 +59,7 @@ def read_events(
     pairs = [np.empty((2, 0), np.int32)]
     with tqdm(desc="events read", unit="", unit_scale=True) as progress:
         for path in paths:
+            assert path is not None
             for user, item in _batches(path, names):
                 pairs.append(np.stack([users.add(user), items.add(item)]))
                 progress.update(len(user))
@@ -82,7 +86,7 @@ def _files(corpus: str | Sequence[str]) -> list[reading.File]:
     return [file for name in names for file in reading.find_files(name)]
 
 
-def _batches(path: Path, names: tuple[str, str]) -> Iterator[tuple]:
+def _batches(path: Path, names: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
     """Users and items, as Arrow arrays of strings without nulls."""
     pyarrow = reading.import_pyarrow("events")
     from pyarrow import compute
@@ -97,13 +101,13 @@ def _batches(path: Path, names: tuple[str, str]) -> Iterator[tuple]:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _check_columns(path: Path, names: tuple[str, str], seen: list[str]) -> None:
+def _check_columns(path: Path, names: tuple[str, ...], seen: list[str]) -> None:
     for name in names:
         if name not in seen:
             raise ValueError(f"{path} has no column {name!r}; it has {', '.join(seen)}")
 
 
-def _parquet_batches(path: Path, names: tuple[str, str]) -> Iterator:
+def _parquet_batches(path: Path, names: tuple[str, ...]) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
@@ -111,7 +115,7 @@ def _parquet_batches(path: Path, names: tuple[str, str]) -> Iterator:
         yield from file.iter_batches(columns=list(names))
 
 
-def _csv_batches(path: Path, names: tuple[str, str]) -> Iterator:
+def _csv_batches(path: Path, names: tuple[str, ...]) -> Iterator[Any]:
     import pyarrow
     from pyarrow import csv as arrow_csv
 

@@ -9,6 +9,7 @@ Gradients and other temporary memory are counted for no method.
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def _lower_rank(objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_by
     if rank < 1:
         raise ValueError(f"rank 1 needs {4 * (len(words) + len(contexts))} bytes, got {max_bytes}")
     # The columns come by falling singular value.
-    return tuple(nn.Embedding.from_pretrained(side[:, :rank].clone()) for side in (words, contexts))
+    first, second = (nn.Embedding.from_pretrained(side[:, :rank].clone()) for side in (words, contexts))
+    return first, second
 
 
 def _lower_rank_int8(objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_bytes: int) -> Pair:
@@ -67,9 +69,10 @@ def _lower_rank_int8(objective: AllCellsLoss, words: Tensor, contexts: Tensor, m
     rank = max_bytes // num_rows - torch.float16.itemsize
     if rank < 1:
         raise ValueError(f"rank 1 needs {num_rows * (1 + torch.float16.itemsize)} bytes, got {max_bytes}")
-    return tuple(
+    first, second = (
         RowQuantizedEmbedding.from_vectors(side[:, :rank].contiguous()) for side in (words, contexts)
     )
+    return first, second
 
 
 def _product_quantized(axes: Callable[[Tensor, int], Tensor]) -> Callable[..., Pair]:
@@ -84,9 +87,10 @@ def _product_quantized(axes: Callable[[Tensor, int], Tensor]) -> Callable[..., P
                 f"one group's codes need {codebooks + len(words) + len(contexts)} bytes, got {max_bytes}"
             )
         turn = axes(words.square().sum(dim=0), groups)
-        return tuple(
+        first, second = (
             ProductQuantizedEmbedding.from_vectors(side @ turn, groups) for side in (words, contexts)
         )
+        return first, second
 
     return compress
 
@@ -98,7 +102,7 @@ def _principal_axes(variances: Tensor, groups: int) -> Tensor:
 
 def _random_axes(variances: Tensor, groups: int) -> Tensor:
     dim = len(variances)
-    turn, _ = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0)))
+    turn: Tensor = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))).Q
     return turn
 
 
@@ -148,7 +152,8 @@ def _coded(max_bytes: int) -> Store:
 
 
 def _full_bytes(data: PmiDataset) -> int:
-    return 4 * len(data.optimum.singular_values) * sum(data.matrix.shape)
+    num_rows: int = sum(data.matrix.shape)
+    return 4 * len(data.optimum.singular_values) * num_rows
 
 
 def _int8_bytes(model: nn.Module) -> int:
@@ -190,13 +195,14 @@ def _record(
     seed: int,
     tables: Pair | None,
     objective: AllCellsLoss,
-    **fields: object,
-) -> dict[str, object]:
+    **fields: Any,
+) -> records.Record:
     full = _full_bytes(data)
     if tables is not None:
         inference = sum(num_bytes(table) for table in tables)
         fields = {"inference_bytes": inference, "training_bytes": inference, **fields}
-        fields |= score(*(all_rows(table) for table in tables), data, objective)
+        words, contexts = (all_rows(table) for table in tables)
+        fields |= score(words, contexts, data, objective)
     else:
         fields = {"inference_bytes": None, "training_bytes": None, "gap": None, **fields}
     inference, training = fields["inference_bytes"], fields["training_bytes"]
@@ -252,7 +258,7 @@ def measure(
     seed: int = 0,
     num_steps: int = 50,
     learning_rate: float | None = None,
-) -> dict[str, object]:
+) -> records.Record:
     """The record of one of `METHODS` at a ratio of full inference bytes to its own.
 
     Where no such table fits or its training diverges, the record says why in ``failure``. Methods of
@@ -286,7 +292,7 @@ def measure(
             }
             return _record(method, data, seed, None, objective, **asked, **kept)
         start = time.perf_counter()
-        history = None
+        history: list[dict[str, float]] | None = None
         rank = len(data.optimum.singular_values)
         if method in COMPRESSED_AFTER:
             factors = (torch.from_numpy(factor) for factor in data.optimum.factors())
@@ -294,9 +300,10 @@ def measure(
             asked["training_bytes"] = full
         else:
             store = STORES.get(ALTERNATING[method]) or _coded(int(full / compression_ratio / 2))
-            *tables, history = train_alternating(
+            words, contexts, history = train_alternating(
                 objective, rank, store, num_steps=max(1, num_steps // 3), seed=seed
             )
+            tables = words, contexts
             history = [{**entry, "gap": data.optimum.gap(entry["loss"])} for entry in history]
         seconds = time.perf_counter() - start
         return _record(method, data, seed, tables, objective, **asked, train_s=seconds, history=history)

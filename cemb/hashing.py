@@ -47,7 +47,7 @@ class HashSpec:
     signed: bool = False
     table_offset: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_embeddings", "embedding_dim", "pool_size", "block_size"):
             value = getattr(self, name)
             if value < 1:

@@ -1,13 +1,15 @@
 """How few bits a factorization could do with: rate–distortion limits, in gap to the optimum."""
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cemb.evaluate import Optimum
 
 
-def water_filling(variances: np.ndarray, bits: float) -> float:
+def water_filling(variances: npt.NDArray[Any], bits: float) -> float:
     """Least squared error, summed over independent Gaussians, of a code of `bits` bits a value on average.
 
     Reverse water-filling (Cover and Thomas, "Elements of information theory", 2nd ed., theorem 10.3.3):

@@ -5,9 +5,10 @@ import gc
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,7 +27,7 @@ class Clock:
         return time.perf_counter()
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
         start = self._now()
         yield
         self.phases_ms[name] += (self._now() - start) * 1e3
@@ -122,13 +123,13 @@ def _is_contended(phases_ms: Mapping[str, float]) -> bool:
     return cpu_wait_share(phases_ms["cpu_wait"], phases_ms["total"]) > CONTENDED_SHARE
 
 
-def summarize(phases_ms: Mapping[str, list[float]]) -> dict[str, object]:
+def summarize(phases_ms: Mapping[str, list[float]]) -> dict[str, Any]:
     """Record fields of one step's times: ``{phase}_ms``, the median, and ``{phase}_ms_repeats``.
 
     Where waiting for a processor was counted, ``cpu_wait_share`` is its share of all repeats together, and
     ``is_contended`` whether that is more than `CONTENDED_SHARE`.
     """
-    fields: dict[str, object] = {}
+    fields: dict[str, Any] = {}
     for phase, values in phases_ms.items():
         fields[f"{phase}_ms"] = round(statistics.median(values), 4)
         fields[f"{phase}_ms_repeats"] = [round(value, 4) for value in values]
@@ -148,7 +149,8 @@ def device_ms(step: Step, device: str, *, steps: int = 10) -> float:
         for _ in range(steps):
             step(Clock(device))
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / steps
+    total_us: float = sum(event.self_device_time_total for event in profile.key_averages())
+    return total_us / 1e3 / steps
 
 
 def graph_ms(step: Callable[[], object], feed: Callable[[], object], *, repeats: int) -> float:
@@ -165,7 +167,7 @@ def graph_ms(step: Callable[[], object], feed: Callable[[], object], *, repeats:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         feed()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,6 +1,8 @@
 """The pair model: the score of (word, context) is a dot product of two looked-up vectors, plus biases."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +23,14 @@ from cemb.tables import (
     ReferenceHashedEmbedding,
 )
 
-TABLES = {
+TABLES: dict[str, type[Any]] = {
     "full": FullEmbedding,
     "full-fused": FusedFullEmbedding,
     "hashed": HashedEmbedding,
     "hashed-reference": ReferenceHashedEmbedding,
 }
 # Those of other papers, each sized by the bytes it may take.
-COMPRESSED_TABLES = {
+COMPRESSED_TABLES: dict[str, type[Any]] = {
     "hybrid": HybridEmbedding,
     "mixed-dimension": MixedDimensionEmbedding,
     "quotient-remainder": QuotientRemainderEmbedding,
@@ -51,6 +53,11 @@ class PairModel(nn.Module):
             have separate vectors in one parameter, so that one optimizer step and one kernel serve both.
     """
 
+    word_table: Any
+    context_table: Any
+    word_bias: nn.Parameter | None
+    context_bias: nn.Parameter | None
+
     def __init__(
         self,
         word_table: nn.Module,
@@ -63,7 +70,7 @@ class PairModel(nn.Module):
         super().__init__()
         if first_context and context_table is not None:
             raise ValueError("first_context is for one shared table, and context_table was given too")
-        if not 0 <= first_context < word_table.num_embeddings:
+        if not 0 <= first_context < cast(int, word_table.num_embeddings):
             raise ValueError(f"first_context must be a row of the table, got {first_context}")
         if bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {bias!r}")
@@ -117,14 +124,14 @@ class PairModel(nn.Module):
             pairs = pairs + torch.tensor([0, self.first_context], device=pairs.device)
         dropout = self.dropout if self.training else 0.0
         if self._is_fused:
-            scores = self.word_table.pair_scores(pairs, self.context_table, dropout)
+            scores: Tensor = self.word_table.pair_scores(pairs, self.context_table, dropout)
         else:
             if self.context_table is self.word_table:
                 vectors = self.word_table(pairs)
             else:
                 vectors = torch.stack((self.word_table(word_ids), self.context_table(context_ids)), dim=-2)
             scores = ops.vector_scores(vectors, dropout)
-        if self.word_bias is not None:
+        if self.word_bias is not None and self.context_bias is not None:
             scores = scores + self.word_bias[word_ids] + self.context_bias[context_ids]
         return scores
 
@@ -173,7 +180,7 @@ def build_model(
             both = FusedFullEmbedding(2 * num_embeddings, embedding_dim, device=device)
             return PairModel(both, bias=bias, dropout=dropout, first_context=num_embeddings).to(device)
 
-        def make(offset, weight):
+        def make(offset: int, weight: nn.Parameter | None) -> Any:
             return TABLES[table](num_embeddings, embedding_dim, sparse=sparse_gradients, device=device)
     else:
         if pool_size is None:
@@ -181,7 +188,7 @@ def build_model(
         if sparse_gradients:
             raise ValueError(f"table {table!r} has no sparse gradients")
 
-        def make(offset, weight):
+        def make(offset: int, weight: nn.Parameter | None) -> Any:
             return TABLES[table](
                 num_embeddings,
                 embedding_dim,
@@ -243,7 +250,7 @@ def all_cells_loss(scores: Tensor, values: Tensor, weights: Tensor) -> Tensor:
     return (weights * (scores - values).square()).sum()
 
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "all-cells": all_cells_loss,
     "mse": mse_loss,
     "weighted-mse": weighted_mse_loss,

@@ -10,7 +10,10 @@ table offset.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from cemb.touched import TouchedGradient
 Spec = HashSpec | FullSpec
 
 _ID_DTYPES = (torch.int32, torch.int64)
-_BACKENDS = {
+_BACKENDS: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "cpu": ("numba", (torch.float32, torch.float64, torch.bfloat16)),
     "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
 }
@@ -38,7 +41,7 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
     return name if dtype in dtypes else "torch"
 
 
-def _cuda():
+def _cuda() -> ModuleType:
     from cemb.kernels import cuda  # Triton is there on GPU hosts alone
 
     return cuda
@@ -71,7 +74,7 @@ def _dropout(p: float, seed: Tensor) -> PairDropout:
     return PairDropout(p, 0 if seed.is_cuda else int(seed))
 
 
-def _array(tensor: Tensor):
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
     """The values as a contiguous numpy array; bfloat16 as the uint16 of its bits."""
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -112,39 +115,40 @@ def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Sequence[i
         return grad.new_zeros(pool_size).index_add_(0, indices.reshape(-1), values.reshape(-1))
     if kind == "triton":
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return _cuda().scatter(flat_grad, flat_ids, spec, deterministic).to(grad.dtype)
+        pool: Tensor = _cuda().scatter(flat_grad, flat_ids, spec, deterministic)
+        return pool.to(grad.dtype)
     pool = grad.new_zeros(pool_size, dtype=_wide(grad.dtype))
     cpu.scatter(flat_grad.detach().to(pool.dtype).numpy(), flat_ids.numpy(), spec, pool.numpy())
     return pool.to(grad.dtype)
 
 
 @_hashed_lookup.register_fake
-def _(weight, ids, table):
+def _(weight: Tensor, ids: Tensor, table: Sequence[int]) -> Tensor:
     return weight.new_empty((*ids.shape, table[1]))
 
 
 @_hashed_scatter.register_fake
-def _(grad, ids, pool_size, table):
+def _(grad: Tensor, ids: Tensor, pool_size: int, table: Sequence[int]) -> Tensor:
     return grad.new_empty(pool_size)
 
 
-def _lookup_setup(ctx, inputs, output):
+def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, ids, ctx.table = inputs
     ctx.pool_size = weight.numel()
     ctx.save_for_backward(ids)
 
 
-def _lookup_backward(ctx, grad):
+def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids,) = ctx.saved_tensors
     return _hashed_scatter(grad, ids, ctx.pool_size, ctx.table), None, None
 
 
-def _scatter_setup(ctx, inputs, output):
+def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ids, _, ctx.table = inputs
     ctx.save_for_backward(ids)
 
 
-def _scatter_backward(ctx, grad):
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids,) = ctx.saved_tensors
     return _hashed_lookup(grad, ids, ctx.table), None, None, None
 
@@ -188,7 +192,8 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
         ValueError: `weight` does not have the shape that `spec` asks for, or is on another device.
     """
     _check(weight, ids, spec, "ids")
-    return _hashed_lookup(weight, ids, _encode(spec))
+    rows: Tensor = _hashed_lookup(weight, ids, _encode(spec))
+    return rows
 
 
 @torch.library.custom_op("cemb::pair_scores", mutates_args=())
@@ -229,30 +234,41 @@ def _pair_scores_backward(
     if kind == "triton":
         deterministic = torch.are_deterministic_algorithms_enabled()
         arguments = (grad.contiguous(), weight.contiguous(), pairs, spec, context_offset, drop, seed)
-        return _cuda().pair_scores_backward(*arguments, deterministic).to(weight.dtype)
+        pool: Tensor = _cuda().pair_scores_backward(*arguments, deterministic)
+        return pool.to(weight.dtype)
     pool = weight.new_zeros(weight.numel(), dtype=_wide(weight.dtype))
     wide_grad = grad.detach().to(pool.dtype).contiguous().numpy()
-    arguments = (wide_grad, _array(weight), pairs.numpy(), spec, context_offset, drop)
-    cpu.pair_scores_backward(*arguments, pool.numpy())
+    ids = pairs.numpy()
+    cpu.pair_scores_backward(wide_grad, _array(weight), ids, spec, context_offset, drop, pool.numpy())
     return pool.to(weight.dtype)
 
 
 @_pair_scores.register_fake
-def _(weight, pairs, table, context_offset, dropout, seed):
+def _(
+    weight: Tensor, pairs: Tensor, table: Sequence[int], context_offset: int, dropout: float, seed: Tensor
+) -> Tensor:
     return weight.new_empty(pairs.shape[0])
 
 
 @_pair_scores_backward.register_fake
-def _(grad, weight, pairs, table, context_offset, dropout, seed):
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    pairs: Tensor,
+    table: Sequence[int],
+    context_offset: int,
+    dropout: float,
+    seed: Tensor,
+) -> Tensor:
     return weight.new_empty(weight.numel())
 
 
-def _pair_setup(ctx, inputs, output):
+def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, pairs, ctx.table, ctx.context_offset, ctx.dropout, seed = inputs
     ctx.save_for_backward(weight, pairs, seed)
 
 
-def _pair_backward(ctx, grad):
+def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, pairs, seed = ctx.saved_tensors
     arguments = (grad, weight, pairs, ctx.table, ctx.context_offset, ctx.dropout, seed)
     return _pair_scores_backward(*arguments), *[None] * 5
@@ -265,7 +281,16 @@ class _TouchedPairScores(torch.autograd.Function):
     """`pair_scores` whose gradient goes to the `TouchedGradient` of an optimizer in `cemb.optim`."""
 
     @staticmethod
-    def forward(ctx, weight, pairs, spec, context_offset, dropout, seed, touched):
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        pairs: Tensor,
+        spec: Spec,
+        context_offset: int,
+        dropout: float,
+        seed: Tensor,
+        touched: TouchedGradient,
+    ) -> Any:
         drop = _dropout(dropout, seed)
         ctx.save_for_backward(weight, pairs)
         ctx.constants = spec, context_offset, drop
@@ -273,6 +298,7 @@ class _TouchedPairScores(torch.autograd.Function):
         ctx.touched, ctx.values = touched, touched.room_for_values(len(pairs), spec, pool.dtype)
         if ctx.values is None:
             return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+        assert isinstance(spec, HashSpec)
         reference.check_ids(pairs, spec.num_embeddings)
         scores = weight.new_empty(len(pairs))
         ids = pairs.long().contiguous().numpy()
@@ -280,9 +306,9 @@ class _TouchedPairScores(torch.autograd.Function):
         return scores
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
         weight, pairs = ctx.saved_tensors
-        ctx.touched.add(grad, weight, pairs, *ctx.constants, ctx.values)
+        ctx.touched.add(*grads, weight, pairs, *ctx.constants, ctx.values)
         return (None,) * 7
 
 
@@ -323,8 +349,11 @@ def pair_scores(
     seed = _seed(dropout, weight)
     touched: TouchedGradient | None = getattr(weight, "touched", None)
     if touched is not None and torch.is_grad_enabled():
-        return _TouchedPairScores.apply(weight, pairs, spec, context_offset, dropout, seed, touched)
-    return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+        arguments = (weight, pairs, spec, context_offset, dropout, seed, touched)
+        scores: Tensor = _TouchedPairScores.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        scores = _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+    return scores
 
 
 def _vector_backend(vectors: Tensor) -> str:
@@ -363,21 +392,21 @@ def _vector_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed:
 
 
 @_vector_scores.register_fake
-def _(vectors, dropout, seed):
+def _(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
     return vectors.new_empty(vectors.shape[0])
 
 
 @_vector_scores_backward.register_fake
-def _(grad, vectors, dropout, seed):
+def _(grad: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
     return torch.empty_like(vectors, memory_format=torch.contiguous_format)
 
 
-def _vector_setup(ctx, inputs, output):
+def _vector_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     vectors, ctx.dropout, seed = inputs
     ctx.save_for_backward(vectors, seed)
 
 
-def _vector_backward(ctx, grad):
+def _vector_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     vectors, seed = ctx.saved_tensors
     return _vector_scores_backward(grad, vectors, ctx.dropout, seed), None, None
 
@@ -403,4 +432,5 @@ def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if vectors.dim() != 3 or vectors.shape[1] != 2:
         raise ValueError(f"vectors must have shape [n, 2, dim], got {list(vectors.shape)}")
-    return _vector_scores(vectors, dropout, _seed(dropout, vectors))
+    scores: Tensor = _vector_scores(vectors, dropout, _seed(dropout, vectors))
+    return scores

@@ -9,7 +9,8 @@ batches touch most cache lines of a pool, they go through all of it. For small p
 other ops, in ``parameter.grad``, are taken in too, and then all values are visited.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class _Touched(torch.optim.Optimizer):
 
     state_names: tuple[str, ...] = ()
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; takes over the gradients of the group's parameters."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -36,8 +37,14 @@ class _Touched(torch.optim.Optimizer):
                 raise ValueError(f"parameters must be contiguous, got strides {parameter.stride()}")
             parameter.touched = TouchedGradient()
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update what was touched since the last step, and forget the gradient."""
         loss = None
         if closure is not None:
@@ -68,10 +75,10 @@ class _Touched(torch.optim.Optimizer):
                 torch.autograd.graph.increment_version(parameter)
         return loss
 
-    def _initial(self, group: dict) -> float:
+    def _initial(self, group: dict[str, Any]) -> float:
         return 0.0
 
-    def _rule(self, group: dict, step: int) -> updates.Rule:
+    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -85,10 +92,10 @@ class _Touched(torch.optim.Optimizer):
 class SGD(_Touched):
     """``w -= lr · g``: what `torch.optim.SGD` does, at the cost of what was touched."""
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3):
+    def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3) -> None:
         super().__init__(parameters, {"lr": lr})
 
-    def _rule(self, group, step):
+    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
         return updates.Rule(updates.SGD, group["lr"])
 
 
@@ -103,14 +110,15 @@ class Adagrad(_Touched):
         lr: float = 1e-2,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
-    ):
+    ) -> None:
         defaults = {"lr": lr, "initial_accumulator_value": initial_accumulator_value, "eps": eps}
         super().__init__(parameters, defaults)
 
-    def _initial(self, group):
-        return group["initial_accumulator_value"]
+    def _initial(self, group: dict[str, Any]) -> float:
+        initial: float = group["initial_accumulator_value"]
+        return initial
 
-    def _rule(self, group, step):
+    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
         return updates.Rule(updates.ADAGRAD, group["lr"], group["eps"])
 
 
@@ -130,10 +138,10 @@ class LazyAdam(_Touched):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-    ):
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
 
-    def _rule(self, group, step):
+    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
         beta1, beta2 = group["betas"]
         step_size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         return updates.Rule(updates.ADAM, step_size, group["eps"], beta1, beta2)

@@ -1,8 +1,11 @@
 """The study's figures: matplotlib, colours safe for colour-blind readers, legible at column width."""
 
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from IPython import get_ipython
 from matplotlib.axes import Axes
@@ -10,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from cemb import targets
+from cemb.records import Record
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
@@ -28,7 +32,7 @@ OPTIMIZER_STYLES = {
 }
 PHASE_COLOURS = {"forward": SKY, "gradient": ORANGE, "step": PURPLE}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
     "figure.constrained_layout.use": True,
@@ -47,12 +51,12 @@ if get_ipython() is not None:
     set_matplotlib_formats("svg", metadata={"Date": None})
 
 
-def _figure(*shape, size=(7, 3), **options):
+def _figure(*shape: int, size: tuple[float, float] = (7, 3), **options: Any) -> tuple[Figure, Any]:
     mpl.rcParams.update(STYLE)
     return plt.subplots(*shape, figsize=size, **options)
 
 
-def data_overview(word_counts: np.ndarray, values: np.ndarray) -> Figure:
+def data_overview(word_counts: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> Figure:
     """Count against rank of words (log-log), and the histogram of a matrix's stored values."""
     figure, (left, right) = _figure(1, 2)
     ranks = np.unique(np.geomspace(1, len(word_counts), 400).astype(int))
@@ -64,7 +68,7 @@ def data_overview(word_counts: np.ndarray, values: np.ndarray) -> Figure:
     return figure
 
 
-def sparsity_by_band(word_counts: np.ndarray, indptr: np.ndarray) -> Figure:
+def sparsity_by_band(word_counts: npt.NDArray[np.int64], indptr: npt.NDArray[np.integer]) -> Figure:
     """Share of a row's cells that are stored, against how often its word occurs (log-log): median, quartiles.
 
     Words are in bands, each twice as frequent as the one before; `indptr` is that of the matrix.
@@ -244,7 +248,7 @@ def gpu_benchmark(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def quality_overview(quality: pd.DataFrame, svd: dict) -> Figure:
+def quality_overview(quality: pd.DataFrame, svd: Record) -> Figure:
     """Gap and WordSim-353 against compression (log axis) for each optimizer, full-batch training.
 
     `quality` is `report.quality_frame`, `svd` the record of the optimum.
@@ -307,7 +311,7 @@ FRONTIER_STYLES = {
 }
 
 
-def frontier(points: pd.DataFrame, limits: list[dict] | None = None) -> Figure:
+def frontier(points: pd.DataFrame, limits: list[Record] | None = None) -> Figure:
     """Gap (log) against how much smaller than the full table (log), at inference and in training.
 
     `points` are frontier records or `report.frontier_frame`; bars are the range over seeds where that has
@@ -354,7 +358,7 @@ def frontier(points: pd.DataFrame, limits: list[dict] | None = None) -> Figure:
     return figure
 
 
-def frontier_similarity(points: pd.DataFrame, full: dict) -> Figure:
+def frontier_similarity(points: pd.DataFrame, full: Record) -> Figure:
     """WordSim-353 score, with its bootstrap interval, against fewer bytes at inference (log).
 
     The band is the interval of `full`, a record of the full table's scores.
@@ -389,7 +393,7 @@ def frontier_similarity(points: pd.DataFrame, full: dict) -> Figure:
     return figure
 
 
-def learning_curve(record: dict) -> Figure:
+def learning_curve(record: Record) -> Figure:
     """A quality record's history: gap, or batch loss, against steps."""
     history = pd.DataFrame(record["history"])
     figure, axes = _figure(size=(6, 2.6))
@@ -463,7 +467,7 @@ def _speed_by_rows(times: Axes, memory: Axes, speed: pd.DataFrame) -> None:
         rows = speed[chosen].sort_values("num_embeddings")
         if rows.empty:
             continue
-        style = {"color": colour, "marker": marker, "label": label}
+        style: dict[str, Any] = {"color": colour, "marker": marker, "label": label}
         low, high = np.array([np.percentile(v, [25, 75]) for v in rows.total_ms_repeats]).T
         spread = [rows.total_ms - low, high - rows.total_ms]
         times.errorbar(rows.num_embeddings, rows.total_ms, yerr=spread, **style)
@@ -489,7 +493,8 @@ def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
     if not quality.empty:
         _quality_by_words(panels.pop(0), quality)
     if not speed.empty:
-        _speed_by_rows(*panels, speed)
+        times, memory = panels
+        _speed_by_rows(times, memory, speed)
     for panel in figure.axes:
         panel.legend(fontsize=8)
     return figure
@@ -501,7 +506,7 @@ def composition(points: pd.DataFrame) -> Figure:
     `points` is `report.frontier_frame`. Behind each are the tables made after training, the same in all.
     """
     points = points[points.failure.isna()]
-    behind = (("lower rank", "--"), ("lower rank, then int8", "-."))
+    behind: tuple[tuple[str, str], ...] = (("lower rank", "--"), ("lower rank, then int8", "-."))
     behind += (("product quantization", ":"), ("transform coding", "-"))
     names = [name for name in FRONTIER_STYLES if f"{name}, then int8" in set(points.method)]
     columns = min(4, max(1, len(names)))

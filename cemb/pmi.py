@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
 from numba import get_num_threads, njit
 from tqdm import tqdm
@@ -25,7 +27,7 @@ class PmiOptions:
     positive: bool = True
     top_k: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.context_smoothing <= 1:
             raise ValueError(f"context_smoothing must lie in (0, 1], got {self.context_smoothing}")
         if self.num_negative < 1:
@@ -37,7 +39,7 @@ class PmiOptions:
 class _Sums:
     """Sums of words and of contexts, added up block by block; of integers in integers."""
 
-    def __init__(self, shape: tuple[int, int], dtype: np.dtype):
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any]):
         kind = np.int64 if np.issubdtype(dtype, np.integer) else np.float64
         self.words, self.contexts = np.zeros(shape[0], kind), np.zeros(shape[1], kind)
 
@@ -50,7 +52,9 @@ class _Sums:
         )
         np.add.at(self.contexts, counts.indices, counts.data)
 
-    def logs(self, smoothing: float, shift: float) -> tuple[np.ndarray, np.ndarray, float]:
+    def logs(
+        self, smoothing: float, shift: float
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
         """Logarithms of words and of smoothed contexts, and what is added to all cells."""
         contexts = self.contexts.astype(np.float64)
         smoothed = np.power(contexts, smoothing, where=contexts > 0, out=np.zeros_like(contexts))
@@ -60,7 +64,14 @@ class _Sums:
 
 
 @njit(nogil=True, cache=True)
-def _select(indptr, columns, values, positive, top_k, row_cells):
+def _select(
+    indptr: npt.NDArray[Any],
+    columns: npt.NDArray[Any],
+    values: npt.NDArray[np.float64],
+    positive: bool,
+    top_k: int,
+    row_cells: npt.NDArray[np.int64],
+) -> int:
     """Move the cells that are kept to the front; returns their number. top_k is 0 for all."""
     found = 0
     for row in range(indptr.shape[0] - 1):
@@ -85,7 +96,12 @@ def _select(indptr, columns, values, positive, top_k, row_cells):
     return found
 
 
-def _pmi_block(counts: sp.csr_array, first: int, logs, options: PmiOptions):
+def _pmi_block(
+    counts: sp.csr_array,
+    first: int,
+    logs: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float],
+    options: PmiOptions,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.float32]]:
     """Cells of each row ``[rows]``, columns and float32 values of a block of rows that starts at `first`."""
     word_logs, context_logs, constant = logs
     with np.errstate(divide="ignore"):
@@ -184,7 +200,7 @@ def write_pmi(
         _check_counted(counts.shape, sums)
         logs = sums.logs(context_smoothing, np.log(num_negative))
 
-        def convert(first_and_block):
+        def convert(first_and_block: tuple[int, sp.csr_array]) -> tuple[int, tuple[npt.NDArray[Any], ...]]:
             first, block = first_and_block
             return block.nnz, _pmi_block(block, first, logs, options)
 
@@ -210,7 +226,10 @@ def value_histogram(matrix: sp.csr_array, num_bins: int = 64) -> dict[str, list[
 
 def stored_histogram() -> dict[str, list[float]]:
     """`value_histogram` of the default corpus's positive PMI matrix, stored with the package."""
-    return json.loads(resources.files("cemb").joinpath("data/pmi_histogram.json").read_text())
+    histogram: dict[str, list[float]] = json.loads(
+        resources.files("cemb").joinpath("data/pmi_histogram.json").read_text()
+    )
+    return histogram
 
 
 def synthetic_pmi(

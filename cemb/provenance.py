@@ -6,10 +6,11 @@ import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
-from cemb import records, study
+from cemb import catalog, records, study
 from cemb.compare import record_name
 
 VERSIONS = ("python_version", *(f"{package}_version" for package in records.KEY_PACKAGES))
@@ -56,7 +57,7 @@ MEASUREMENTS = {
 }
 
 
-def published() -> Iterator[tuple[str, str, list[dict]]]:
+def published() -> Iterator[tuple[str, str, list[records.Record]]]:
     """Machine, kind of file and records of all that reference machines measured, by name."""
     for folder in sorted((records.ROOT / "results" / "reference").iterdir()):
         for kind in MEASUREMENTS:
@@ -69,7 +70,7 @@ def label(source: str, kind: str | None = None) -> str:
     return f"provenance-{source}" + (f"-{kind}" if kind else "")
 
 
-def glue(name: str, value: object, source: Mapping | str | None) -> None:
+def glue(name: str, value: object, source: Mapping[str, Any] | str | None) -> None:
     """Glue a value into a page of the book, as a link to where it comes from.
 
     Args:
@@ -93,14 +94,14 @@ def study_command(run: study.Run, grid: str) -> str:
     """The command that runs one run of a grid again, from the repository's folder."""
     command = f"python -m cemb study --grid {grid} --run {run.name}"
     corpus = run.parameters.get("corpus")
-    if corpus not in (None, study.catalog.DEFAULT_CORPUS):
-        if corpus not in study.catalog.CORPORA:
+    if corpus not in (None, catalog.DEFAULT_CORPUS):
+        if corpus not in catalog.CORPORA:
             corpus = os.path.relpath(study.NOTEBOOKS / corpus, records.ROOT)
         command += f" --corpus {shlex.quote(corpus)}"
     return command
 
 
-def _facts(found: list[dict], command: str, code: str) -> list[str]:
+def _facts(found: list[records.Record], command: str, code: str) -> list[str]:
     """The lines of a table of where records come from."""
     place = found[0]
 
@@ -110,7 +111,7 @@ def _facts(found: list[dict], command: str, code: str) -> list[str]:
     commits = sorted(
         {(r["git_commit"] or "no commit")[:10] + (" and edits" if r["git_dirty"] else "") for r in found}
     )
-    fingerprints = {r.get("corpus_fingerprint") or r.get("pmi_corpus_fingerprint") for r in found} - {None}
+    fingerprints = {r.get("corpus_fingerprint") or r.get("pmi_corpus_fingerprint") for r in found}
     facts = {
         "to run it again": f"`{command}`",
         "code": code,
@@ -119,13 +120,13 @@ def _facts(found: list[dict], command: str, code: str) -> list[str]:
         "huge pages": place["transparent_huge_pages"],
         "`THP_MEM_ALLOC_ENABLE`": all_of("thp_mem_alloc_enable"),
         "versions": ", ".join(f"{name.removesuffix('_version')} {place[name]}" for name in VERSIONS),
-        "corpus": ", ".join(sorted(fingerprints)),
+        "corpus": ", ".join(sorted(filter(None, fingerprints))),
         "measured": f"{min(r['utc_time'] for r in found)} to {max(r['utc_time'] for r in found)}",
     }
     return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items() if text)]
 
 
-def _repeats(found: list[dict]) -> list[str]:
+def _repeats(found: list[records.Record]) -> list[str]:
     """The raw repeats of records that have any, as a block of text."""
     lines = []
     for record in found:
@@ -144,7 +145,7 @@ def _repeats(found: list[dict]) -> list[str]:
     return ["", "Every repeat, in order of measurement:", "", "```text", *lines, "```"] if lines else []
 
 
-def run_section(run: study.Run, found: list[dict], grid: str) -> str:
+def run_section(run: study.Run, found: list[records.Record], grid: str) -> str:
     """The end of a run's page, as MyST: its command, parameters, code, environment and raw repeats."""
     code = f"`{found[0]['code_hash']}`, of `notebooks/{run.notebook}` and all of `cemb` that it reaches"
     parameters = "\n".join(f"{name} = {value!r}" for name, value in run.parameters.items())
@@ -166,7 +167,7 @@ def run_section(run: study.Run, found: list[dict], grid: str) -> str:
     )
 
 
-def reference_page(machine: str, kind: str, found: list[dict]) -> str:
+def reference_page(machine: str, kind: str, found: list[records.Record]) -> str:
     """The page of a reference machine's file, as MyST; ``data/MACHINE-KIND.jsonl`` is the file beside it."""
     measurement = MEASUREMENTS[kind]
     hashes = sorted({record["code_hash"] for record in found if "code_hash" in record})
@@ -203,7 +204,7 @@ def _changed_since(commit: str, module: str) -> str | None:
     return f"code: since {commit[:10]} changed {', '.join(changed)}" if changed else None
 
 
-def _code_staleness(record: dict, kind: str, runs: Mapping[str, study.Run]) -> str | None:
+def _code_staleness(record: records.Record, kind: str, runs: Mapping[str, study.Run]) -> str | None:
     module = MEASUREMENTS[kind].module
     if module:
         commit = record["git_commit"]

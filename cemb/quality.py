@@ -3,10 +3,13 @@
 import math
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cemb import corpus as corpora
@@ -74,8 +77,8 @@ class QualityCase:
     weight_power: float = 0.0
     seed: int = 0
 
-    def __post_init__(self):
-        choices = {
+    def __post_init__(self) -> None:
+        choices: dict[str, Collection[str]] = {
             "table": (*TABLES, *COMPRESSED_TABLES),
             "optimizer": FULL_BATCH_OPTIMIZERS if self.training == "full-batch" else OPTIMIZERS,
             "training": TRAININGS,
@@ -113,6 +116,7 @@ class QualityCase:
         torch.manual_seed(self.seed)
         values = 2 * num_words * embedding_dim
         if self.table in COMPRESSED_TABLES:
+            assert self.compression_ratio is not None
             max_bytes = int(4 * values / self.compression_ratio)
             return build_compressed_model(self.table, num_words, embedding_dim, max_bytes)
         return build_model(
@@ -133,7 +137,7 @@ def score(
     data: PmiDataset,
     objective: evaluate.AllCellsLoss | evaluate.WeightedLoss,
     optimum: evaluate.Optimum | None = None,
-) -> dict[str, object]:
+) -> records.Record:
     """Record fields of a factorization: gap to its loss's optimum, and the scores of its word vectors."""
     loss = objective(words, contexts).item()
     return {
@@ -143,12 +147,14 @@ def score(
     }
 
 
-def score_vectors(words: np.ndarray, contexts: np.ndarray, vocabulary: list[str]) -> dict[str, object]:
+def score_vectors(
+    words: npt.NDArray[Any], contexts: npt.NDArray[Any], vocabulary: list[str]
+) -> records.Record:
     """Record fields of word vectors: similarity, also of the `evaluate.balanced` ones, and analogies.
 
     Null where gensim, which brings the sets, is not installed or the vocabulary does not cover them.
     """
-    fields: dict[str, object] = {}
+    fields: records.Record = {}
     balanced = evaluate.balanced(words, contexts)
     for name in evaluate.SIMILARITY_SETS:
         found = evaluate.similarity(words, vocabulary, name)
@@ -160,7 +166,7 @@ def score_vectors(words: np.ndarray, contexts: np.ndarray, vocabulary: list[str]
     return fields
 
 
-def svd_record(data: PmiDataset, singular_value_power: float = 0.5) -> dict[str, object]:
+def svd_record(data: PmiDataset, singular_value_power: float = 0.5) -> records.Record:
     """The record of the optimum itself, with U·S^p and V·S^(1−p); at ½ the two share S evenly."""
     factors = data.optimum.factors(singular_value_power)
     words, contexts = (torch.from_numpy(factor) for factor in factors)
@@ -178,7 +184,7 @@ def svd_record(data: PmiDataset, singular_value_power: float = 0.5) -> dict[str,
 
 def sgns_record(
     data: PmiDataset, *, num_negative: int = 5, num_epochs: int = 5, seed: int = 0, num_workers: int = 1
-) -> dict[str, object]:
+) -> records.Record:
     """The record of skip-gram with negative sampling (Mikolov et al., 2013) on the tokens of `data`.
 
     By gensim, with the windows and the smoothing that the matrix was counted with, and no subsampling. Its
@@ -251,7 +257,7 @@ def sgns_record(
     }
 
 
-def _context_shares(word_counts: np.ndarray, power: float) -> np.ndarray:
+def _context_shares(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[np.float64]:
     """Probabilities of negative contexts: half uniform, half as counts to `power`."""
     weights = evaluate.frequency_weights(word_counts, power)
     return (0.5 + 0.5 * weights) / len(weights)
@@ -259,7 +265,12 @@ def _context_shares(word_counts: np.ndarray, power: float) -> np.ndarray:
 
 def rate_cases() -> list[QualityCase]:
     """The cases whose learning rates `cemb.train` keeps, at a quarter of the full table's bytes if less."""
-    mini_batch = {"training": "mini-batch", "loss": "all-cells", "negative_share": 0.8, "negative_power": 0.5}
+    mini_batch: dict[str, Any] = {
+        "training": "mini-batch",
+        "loss": "all-cells",
+        "negative_share": 0.8,
+        "negative_power": 0.5,
+    }
     return [
         *(QualityCase("full", optimizer) for optimizer in OPTIMIZERS),
         *(QualityCase(table, "adam", compression_ratio=4) for table in ("hashed", *COMPRESSED_TABLES)),
@@ -267,7 +278,7 @@ def rate_cases() -> list[QualityCase]:
     ]
 
 
-def search_rates(case: QualityCase, data: PmiDataset) -> dict[str, object]:
+def search_rates(case: QualityCase, data: PmiDataset) -> records.Record:
     """The record of `cemb.train.search_learning_rate` for a case, by its gap, from its default rate."""
 
     def final_gap(rate: float) -> float:
@@ -290,7 +301,7 @@ def search_rates(case: QualityCase, data: PmiDataset) -> dict[str, object]:
     }
 
 
-def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, object], PairModel | None]:
+def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record, PairModel | None]:
     """Train the case on the data; its record, with the learning curve as ``history``, and the model.
 
     If training diverges at every rate tried, the record says so in ``failure``, its scores are null and there
@@ -301,15 +312,16 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
     num_words, rank = data.matrix.shape[0], len(data.optimum.singular_values)
     table_values = 2 * num_words * rank
     pool_size = case.resolved_pool_size(table_values)
-    objective, optimum = evaluate.AllCellsLoss(data.matrix), data.optimum
+    objective: evaluate.AllCellsLoss | evaluate.WeightedLoss = evaluate.AllCellsLoss(data.matrix)
+    optimum = data.optimum
     if case.weight_power:
         weights = evaluate.frequency_weights(data.word_counts, case.weight_power)
         objective = evaluate.WeightedLoss(data.matrix, weights, weights)
         optimum = objective.optimum(rank)
     is_full_batch = case.training == "full-batch"
-    model = None
+    model: PairModel
 
-    def train(learning_rate: float):
+    def train(learning_rate: float) -> list[dict[str, float]]:
         nonlocal model
         model = case.build(num_words, rank)
         if is_full_batch:
@@ -345,7 +357,9 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
             # A pool value's gradient sums those of the table's values that read it; only SGD minds.
             asked *= min(1, pool_size / table_values)
     betas = ADAM_BETAS if is_full_batch else MINI_BATCH_ADAM_BETAS
-    failure, history, learning_rate = None, [], asked
+    failure: str | None = None
+    history: list[dict[str, float]] = []
+    learning_rate = asked
     start = time.perf_counter()
     try:
         history, learning_rate = halve_until_stable(train, asked)
@@ -355,7 +369,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[dict[str, obje
     if is_full_batch:
         history = [{**entry, "gap": optimum.gap(entry["loss"])} for entry in history]
     if failure:
-        scores = dict.fromkeys(("all_cells_loss", "gap"))
+        scores: records.Record = dict.fromkeys(("all_cells_loss", "gap"))
     else:
         with torch.no_grad():
             words, contexts = model.factors()

@@ -17,8 +17,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, Protocol, cast
 
 STDIN = "-"
 DEFAULT_FIELD = "text"
@@ -39,8 +40,11 @@ _LONGEST_WORD = 1 << 28
 class Source(Protocol):
     """One part of a corpus: its name, and its bytes on disk or None where they are not known."""
 
-    name: str
-    num_bytes: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int | None: ...
 
     def fingerprint(self) -> str:
         """A string that changes when the content does."""
@@ -87,16 +91,16 @@ class File:
         elif self.kind == "zip":
             yield from self._zip(advance)
         elif self.path is None:
-            yield from self._stream(sys.stdin.buffer, advance)
+            yield from self._stream(cast(BufferedReader, sys.stdin.buffer), advance)
         else:
             with self.path.open("rb") as file:
                 yield from self._stream(file, advance)
 
-    def _stream(self, file: BinaryIO, advance: Callable[[int], object]) -> Iterator[bytes]:
+    def _stream(self, file: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:
         pieces = self._checked(self._decompressed(file, advance))
         return _json_texts(pieces, self.text_field, self.name) if self.kind == "json-lines" else pieces
 
-    def _decompressed(self, file: BinaryIO, advance: Callable[[int], object]) -> Iterator[bytes]:
+    def _decompressed(self, file: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:
         compression, opened = decompressor(file)
         reached = 0
         try:
@@ -128,6 +132,7 @@ class File:
             yield piece
 
     def _zip(self, advance: Callable[[int], object]) -> Iterator[bytes]:
+        assert self.path is not None
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = [
@@ -147,6 +152,7 @@ class File:
         pyarrow = import_pyarrow("Parquet")
         from pyarrow import parquet
 
+        assert self.path is not None
         try:
             with parquet.ParquetFile(self.path) as file:
                 schema = file.schema_arrow
@@ -170,7 +176,7 @@ class File:
                             f"{self.name}: column {self.text_field!r} holds a byte 0xff, not UTF-8"
                         )
                     done += len(batch)
-                    now = self.num_bytes * done // file.metadata.num_rows
+                    now = self.path.stat().st_size * done // file.metadata.num_rows
                     advance(now - reached)
                     reached = now
                     yield joined + DOCUMENT_BREAK
@@ -178,7 +184,7 @@ class File:
             raise ValueError(f"{self.name} is not a whole Parquet file: {error}") from None
 
 
-def import_pyarrow(what: str):
+def import_pyarrow(what: str) -> Any:
     """The module pyarrow; ValueError says that reading `what` needs it."""
     try:
         import pyarrow
@@ -187,7 +193,7 @@ def import_pyarrow(what: str):
     return pyarrow
 
 
-def decompressor(file: BinaryIO) -> tuple[str | None, BinaryIO]:
+def decompressor(file: BufferedReader) -> tuple[str | None, BufferedIOBase]:
     """How a file is compressed, told by its first bytes, and a reader of what it holds."""
     head = file.peek(6)[:6]
     if head.startswith(b"\x1f\x8b"):
@@ -357,7 +363,7 @@ def read_blocks(
                 yield Block(data[:cut], *zip(*(o for o in origins if o[0] < cut), strict=True))
                 before = [o for o in origins if o[0] <= cut][-1]
                 kept = (0, before[1], before[2] + cut - before[0])
-                origins = [kept, *((start - cut, *rest) for start, *rest in origins if start > cut)]
+                origins = [kept, *((start - cut, name, at) for start, name, at in origins if start > cut)]
                 held, size = [data[cut:]], size - cut
             else:
                 if size > _LONGEST_WORD:

@@ -13,11 +13,15 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+# Names and plain values, and lists of them for repeats.
+Record = dict[str, Any]
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
@@ -71,18 +75,22 @@ def imported_modules(source: str) -> set[str]:
     return {name for name in names if is_ours(name)}
 
 
+def _candidates(name: str) -> tuple[Path, Path]:
+    base = PACKAGE.joinpath(*name.split(".")[1:])
+    return base / "__init__.py", base.with_suffix(".py")
+
+
 def is_ours(name: str) -> bool:
     """Whether `name` is a module of cemb."""
-    return name.split(".")[0] == "cemb" and module_path(name) is not None
+    return name.split(".")[0] == "cemb" and any(path.exists() for path in _candidates(name))
 
 
-def module_path(name: str) -> Path | None:
-    """The file of a module of cemb, or None if there is none."""
-    base = PACKAGE.joinpath(*name.split(".")[1:])
-    for path in (base / "__init__.py", base.with_suffix(".py")):
+def module_path(name: str) -> Path:
+    """The file of a module of cemb. LookupError if it is none."""
+    for path in _candidates(name):
         if path.exists():
             return path
-    return None
+    raise LookupError(f"cemb has no module {name!r}")
 
 
 def reached_modules(source: str) -> set[str]:
@@ -135,16 +143,20 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def environment() -> dict[str, object]:
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment() -> Record:
     """What may change a result besides code and parameters: machine and versions."""
-    found = {"python_version": platform.python_version(), "machine": platform.machine()}
-    for package in KEY_PACKAGES:
-        try:
-            found[f"{package}_version"] = version(package)
-        except PackageNotFoundError:
-            found[f"{package}_version"] = None
     return {
-        **found,
+        "python_version": platform.python_version(),
+        "machine": platform.machine(),
+        **{f"{package}_version": _version(package) for package in KEY_PACKAGES},
         "cpu_model": cpu_model(),
         "cpu_count": os.cpu_count(),
         "transparent_huge_pages": _transparent_huge_pages(),
@@ -152,7 +164,7 @@ def environment() -> dict[str, object]:
     }
 
 
-def provenance(device: str = "cpu") -> dict[str, object]:
+def provenance(device: str = "cpu") -> Record:
     """Fields that say where and from what a record comes."""
     import torch
 
@@ -170,7 +182,7 @@ def provenance(device: str = "cpu") -> dict[str, object]:
 
 
 @contextmanager
-def atomic_directory(path: Path):
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A new directory to fill, which takes the name `path` only if the block succeeds.
 
     A `path` that exists by then, put there by a concurrent run of the same content, is left as it is.
@@ -190,7 +202,7 @@ def atomic_directory(path: Path):
 
 
 @contextmanager
-def exclusive(folder: Path, *, wait: bool):
+def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
     """Make a folder if need be, and keep all others out of it that ask so; the system lets go if we die.
 
     Raises RuntimeError if another has it and we shall not `wait`.
@@ -224,18 +236,18 @@ def write_atomic(path: Path, text: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def to_json(record: dict) -> str:
+def to_json(record: Record) -> str:
     """A record as one line of JSON; NaN, which JSON does not have, as null."""
     plain = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}
     return json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
-def write(records: Iterable[dict], path: Path) -> None:
+def write(records: Iterable[Record], path: Path) -> None:
     """Write records as JSON lines, atomically."""
     write_atomic(Path(path), "".join(to_json(record) + "\n" for record in records))
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[Record]:
     """Read records written by `write`. ValueError names the line that is not a JSON object."""
     found = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):

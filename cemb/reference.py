@@ -17,7 +17,8 @@ def _as_int64(x: int) -> int:
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: torch's `>>` on int64 copies the sign bit."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 def mix(x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def vector_scores(vectors: Tensor, dropout: PairDropout) -> Tensor:
     return (vectors[:, 0] * vectors[:, 1] * pair_weights(vectors, dropout)).sum(-1)
 
 
-def _pair_vectors(weight, pairs, spec, context_offset):
+def _pair_vectors(weight: Tensor, pairs: Tensor, spec: HashSpec | FullSpec, context_offset: int) -> Tensor:
     words = hashed_lookup(weight, pairs[:, 0], spec)
     return torch.stack((words, hashed_lookup(weight, pairs[:, 1], spec, context_offset)), dim=1)
 

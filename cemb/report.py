@@ -10,10 +10,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,6 +22,7 @@ import pandas as pd
 import yaml
 
 from cemb import catalog, records, study, targets
+from cemb.records import Record
 from cemb.study import OPTIMIZER_NAMES
 
 # Ratios of bytes that the frontier's decisions are for.
@@ -35,12 +37,12 @@ def book_runs() -> list[study.Run]:
     )
 
 
-def load() -> list[dict]:
+def load() -> list[Record]:
     """The records the book shows; FileNotFoundError if one is missing or stale."""
     return study.current_records(book_runs())
 
 
-def pick(found: list[dict], **wanted: object) -> dict:
+def pick(found: list[Record], **wanted: object) -> Record:
     """The one record with these fields. LookupError, naming them, if there is none or more than one."""
     matching = [r for r in found if all(r.get(name) == value for name, value in wanted.items())]
     if len(matching) != 1:
@@ -48,7 +50,7 @@ def pick(found: list[dict], **wanted: object) -> dict:
     return matching[0]
 
 
-def frame(found: list[dict], kind: str) -> pd.DataFrame:
+def frame(found: list[Record], kind: str) -> pd.DataFrame:
     """The records of a kind as a data frame. LookupError if there is none."""
     rows = [record for record in found if record["kind"] == kind]
     if not rows:
@@ -87,7 +89,7 @@ class Ratio:
 
 
 def time_ratio(
-    numerator: dict, denominator: dict, num_bootstrap: int = 2000, *, field: str = "total_ms"
+    numerator: Record, denominator: Record, num_bootstrap: int = 2000, *, field: str = "total_ms"
 ) -> Ratio:
     """Median time of one record over another's, in a field that has its repeats.
 
@@ -103,20 +105,20 @@ def time_ratio(
     return Ratio(numerator[field] / denominator[field], float(low), float(high))
 
 
-def contended_mark(record: dict) -> str:
+def contended_mark(record: Record) -> str:
     """What follows the name of a record whose threads had to wait for a processor, by `cemb.measure`."""
     is_contended = record.get("is_contended")  # NaN in a frame where some records do not say
     return " (contended)" if not pd.isna(is_contended) and is_contended else ""
 
 
 def speed_record(
-    found: list[dict],
+    found: list[Record],
     table: str,
     optimizer: str,
     pool_size: int,
     block_size: int = 1,
     sparse_gradients: bool = False,
-) -> dict:
+) -> Record:
     """A speed record from the run of this optimizer and pool size, of a hashed or a full table."""
     is_full = table == "full"
     return pick(
@@ -130,7 +132,7 @@ def speed_record(
     )
 
 
-def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
+def best_full(found: list[Record], optimizer: str, pool_size: int) -> Record:
     """The faster of the full tables, dense and sparse gradients, in the run of this pool size."""
     both = [
         speed_record(found, "full", optimizer, pool_size, sparse_gradients=sparse) for sparse in (False, True)
@@ -138,7 +140,7 @@ def best_full(found: list[dict], optimizer: str, pool_size: int) -> dict:
     return min(both, key=lambda record: record["total_ms"])
 
 
-def references(kind: str) -> list[tuple[str, list[dict]]]:
+def references(kind: str) -> list[tuple[str, list[Record]]]:
     """Names of the reference machines, the one measured last first, and records the study does not rerun.
 
     ``"bench"``, ``"rates"`` and ``"scaling"`` are after the commands that make them, ``"counting"`` is of
@@ -151,12 +153,12 @@ def references(kind: str) -> list[tuple[str, list[dict]]]:
     return sorted(found, key=lambda machine: machine[1][0]["utc_time"], reverse=True)
 
 
-def reference(kind: str) -> tuple[str, list[dict]]:
+def reference(kind: str) -> tuple[str, list[Record]]:
     """The first of `references`."""
     return references(kind)[0]
 
 
-def counting_table(found: list[dict]) -> pd.DataFrame:
+def counting_table(found: list[Record]) -> pd.DataFrame:
     """Ways to count the same tokens, fastest first, with their times over the time of counting in memory."""
     ours = pick(found, case="cemb")
     rows = sorted((r for r in found if r["num_tokens"] == ours["num_tokens"]), key=lambda r: r["count_s"])
@@ -170,7 +172,7 @@ def counting_table(found: list[dict]) -> pd.DataFrame:
     )
 
 
-def rates_table(found: list[dict], kept: Callable[[str, str, str], float]) -> pd.DataFrame:
+def rates_table(found: list[Record], kept: Callable[[str, str, str], float]) -> pd.DataFrame:
     """Learning rates tried, rising, with the gap of each, beside the one that the study starts with.
 
     `kept` is `cemb.train.default_learning_rate`, which this module cannot import: it does without torch.
@@ -191,10 +193,10 @@ def rates_table(found: list[dict], kept: Callable[[str, str, str], float]) -> pd
     )
 
 
-def bench_frame(found: list[dict]) -> pd.DataFrame:
+def bench_frame(found: list[Record]) -> pd.DataFrame:
     """A row for each case: totals with huge pages for torch and without, with Zipf ids, and the floor."""
     (rates,) = (record for record in found if record["kind"] == "rates")
-    rows: dict[tuple, dict] = {}
+    rows: dict[tuple[str, str], Record] = {}
     for record in found:
         if record["kind"] != "speed":
             continue
@@ -219,7 +221,7 @@ def bench_frame(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows.values())
 
 
-def bench_table(found: list[dict], optimizer: str) -> pd.DataFrame:
+def bench_table(found: list[Record], optimizer: str) -> pd.DataFrame:
     """The benchmark of one optimizer as the book shows it."""
     rows = bench_frame(found).query("optimizer == @optimizer")
     quartiles = [np.percentile(values, [25, 75]) for values in rows.uniform_default_repeats]
@@ -237,13 +239,15 @@ def bench_table(found: list[dict], optimizer: str) -> pd.DataFrame:
     )
 
 
-def target_ratio(found: list[dict], target: targets.Target) -> Ratio:
+def target_ratio(found: list[Record], target: targets.Target) -> Ratio:
     """The ratio of a target whose two sides were measured, with its interval."""
-    _, ours, best = target.evaluate(found)
+    result = target.evaluate(found)
+    assert result is not None
+    _, ours, best = result
     return time_ratio(ours, best)
 
 
-def targets_table(found: list[dict]) -> pd.DataFrame:
+def targets_table(found: list[Record]) -> pd.DataFrame:
     """Each target of the benchmark, the ratio with its interval, and what it would be at our floor.
 
     Where the interval holds the target, the noise does not let us say.
@@ -290,10 +294,10 @@ def other_machines() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def gpu_frame(found: list[dict]) -> pd.DataFrame:
+def gpu_frame(found: list[Record]) -> pd.DataFrame:
     """A row for each case of the benchmark on a GPU: its times, with Zipf ids too, and the floor, in ms."""
     (rates,) = (record for record in found if record["kind"] == "rates")
-    rows: dict[tuple, dict] = {}
+    rows: dict[tuple[str, str], Record] = {}
     for record in found:
         if record["kind"] != "speed":
             continue
@@ -315,7 +319,7 @@ def gpu_frame(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows.values())
 
 
-def gpu_table(found: list[dict], optimizer: str) -> pd.DataFrame:
+def gpu_table(found: list[Record], optimizer: str) -> pd.DataFrame:
     """The benchmark of one optimizer on a GPU as the book shows it."""
     rows = gpu_frame(found).query("optimizer == @optimizer")
     quartiles = [np.percentile(values, [25, 75]) for values in rows.uniform_total_ms_repeats]
@@ -334,19 +338,19 @@ def gpu_table(found: list[dict], optimizer: str) -> pd.DataFrame:
     )
 
 
-def gpu_targets_table(found: list[dict]) -> pd.DataFrame:
+def gpu_targets_table(found: list[Record]) -> pd.DataFrame:
     """What was to be reached on a GPU, by its own time, and what a loop from Python sees of it."""
     rows = []
     for optimizer in targets.OPTIMIZERS:
         ratio, _, best = targets.gpu_ratio(found, optimizer, "device_ms")
-        _, *sides = targets.gpu_ratio(found, optimizer, "total_ms")
+        _, ours, peer = targets.gpu_ratio(found, optimizer, "total_ms")
         rows.append(
             {
                 "optimizer": OPTIMIZER_NAMES[optimizer],
                 "own time": f"{ratio:.2f}, {'reached' if ratio <= targets.GPU_LIMIT else 'missed'}",
                 "at most": f"{targets.GPU_LIMIT:.2f}",
                 "best full table": best["label"],
-                "from Python": str(time_ratio(*sides)),
+                "from Python": str(time_ratio(ours, peer)),
             }
         )
     return pd.DataFrame(rows)
@@ -361,11 +365,12 @@ def original_2021() -> pd.DataFrame:
 def original_ratio(optimizer: str, pool_size: int) -> float:
     """The 2021 project's hashed total over its full total."""
     rows = original_2021().query("optimizer == @optimizer")
-    full = rows[rows.table == "full"].total_ms.item()
-    return rows[rows.pool_size == pool_size].total_ms.item() / full
+    full: float = rows[rows.table == "full"].total_ms.item()
+    hashed: float = rows[rows.pool_size == pool_size].total_ms.item()
+    return hashed / full
 
 
-def beside_original(found: list[dict]) -> pd.DataFrame:
+def beside_original(found: list[Record]) -> pd.DataFrame:
     """The 2021 project's nine rows beside ours: milliseconds, and ratios of hashed to full."""
     rows = []
     for old in original_2021().itertuples():
@@ -387,7 +392,7 @@ def beside_original(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def answer_frame(found: list[dict]) -> pd.DataFrame:
+def answer_frame(found: list[Record]) -> pd.DataFrame:
     """Hashed over full step time by optimizer and pool, in 2021 and now: what `plots.answer` draws."""
     rows = []
     for pool_size in study.POOL_SIZES:
@@ -406,7 +411,7 @@ def answer_frame(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def speed_table(found: list[dict]) -> pd.DataFrame:
+def speed_table(found: list[Record]) -> pd.DataFrame:
     """Every speed record: medians by phase, and the quartiles of the total."""
     rows = frame(found, "speed")
     quartiles = [np.percentile(values, [25, 75]) for values in rows.total_ms_repeats]
@@ -421,7 +426,7 @@ def speed_table(found: list[dict]) -> pd.DataFrame:
     )
 
 
-def compression_name(record: dict) -> str:
+def compression_name(record: Record) -> str:
     """How a quality record's table is named in the book."""
     if record["table"] == "svd":
         power = {0: "U", 0.5: "U·√S", 1: "U·S"}[record["singular_value_power"]]
@@ -435,12 +440,12 @@ def compression_name(record: dict) -> str:
     return f"hashed, {record['compression_ratio']:.3g}× smaller"
 
 
-def median_seeds(found: list[dict], *names: str) -> list[dict]:
+def median_seeds(found: list[Record], *names: str) -> list[Record]:
     """Of records that agree in the fields `names`, the one of the median gap, with ``gap_low``, ``gap_high``.
 
     Those are the least and the largest gap of all seeds. Failed runs count as worse than any.
     """
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for record in found:
         groups.setdefault(tuple(str(record.get(name)) for name in names), []).append(record)
     chosen = []
@@ -451,19 +456,19 @@ def median_seeds(found: list[dict], *names: str) -> list[dict]:
     return chosen
 
 
-def _trained(found: list[dict], part: str = "quality") -> list[dict]:
+def _trained(found: list[Record], part: str = "quality") -> list[Record]:
     """Quality records of trained tables from one part of the study, which is how its runs' names begin."""
     return [
         r for r in found if r["kind"] == "quality" and r.get("training") and r["run"].startswith(f"{part}-")
     ]
 
 
-def quality_frame(found: list[dict]) -> pd.DataFrame:
+def quality_frame(found: list[Record]) -> pd.DataFrame:
     """The quality study's records of trained tables, a row for each run: that of the median seed."""
     return pd.DataFrame(median_seeds(_trained(found), "run"))
 
 
-def gap_text(record: dict, digits: int = 3) -> str:
+def gap_text(record: Record, digits: int = 3) -> str:
     """A gap, with the range over seeds if there were several; or how the run failed."""
     if pd.isna(record["gap"]):
         return "none" if pd.isna(record.get("failure")) else "failed"
@@ -473,14 +478,14 @@ def gap_text(record: dict, digits: int = 3) -> str:
     return text
 
 
-def gaps_tie(first: dict, second: dict) -> bool:
+def gaps_tie(first: Record, second: Record) -> bool:
     """Whether the ranges over seeds of two records of `median_seeds` overlap.
 
     If so, another seed may turn the two round. A single record is a range of one value.
     """
 
-    def ends(record: dict) -> tuple[float, float]:
-        gaps = (record.get(name, record["gap"]) for name in ("gap_low", "gap_high"))
+    def ends(record: Record) -> tuple[float, float]:
+        gaps: Iterable[Any] = (record.get(name, record["gap"]) for name in ("gap_low", "gap_high"))
         low, high = (math.inf if pd.isna(gap) else gap for gap in gaps)
         return low, high
 
@@ -492,7 +497,7 @@ def _with_ties(name: str, tied: Sequence[str]) -> str:
     return f"{name} (tied with {', '.join(tied)})" if tied else name
 
 
-def quality_table(found: list[dict], training: str, *, weighted: bool = False) -> pd.DataFrame:
+def quality_table(found: list[Record], training: str, *, weighted: bool = False) -> pd.DataFrame:
     """Quality records of one training, with what the matrix and the corpus give otherwise first."""
     rows = [r for r in _trained(found) if r["training"] == training]
     rows = [r for r in rows if bool(r["weight_power"]) == weighted]
@@ -501,7 +506,7 @@ def quality_table(found: list[dict], training: str, *, weighted: bool = False) -
     return pd.DataFrame(
         {
             "table": [compression_name(r) for r in rows],
-            "optimizer": [OPTIMIZER_NAMES.get(r.get("optimizer"), "") for r in rows],
+            "optimizer": [OPTIMIZER_NAMES.get(r.get("optimizer", ""), "") for r in rows],
             "parameters": [f"{r['num_parameters']:,}" for r in rows],
             "gap": [gap_text(r) for r in rows],
             "WordSim-353": [score_text(r, "wordsim353") for r in rows],
@@ -511,19 +516,19 @@ def quality_table(found: list[dict], training: str, *, weighted: bool = False) -
     )
 
 
-def analogies_text(record: dict) -> str:
+def analogies_text(record: Record) -> str:
     """Shares of analogies answered, by 3CosAdd and by 3CosMul."""
     if pd.isna(record.get("analogies_score")):
         return "none"
     return f"{record['analogies_score']:.1f} / {record['analogies_mul_score']:.1f}"
 
 
-def seconds_to_gap(history: list[dict], gap: float) -> float | None:
+def seconds_to_gap(history: list[Record], gap: float) -> float | None:
     """Seconds until a history's gap is at most `gap`, or None if it never is."""
     return next((entry["seconds"] for entry in history if entry["gap"] <= gap), None)
 
 
-def time_table(found: list[dict], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0.01)) -> pd.DataFrame:
+def time_table(found: list[Record], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0.01)) -> pd.DataFrame:
     """Seconds of exact training until a full table's gap is small, by optimizer and by alternation."""
     rows = [r for r in _trained(found) if r["training"] == "full-batch"]
     rows = [r for r in rows if r["table"] == "full" and not r["weight_power"]]
@@ -538,7 +543,7 @@ def time_table(found: list[dict], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0.0
     return pd.DataFrame(table)
 
 
-def mini_batch_table(found: list[dict]) -> pd.DataFrame:
+def mini_batch_table(found: list[Record]) -> pd.DataFrame:
     """Tables in fewer bytes after mini-batches, beside the same tables after full batches; none if not run.
 
     The full table's row is of as many passes.
@@ -567,19 +572,19 @@ def mini_batch_table(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def growth_frame(found: list[dict]) -> pd.DataFrame:
+def growth_frame(found: list[Record]) -> pd.DataFrame:
     """Full tables and a pool of one size by vocabulary: a row for each, the whole vocabulary's among them."""
     whole = ("quality-adam-full-full-batch", f"quality-adam-hashed-{study.POOL_SIZES[0]}-full-batch")
     rows = [*_trained(found, "growth"), *(r for r in _trained(found) if r["run"] in whole)]
     return pd.DataFrame(median_seeds(rows, "run"))
 
 
-def growth_speed(found: list[dict]) -> pd.DataFrame:
+def growth_speed(found: list[Record]) -> pd.DataFrame:
     """Speed records of tables by their number of rows; empty if not run."""
     return pd.DataFrame([r for r in found if r["kind"] == "speed" and r["run"] == "growth-speed"])
 
 
-def growth_table(found: list[dict]) -> pd.DataFrame:
+def growth_table(found: list[Record]) -> pd.DataFrame:
     """Gap and similarity of a full table and of a pool of one size, by vocabulary."""
     rows = growth_frame(found)
     table = []
@@ -599,7 +604,7 @@ def growth_table(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def frontier_frame(found: list[dict]) -> pd.DataFrame:
+def frontier_frame(found: list[Record]) -> pd.DataFrame:
     """The frontier's records, a row for each method and ratio asked for: that of the median seed."""
     rows = [r for r in found if r["kind"] == "frontier"]
     if not rows:
@@ -607,7 +612,7 @@ def frontier_frame(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(median_seeds(rows, "method", "asked_ratio"))
 
 
-def frontier_table(found: list[dict]) -> tuple[pd.DataFrame, list[str]]:
+def frontier_table(found: list[Record]) -> tuple[pd.DataFrame, list[str]]:
     """Every point of the frontier, by method; and of those which failed, why."""
     points = frontier_frame(found)
     rows = points[points.failure.isna()].to_dict("records")
@@ -625,14 +630,14 @@ def frontier_table(found: list[dict]) -> tuple[pd.DataFrame, list[str]]:
     return table, [f"{r['method']} at {r['asked_ratio']:g}: {r['failure']}" for r in failed]
 
 
-def point(found: list[dict], method: str, ratio: float | None = None) -> dict | None:
+def point(found: list[Record], method: str, ratio: float | None = None) -> Record | None:
     """The frontier's record of a method at a ratio asked for, or at its only one; None if there is none."""
     rows = [r for r in found if r["kind"] == "frontier" and r["method"] == method]
     rows = [r for r in rows if r["asked_ratio"] == ratio]
     return median_seeds(rows, "method")[0] if rows else None
 
 
-def point_text(found: list[dict], method: str, ratio: float | None = None, digits: int = 3) -> str:
+def point_text(found: list[Record], method: str, ratio: float | None = None, digits: int = 3) -> str:
     """The gap of `point`, or that it is not measured."""
     record = point(found, method, ratio)
     return "(not measured)" if record is None else gap_text(record, digits)
@@ -641,7 +646,7 @@ def point_text(found: list[dict], method: str, ratio: float | None = None, digit
 TRIVIAL = "lower rank, then int8"
 
 
-def beats_trivial(found: list[dict], ratio: float) -> str:
+def beats_trivial(found: list[Record], ratio: float) -> str:
     """Names of the methods with a smaller gap than the trivial one's, by gap, at a ratio asked for."""
     trivial = point(found, TRIVIAL, ratio)
     if trivial is None:
@@ -652,26 +657,27 @@ def beats_trivial(found: list[dict], ratio: float) -> str:
     return ", ".join(names) or "none"
 
 
-def costliest_rounding(found: list[dict]) -> dict | None:
+def costliest_rounding(found: list[Record]) -> Record | None:
     """The record of the trained table to whose gap rounding to int8 added the most; None if there is none."""
     rounded = [r for r in found if r.get("float32_gap") is not None]
     return max(rounded, key=lambda r: r["gap"] - r["float32_gap"], default=None)
 
 
-def rounding_cost(found: list[dict]) -> str:
+def rounding_cost(found: list[Record]) -> str:
     """The most that rounding a trained table to int8 added to its gap."""
     record = costliest_rounding(found)
     return "(not measured)" if record is None else f"{record['gap'] - record['float32_gap']:.4f}"
 
 
-def best_rounded_point(found: list[dict], ratio: float) -> dict | None:
+def best_rounded_point(found: list[Record], ratio: float) -> Record | None:
     """The record of the trained table rounded to int8 of the smallest gap at a ratio asked for."""
-    rows = [point(found, name, ratio) for group in ("int8", "int8-others") for name in study.FRONTIER[group]]
-    rows = [r for r in rows if r is not None and r["gap"] is not None]
+    names = [name for group in ("int8", "int8-others") for name in study.FRONTIER[group]]
+    points = [point(found, name, ratio) for name in names]
+    rows = [r for r in points if r is not None and r["gap"] is not None]
     return min(rows, key=lambda r: r["gap"], default=None)
 
 
-def best_rounded(found: list[dict], ratio: float) -> str:
+def best_rounded(found: list[Record], ratio: float) -> str:
     """The table of `best_rounded_point`, and its gap."""
     best = best_rounded_point(found, ratio)
     if best is None:
@@ -679,7 +685,7 @@ def best_rounded(found: list[dict], ratio: float) -> str:
     return f"{best['method'].removesuffix(', then int8')}, {gap_text(best)}"
 
 
-def growth_texts(found: list[dict]) -> dict[str, str]:
+def growth_texts(found: list[Record]) -> dict[str, str]:
     """What the growth of a pool's rows costs in time and memory, in words; by name, for the book's text."""
     names = ("fewest", "most", "block_1", "block_25", "hashed_mib", "full_gib")
     texts = dict.fromkeys(names, "(not measured)")
@@ -700,7 +706,7 @@ def growth_texts(found: list[dict]) -> dict[str, str]:
     }
 
 
-def same_bytes_table(found: list[dict]) -> pd.DataFrame:
+def same_bytes_table(found: list[Record]) -> pd.DataFrame:
     """Gaps of all methods that have a size to choose, a column for each ratio; the trivial one first."""
     rows = frontier_frame(found)
     rows = rows[rows.asked_ratio.notna()]
@@ -717,7 +723,9 @@ def same_bytes_table(found: list[dict]) -> pd.DataFrame:
     )
 
 
-def best_point(found: list[dict], budget: str, ratio: float, methods: Sequence[str] | None = None) -> dict:
+def best_point(
+    found: list[Record], budget: str, ratio: float, methods: Sequence[str] | None = None
+) -> Record:
     """The record of the smallest gap that is at least `ratio` times smaller in a budget.
 
     `budget` is ``"inference"`` or ``"training"``; `methods` are all unless given. Where none is as small,
@@ -729,10 +737,11 @@ def best_point(found: list[dict], budget: str, ratio: float, methods: Sequence[s
     rows = rows[rows.failure.isna() & (rows[f"{budget}_ratio"] >= ratio)]
     if rows.empty:
         return {"method": "none", "gap": math.nan}
-    return rows.sort_values("gap", kind="stable").iloc[0].to_dict()
+    best: Record = rows.sort_values("gap", kind="stable").iloc[0].to_dict()
+    return best
 
 
-def best_method_text(found: list[dict], budget: str, ratio: float) -> str:
+def best_method_text(found: list[Record], budget: str, ratio: float) -> str:
     """The method of `best_point`, and those whose own best gap is tied with it."""
     best = best_point(found, budget, ratio)
     others = dict.fromkeys(
@@ -743,7 +752,7 @@ def best_method_text(found: list[dict], budget: str, ratio: float) -> str:
     return _with_ties(best["method"], tied)
 
 
-def decisions(found: list[dict]) -> pd.DataFrame:
+def decisions(found: list[Record]) -> pd.DataFrame:
     """What to use at which budget: the smallest gap there is, and beside it the smallest of hashing."""
     rows = []
     hashed = [*study.FRONTIER["hashed"][1:], "hashed, then int8"]
@@ -765,7 +774,7 @@ def decisions(found: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def score_text(record: dict, name: str) -> str:
+def score_text(record: Record, name: str) -> str:
     """A similarity score with its bootstrap interval."""
     if pd.isna(record.get(f"{name}_score")):
         return "no pairs"
@@ -778,7 +787,9 @@ def _signed(value: float, digits: int = 0) -> str:
     return f"{round(value, digits) + 0:.{digits}f}".replace("-", "−")
 
 
-def quality_record(found: list[dict], optimizer: str, training: str = "full-batch", **size: object) -> dict:
+def quality_record(
+    found: list[Record], optimizer: str, training: str = "full-batch", **size: object
+) -> Record:
     """A quality record: of the full table, or of the ``compression_ratio`` or ``pool_size`` given."""
     if not size:
         name = f"quality-{optimizer}-full-{training}"
@@ -792,13 +803,13 @@ def quality_record(found: list[dict], optimizer: str, training: str = "full-batc
     return median_seeds(matching, "run")[0]
 
 
-def best_quality(found: list[dict], **size: object) -> dict:
+def best_quality(found: list[Record], **size: Any) -> Record:
     """The full-batch quality record with the smallest gap over the optimizers."""
     runs = [quality_record(found, o, **size) for o in study.OPTIMIZERS]
     return min((r for r in runs if r["gap"] is not None), key=lambda r: r["gap"])
 
 
-def best_optimizer_text(found: list[dict], **size: object) -> str:
+def best_optimizer_text(found: list[Record], **size: Any) -> str:
     """The optimizer of `best_quality`, and those whose gap is tied with it."""
     best = best_quality(found, **size)
     runs = [quality_record(found, o, **size) for o in study.OPTIMIZERS if o != best["optimizer"]]
@@ -806,13 +817,13 @@ def best_optimizer_text(found: list[dict], **size: object) -> str:
     return _with_ties(OPTIMIZER_NAMES[best["optimizer"]], tied)
 
 
-def minutes(found: list[dict]) -> float:
+def minutes(found: list[Record]) -> float:
     """Minutes from the first of these records to the last."""
     times = [datetime.fromisoformat(record["utc_time"]) for record in found]
     return (max(times) - min(times)).total_seconds() / 60
 
 
-def machine(found: list[dict]) -> str:
+def machine(found: list[Record]) -> str:
     """Where the records of times were measured, in words."""
     record = next(r for r in found if r["kind"] in ("speed", "counting", "scaling"))
     return (
@@ -821,15 +832,16 @@ def machine(found: list[dict]) -> str:
     )
 
 
-def csv_text(found: list[dict], kind: str) -> str:
+def csv_text(found: list[Record], kind: str) -> str:
     """Records of a kind as CSV, one row each, every field a column; lists as JSON."""
     rows = frame(found, kind)
     for name in rows.columns:
         rows[name] = rows[name].map(lambda cell: json.dumps(cell) if isinstance(cell, list) else cell)
-    return rows.to_csv(index=False, lineterminator="\n")
+    text: str = rows.to_csv(index=False, lineterminator="\n")
+    return text
 
 
-def explorer_data(found: list[dict]) -> str:
+def explorer_data(found: list[Record]) -> str:
     """The script that hands the explorer the CSV files' columns and cells, by kind."""
     data = {}
     for kind in ("speed", "quality", "frontier"):
@@ -840,7 +852,7 @@ def explorer_data(found: list[dict]) -> str:
 
 def show(
     table: pd.DataFrame, *, nothing: str = "Not among these records; PROFILE=full make book measures it."
-):
+) -> Any:
     """A table as the book shows it: no index, texts left, figures right, the same markup each time.
 
     In place of an empty one stands `nothing`.
@@ -862,20 +874,20 @@ def show(
     )
 
 
-def closed_share(record: dict) -> str:
+def closed_share(record: Record) -> str:
     """How much of the way from predicting zero to the optimum a quality record went, in per cent."""
     return f"{100 * (1 - record['gap']):.1f}%"
 
 
-def readme_answer(found: list[dict]) -> str:
+def readme_answer(found: list[Record]) -> str:
     """The README's answer in three numbers, as Markdown."""
     small, large = study.POOL_SIZES
-    verdicts = {}
+    verdicts: dict[int, list[str]] = {}
     for pool_size in study.POOL_SIZES:
         for name in study.OPTIMIZERS:
             hashed = speed_record(found, "hashed", name, pool_size)
-            ratio = time_ratio(hashed, best_full(found, name, pool_size))
-            verdicts.setdefault(pool_size, []).append(f"{ratio.verdict} with {OPTIMIZER_NAMES[name]}")
+            verdict = time_ratio(hashed, best_full(found, name, pool_size)).verdict
+            verdicts.setdefault(pool_size, []).append(f"{verdict} with {OPTIMIZER_NAMES[name]}")
     rows, dim = hashed["num_embeddings"], hashed["embedding_dim"]
     then_sgd, then_adagrad = (original_ratio(name, small) for name in ("sgd", "adagrad"))
     full = best_quality(found)
@@ -922,9 +934,10 @@ def launch(repository: str | None) -> str:
     )
 
 
-def citation() -> dict:
+def citation() -> dict[str, Any]:
     """The fields of CITATION.cff."""
-    return yaml.safe_load((records.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    cited: dict[str, Any] = yaml.safe_load((records.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    return cited
 
 
 def bibtex() -> str:

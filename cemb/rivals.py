@@ -35,7 +35,7 @@ def available(table: str, optimizer: str) -> bool:
     return optimizer == "adagrad" or (optimizer == "sgd" and table == "full-fbgemm")
 
 
-def build(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], object, int]:
+def build(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:
     """Scores of pairs as a callable, its optimizer and number of parameters; of a `cemb.speed.SpeedCase`.
 
     Raises ValueError where the rival does not exist.
@@ -48,7 +48,7 @@ def build(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], 
     return (_compiled if case.table == "hashed-compiled" else _fbgemm)(case, learning_rate)
 
 
-def _compiled(case: Any, learning_rate: float):
+def _compiled(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:
     spec = HashSpec(case.num_embeddings, case.embedding_dim, case.pool_size, case.block_size)
     weight = nn.Parameter(torch.empty(case.pool_size, device=case.device).uniform_(-0.1, 0.1))
     # One seed for all steps lets all of it be compiled into one loop, to the rival's advantage. On a GPU
@@ -76,7 +76,7 @@ class _NoOptimizer:
         pass
 
 
-def _fbgemm(case: Any, learning_rate: float):
+def _fbgemm(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:
     with warnings.catch_warnings(), contextlib.redirect_stderr(None):
         warnings.simplefilter("ignore")  # it has some of its own at import
         from fbgemm_gpu.split_embedding_configs import EmbOptimType

@@ -8,8 +8,9 @@ itself is not timed.
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ class SpeedCase:
     ids: str = "uniform"
     device: str = "cpu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tables = (*TABLES, *rivals.NAMES)
         if self.table not in tables:
             raise ValueError(f"table must be one of {', '.join(tables)}, got {self.table!r}")
@@ -130,8 +131,13 @@ class Timed:
                 # Drawing normal deviates would take longer than the measurement; no time depends on values.
                 parameter.uniform_(-0.1, 0.1)
         self._score, self.num_parameters = model.train(), model.num_parameters
-        options = {"sparse": case.sparse_gradients, "touched": case.is_touched}
-        self._optimizer = make_optimizer(case.optimizer, model.parameters(), rate, **options)
+        self._optimizer = make_optimizer(
+            case.optimizer,
+            model.parameters(),
+            rate,
+            sparse=case.sparse_gradients,
+            touched=case.is_touched,
+        )
 
     def __call__(self, clock: measure.Clock) -> None:
         pairs, values = self._batches[self._calls % _NUM_BATCHES]
@@ -155,7 +161,7 @@ class Timed:
             return None
         pairs, values = (tensor.clone() for tensor in self._batches[0])
 
-        def step():
+        def step() -> None:
             mse_loss(self._score(pairs), values).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -164,7 +170,7 @@ class Timed:
             if "capturable" in group:
                 group["capturable"] = True
 
-        def feed():
+        def feed() -> None:
             batch, wanted = self._batches[self._calls % _NUM_BATCHES]
             self._calls += 1
             pairs.copy_(batch)
@@ -185,7 +191,7 @@ class Timed:
         found = {"device_ms": measure.device_ms(self, self.case.device), "graph_ms": self.graph_ms()}
         return {name: None if value is None else round(value, 4) for name, value in found.items()}
 
-    def record(self, times_ms: dict[str, list[float]], **options: object) -> dict[str, object]:
+    def record(self, times_ms: dict[str, list[float]], **options: object) -> records.Record:
         """The record of these times; takes more steps, to see the memory one needs and the GPU's own time."""
         case = self.case
         cpu.release_memory()
@@ -209,7 +215,7 @@ class Timed:
 
 def measure_cases(
     cases: Sequence[SpeedCase], *, repeats: int = 15, warmup: int = 2, rounds: int = 3
-) -> list[dict[str, object]]:
+) -> list[records.Record]:
     """Measure cases side by side, their repeats interleaved; one record each, ratios between them fair.
 
     ValueError if they are not of one device.
@@ -218,13 +224,13 @@ def measure_cases(
     if len(devices) != 1:
         raise ValueError(f"cases measured together must share a device, got {sorted(devices)}")
     options = {"repeats": repeats, "warmup": warmup, "rounds": rounds}
-    steps = {case: Timed(case) for case in cases}
+    steps: dict[Hashable, Timed] = {case: Timed(case) for case in cases}
     times = measure.interleave(steps, **options, device=devices.pop())
     return [step.record(times[case], **options) for case, step in steps.items()]
 
 
 def comparison_cases(
-    optimizer: str, pool_size: int, block_sizes: Iterable[int] = (1,), *, eager: bool = True, **sizes
+    optimizer: str, pool_size: int, block_sizes: Iterable[int] = (1,), *, eager: bool = True, **sizes: Any
 ) -> list[SpeedCase]:
     """What one notebook of the speed study compares: torch's full tables, ours, the hashed, eager PyTorch."""
     full = SpeedCase("full", optimizer, **sizes)
@@ -264,7 +270,7 @@ def grid_cases(name: str, *, device: str = "cpu") -> list[SpeedCase]:
 _CSV_OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
 
 
-def original_csv(speed_records: Iterable[dict]) -> str:
+def original_csv(speed_records: Iterable[records.Record]) -> str:
     """Records as the 2021 project's ``benchmark.csv``, with its column names."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from cemb import catalog, records, targets
 
@@ -50,11 +51,11 @@ class Run:
     name: str
     title: str
     notebook: str
-    parameters: dict[str, object] = field(hash=False)
+    parameters: dict[str, Any] = field(hash=False)
     is_timed: bool = False
 
 
-def _speed_runs(repeats: int, **sizes) -> list[Run]:
+def _speed_runs(repeats: int, **sizes: object) -> list[Run]:
     return [
         Run(
             f"speed-{optimizer}-{pool_size}",
@@ -75,9 +76,9 @@ def _speed_runs(repeats: int, **sizes) -> list[Run]:
     ]
 
 
-def _quality_runs(seeds: list[int], mini_batch: dict[str, dict], **settings) -> list[Run]:
+def _quality_runs(seeds: list[int], mini_batch: dict[str, dict[str, Any]], **settings: object) -> list[Run]:
     """The mission's grid, optimizer by pool, and beside it L-BFGS, mini-batches and a weighted loss."""
-    pools = [("full", {"table": "full"})]
+    pools: list[tuple[str, dict[str, Any]]] = [("full", {"table": "full"})]
     pools += [
         (f"hashed-{ratio}-times", {"table": "hashed", "compression_ratio": ratio})
         for ratio in COMPRESSION_RATIOS
@@ -85,7 +86,7 @@ def _quality_runs(seeds: list[int], mini_batch: dict[str, dict], **settings) -> 
     pools += [(f"hashed-{POOL_SIZES[0]}", {"table": "hashed", "pool_size": POOL_SIZES[0]})]
     pools = [(name, {**pool, "training": "full-batch"}) for name, pool in pools]
     # The longest first, so that none is left running alone at the end.
-    cases = [
+    cases: list[tuple[str, str, dict[str, Any]]] = [
         (o, "full-mini-batch", {"table": "full-fused", **MINI_BATCH, "seeds": seeds, **mini_batch.get(o, {})})
         for o in OPTIMIZERS
     ]
@@ -106,9 +107,13 @@ def _quality_runs(seeds: list[int], mini_batch: dict[str, dict], **settings) -> 
     ]
 
 
-def _mini_batch_runs(tables: Sequence[str], ratios: list[int], seeds: list[int], **settings) -> list[Run]:
+def _mini_batch_runs(
+    tables: Sequence[str], ratios: list[int], seeds: list[int], **settings: object
+) -> list[Run]:
     """Tables in fewer bytes, and a full one if there is more than one, each for one pass by Adam."""
-    cases = [("full", {"table": "full-fused"})] if len(tables) > 1 else []
+    cases: list[tuple[str, dict[str, Any]]] = []
+    if len(tables) > 1:
+        cases.append(("full", {"table": "full-fused"}))
     cases += [
         (f"{table}-{ratio}-times", {"table": table, "compression_ratio": ratio})
         for table in tables
@@ -125,9 +130,11 @@ def _mini_batch_runs(tables: Sequence[str], ratios: list[int], seeds: list[int],
     ]
 
 
-def _growth_runs(vocabularies: list[int], seeds: list[int], sizes: dict, **settings) -> list[Run]:
+def _growth_runs(
+    vocabularies: list[int], seeds: list[int], sizes: dict[str, Any], **settings: object
+) -> list[Run]:
     """A pool of one size for more and more rows: its quality where there is data, its speed beyond."""
-    pool = {"table": "hashed", "pool_size": POOL_SIZES[0]}
+    pool: dict[str, Any] = {"table": "hashed", "pool_size": POOL_SIZES[0]}
     return [
         Run("growth-speed", "Growth: speed by the number of rows", "growth.ipynb", sizes, is_timed=True),
         *(
@@ -158,7 +165,7 @@ FRONTIER = {
 }
 
 
-def _frontier_runs(ratios: dict[str, list[int]], seeds: list[int], **settings) -> list[Run]:
+def _frontier_runs(ratios: dict[str, list[int]], seeds: list[int], **settings: object) -> list[Run]:
     return [
         Run(
             f"frontier-{group}",
@@ -187,10 +194,12 @@ def study_runs(grid: str = "default", corpus: str = catalog.DEFAULT_CORPUS) -> l
     catalog.fingerprint(corpus)  # refuses one that cannot be read, by the name it was given
     if corpus not in catalog.CORPORA:
         corpus = os.path.relpath(corpus, NOTEBOOKS)  # kernels work there
-    data, speed, quality = {"corpus": corpus}, {}, {"corpus": corpus}
-    pmi, frontier_settings = data, data
+    data: dict[str, Any] = {"corpus": corpus}
+    speed: dict[str, Any] = {}
+    quality, pmi, frontier_settings = data, data, data
     repeats = 6  # what the 2021 project averaged
-    seeds, mini_batch = [0], {}
+    seeds = [0]
+    mini_batch: dict[str, dict[str, Any]] = {}
     trained, after = [4, 16], [4, 8, 16, 32, 64]
     ratios = {
         "hashed": trained,
@@ -201,8 +210,10 @@ def study_runs(grid: str = "default", corpus: str = catalog.DEFAULT_CORPUS) -> l
         "after": after,
         "alternating": [4, 8, 16],
     }
-    tables, mini_batch_ratios = SMALL_TABLES[:1], [4]
-    vocabularies, rows = [10_000], {}
+    tables: Sequence[str] = SMALL_TABLES[:1]
+    mini_batch_ratios = [4]
+    vocabularies = [10_000]
+    rows: dict[str, Any] = {}
     if grid == "full":
         seeds = [0, 1, 2]
         # Far enough to come near the optimum, at a lower rate than a short run's.
@@ -240,8 +251,8 @@ def study_runs(grid: str = "default", corpus: str = catalog.DEFAULT_CORPUS) -> l
 
 def select(
     runs: list[Run],
-    optimizers: Iterable[str] | None = None,
-    pool_sizes: Iterable[int] | None = None,
+    optimizers: Collection[object] | None = None,
+    pool_sizes: Collection[object] | None = None,
     names: Iterable[str] | None = None,
 ) -> list[Run]:
     """The runs of the named optimizers and pool sizes, and of names, which may be shell patterns.
@@ -275,9 +286,9 @@ def code_cells(notebook: Path) -> str:
     return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
-def identity(run: Run) -> dict[str, object]:
+def identity(run: Run) -> records.Record:
     """All that a run's result depends on, flat, for comparison key by key."""
-    found = {f"parameter {name}": value for name, value in run.parameters.items()}
+    found: records.Record = {f"parameter {name}": value for name, value in run.parameters.items()}
     if corpus := run.parameters.get("corpus"):
         path = corpus if corpus in catalog.CORPORA else str(NOTEBOOKS / corpus)
         found["corpus fingerprint"] = catalog.fingerprint(path)
@@ -290,7 +301,7 @@ def _runs_dir() -> Path:
     return records.results_dir() / "local" / "runs"
 
 
-def _run_dir(run: Run, content: dict[str, object]) -> Path:
+def _run_dir(run: Run, content: records.Record) -> Path:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return _runs_dir() / f"{run.name}-{digest[:12]}"
 
@@ -439,16 +450,18 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
             raise
 
 
-def current_records(runs: list[Run]) -> list[dict]:
+def current_records(runs: list[Run]) -> list[records.Record]:
     """The records of up-to-date runs, each with the name of its ``run``.
 
     Raises FileNotFoundError that names the runs which are missing or stale, and why.
     """
-    problems = {run.name: staleness(run) for run in runs}
-    problems = {name: why for name, why in problems.items() if why}
+    folders = {run.name: run_dir(run) for run in runs}
+    problems = {run.name: staleness(run) for run in runs if not folders[run.name].is_dir()}
     if problems:
         lines = "\n".join(f"  {name}: {why}" for name, why in problems.items())
         raise FileNotFoundError(f"{len(problems)} of {len(runs)} runs are missing or stale:\n{lines}")
     return [
-        {"run": run.name, **record} for run in runs for record in records.read(run_dir(run) / "records.jsonl")
+        {"run": name, **record}
+        for name, folder in folders.items()
+        for record in records.read(folder / "records.jsonl")
     ]

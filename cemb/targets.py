@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 SMALL, LARGE = 262_144, 100_000_000  # values in a pool, as in the 2021 project
 ROWS = 1_000_000
@@ -20,11 +21,11 @@ class Target:
     name: str
     limit: float
     optimizer: str
-    ours: dict[str, object]
-    theirs: tuple[dict[str, object], ...]
+    ours: dict[str, Any]
+    theirs: tuple[dict[str, Any], ...]
     thp: str | None = None  # of theirs; None takes the better setting
 
-    def evaluate(self, found: list[dict]) -> tuple[float, dict, dict] | None:
+    def evaluate(self, found: list[dict[str, Any]]) -> tuple[float, dict[str, Any], dict[str, Any]] | None:
         """The ratio and the two records, or None where one side was not measured."""
         uniform = [r for r in found if r.get("ids") == "uniform" and r["optimizer"] == self.optimizer]
         ours = _select(uniform, {**self.ours, "thp_mem_alloc_enable": "0"})
@@ -36,12 +37,12 @@ class Target:
         return ours[0]["total_ms"] / best["total_ms"], ours[0], best
 
 
-def _select(found: list[dict], wanted: dict[str, object]) -> list[dict]:
+def _select(found: list[dict[str, Any]], wanted: dict[str, Any]) -> list[dict[str, Any]]:
     wanted = {"num_embeddings": ROWS, **wanted}
     return [r for r in found if all(r[name] == value for name, value in wanted.items())]
 
 
-def _hashed(pool_size: int, block_size: int, **more: object) -> dict[str, object]:
+def _hashed(pool_size: int, block_size: int, **more: object) -> dict[str, Any]:
     return {"table": "hashed", "pool_size": pool_size, "block_size": block_size, **more}
 
 
@@ -73,7 +74,7 @@ def of_one_rule(target: Target) -> Target:
     return replace(target, theirs=tuple(t for t in target.theirs if t["table"] != "full-fbgemm-rowwise"))
 
 
-def check_targets(found: list[dict], say: Callable[[str], None] = print) -> bool:
+def check_targets(found: list[dict[str, Any]], say: Callable[[str], None] = print) -> bool:
     """Say of each target whether it is reached; returns whether all measured ones are."""
     reached = []
     for target in targets():
@@ -102,7 +103,7 @@ def check_targets(found: list[dict], say: Callable[[str], None] = print) -> bool
     return bool(reached) and all(reached)
 
 
-def floor_ms(record: dict, rates: dict) -> float | None:
+def floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
     """The least time this machine's memory allows a step, by what the algorithm cannot but read and write.
 
     Full tables with sparse or touched gradients: the rows of the batch come from memory once and go back
@@ -116,9 +117,9 @@ def floor_ms(record: dict, rates: dict) -> float | None:
     if record["device"] != "cpu":
         return None
     passes = 2 + 2 * {"sgd": 0, "adagrad": 1, "adam": 2}[record["optimizer"]]
-    rows = 2 * record["batch_size"]
+    rows: int = 2 * record["batch_size"]
     values = record["num_embeddings"] * record["embedding_dim"]
-    size = record["pool_size"] if record["pool_size"] is not None else values
+    size: int = record["pool_size"] if record["pool_size"] is not None else values
     dense_s = (passes + 2) * size * 4 / (rates["stream_gb_per_s"] * 1e9)
     row_s = 1 / rates["random_rows_per_s"]
     if record["table"] == "full" and not record["sparse_gradients"]:
@@ -126,7 +127,7 @@ def floor_ms(record: dict, rates: dict) -> float | None:
     if record["table"].startswith("full"):
         return 1e3 * passes * rows * row_s
     blocks = rows * -(-record["embedding_dim"] // record["block_size"])
-    lines = blocks * (record["block_size"] * 4 + 60) / 64  # of 64 bytes, on average
+    lines: float = blocks * (record["block_size"] * 4 + 60) / 64  # of 64 bytes, on average
     if size <= SMALL:
         return 1e3 * (3 * lines / rates["cached_gathers_per_s"] + dense_s)
     lines_s = lines * min(1 / rates["random_values_per_s"], row_s * 64 / (400 + 60))
@@ -138,7 +139,7 @@ GPU_BLOCK = 32
 GPU_LIMIT = 0.5  # of the best full table's step, each by the GPU's own time
 
 
-def gpu_floor_ms(record: dict, rates: dict) -> float | None:
+def gpu_floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
     """The least time this GPU's memory and caches allow a step, as `floor_ms`, of `cuda_floors`' rates.
 
     Forward and backward each read what a batch looks up, and the backward pass adds to as much; components
@@ -146,8 +147,8 @@ def gpu_floor_ms(record: dict, rates: dict) -> float | None:
     rows once and update them, and each state of the optimizer, in place; all others write the gradient in
     order, read it, and go through weights and states. None for block sizes of which no rate was measured.
     """
-    rows = 2 * record["batch_size"]
-    size = record["pool_size"] or record["num_embeddings"] * record["embedding_dim"]
+    rows: int = 2 * record["batch_size"]
+    size: int = record["pool_size"] or record["num_embeddings"] * record["embedding_dim"]
     copies = COPIES[record["optimizer"]]
     row_s, row_add_s = 1 / rates["random_rows_per_s"], 1 / rates["random_row_adds_per_s"]
     if record["sparse_gradients"]:
@@ -157,7 +158,7 @@ def gpu_floor_ms(record: dict, rates: dict) -> float | None:
         return 1e3 * (rows * (2 * row_s + row_add_s) + in_order_s)
     values = rows * record["embedding_dim"]
     if record["block_size"] == 1:
-        accesses = values * (1 - record["dropout"]) ** 2
+        accesses: float = values * (1 - record["dropout"]) ** 2
         place = "cached_value" if size <= SMALL else "random_value"
         read_s, add_s = 1 / rates[f"{place}s_per_s"], 1 / rates[f"{place}_adds_per_s"]
     elif record["block_size"] == GPU_BLOCK:
@@ -171,7 +172,9 @@ def gpu_floor_ms(record: dict, rates: dict) -> float | None:
     return 1e3 * (accesses * (2 * read_s + add_s) + in_order_s)
 
 
-def gpu_ratio(found: list[dict], optimizer: str, field: str) -> tuple[float, dict, dict]:
+def gpu_ratio(
+    found: list[dict[str, Any]], optimizer: str, field: str
+) -> tuple[float, dict[str, Any], dict[str, Any]]:
     """The small pool's step in blocks over the best full table's by a field of time, and both records."""
     uniform = [r for r in found if r.get("ids") == "uniform" and r["optimizer"] == optimizer]
     (ours,) = _select(uniform, _hashed(SMALL, GPU_BLOCK))

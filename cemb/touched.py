@@ -3,8 +3,10 @@
 import ctypes
 import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from cemb.hashing import FullSpec, HashSpec, PairDropout
@@ -36,12 +38,13 @@ class TouchedGradient:
     the weights may change. Deterministic for any number of threads.
     """
 
-    def __init__(self):
-        self._seen: list[tuple[np.ndarray, ...]] = []
+    def __init__(self) -> None:
+        self._seen: list[tuple[npt.NDArray[Any], ...]] = []
         self._versions: list[tuple[Tensor, int]] = []
-        self._geometry = None
-        self._room: runs.Room | buckets.Buckets | None = None
-        self._spare_values: np.ndarray | None = None
+        self._geometry: tuple[HashSpec | FullSpec, int] | None = None
+        self._room: runs.Room | None = None
+        self._buckets: buckets.Buckets | None = None
+        self._spare_values: npt.NDArray[Any] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -49,8 +52,8 @@ class TouchedGradient:
         return not self._seen
 
     def room_for_values(
-        self, num_pairs: int, spec: HashSpec | FullSpec, dtype: np.dtype
-    ) -> np.ndarray | None:
+        self, num_pairs: int, spec: HashSpec | FullSpec, dtype: np.dtype[Any]
+    ) -> npt.NDArray[Any] | None:
         """Memory ``[num_pairs, 2, embedding_dim]`` for what the forward pass is to keep; None for nothing."""
         if not cpu.is_single(spec):
             return None
@@ -66,29 +69,29 @@ class TouchedGradient:
         spec: HashSpec | FullSpec,
         context_offset: int,
         dropout: PairDropout,
-        values: np.ndarray | None,
+        values: npt.NDArray[Any] | None,
     ) -> None:
         """Add the gradient of ``Σ grad[i] · score[i]`` of pairs ``[n, 2]`` with respect to `weight`.
 
         `values` is what the forward pass kept, see `room_for_values`. Raises RuntimeError if pairs of another
         table were added since the last clearing.
         """
-        if self._seen and self._geometry != (spec, context_offset):
+        if self._seen and self._geometry and self._geometry != (spec, context_offset):
             raise RuntimeError(
                 f"a touched gradient is of one table at a time: it has pairs of {self._geometry[0]}, and got "
                 f"pairs of {spec}; step in between, or use torch.optim, whose gradients add up"
             )
         if self._geometry != (spec, context_offset):
-            self._geometry, self._room = (spec, context_offset), None
+            self._geometry, self._room, self._buckets = (spec, context_offset), None, None
         needed = (weight, pairs) if values is None else (pairs,)
         self._versions += [(tensor, tensor._version) for tensor in needed]
         ids = pairs.long().contiguous().numpy()
-        grad = grad.detach().contiguous().numpy()
+        factors = grad.detach().contiguous().numpy()
         kept = cpu.draw(len(ids), spec.embedding_dim, dropout)
-        batch = (ids, kept, grad * grad.dtype.type(dropout.scale))
+        batch = (ids, kept, factors * factors.dtype.type(dropout.scale))
         self._seen.append(batch if values is None else (*batch, values))
 
-    def _batch(self) -> tuple[np.ndarray, ...]:
+    def _batch(self) -> tuple[npt.NDArray[Any], ...]:
         """All pairs seen, with what dropout keeps of them, their factors, and the values kept if any were."""
         for tensor, version in self._versions:
             if tensor._version != version:
@@ -102,32 +105,47 @@ class TouchedGradient:
 
     def clear(self) -> None:
         """Forget the gradient; its memory is kept for the next."""
-        if self._seen and cpu.is_single(self._geometry[0]):
+        if self._seen and self._geometry and cpu.is_single(self._geometry[0]):
             *_, self._spare_values = self._seen[0]
         self._seen, self._versions = [], []
 
-    def add_to(self, dense: np.ndarray, weight: np.ndarray) -> None:
+    def add_to(self, dense: npt.NDArray[Any], weight: npt.NDArray[Any]) -> None:
         """Add the gradient, with respect to `weight`, to a dense one."""
-        if self.is_empty:
+        if self.is_empty or self._geometry is None:
             return
         rule = updates.Rule(updates.SGD, -1.0)
-        if cpu.is_single(self._geometry[0]):
-            self._room = buckets.pair_buckets(*self._batch(), *self._geometry, self._room)
-            updates.update_buckets(dense, (), rule, self._room)
+        spec, context_offset = self._geometry
+        if isinstance(spec, HashSpec) and cpu.is_single(spec):
+            pairs, kept, factors, values = self._batch()
+            self._buckets = buckets.pair_buckets(
+                pairs, kept, factors, values, spec, context_offset, self._buckets
+            )
+            updates.update_buckets(dense, (), rule, self._buckets)
             return
-        self._room = runs.pair_runs(weight, *self._batch(), *self._geometry, self._room)
+        pairs, kept, factors = self._batch()
+        self._room = runs.pair_runs(weight, pairs, kept, factors, spec, context_offset, self._room)
         updates.update_runs(dense, (), rule, self._room.runs)
 
-    def update(self, weight: np.ndarray, states: Sequence[np.ndarray], rule: updates.Rule) -> None:
+    def update(
+        self, weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: updates.Rule
+    ) -> None:
         """Update weights and an optimizer's states by `rule`, and forget the gradient."""
         batch = self._batch()
+        assert self._geometry is not None
         spec, context_offset = self._geometry
-        if cpu.is_single(spec):
-            self._room = buckets.pair_buckets(*batch, spec, context_offset, self._room)
-            updates.update_buckets(weight, states, rule, self._room)
+        if isinstance(spec, HashSpec) and cpu.is_single(spec):
+            pairs, kept, factors, values = batch
+            self._buckets = buckets.pair_buckets(
+                pairs, kept, factors, values, spec, context_offset, self._buckets
+            )
+            updates.update_buckets(weight, states, rule, self._buckets)
         else:
+            pairs, kept, factors = batch
             # Sums first, then what stands alone, then the sums' steps: each needs weights the next one moves.
-            self._room = runs.pair_runs(weight, *batch, spec, context_offset, self._room, is_whole=False)
-            updates.update_alone(weight, states, rule, *batch, self._room.alone, spec, context_offset)
+            self._room = runs.pair_runs(
+                weight, pairs, kept, factors, spec, context_offset, self._room, is_whole=False
+            )
+            alone = self._room.alone
+            updates.update_alone(weight, states, rule, pairs, kept, factors, alone, spec, context_offset)
             updates.update_runs(weight, states, rule, self._room.runs)
         self.clear()

@@ -5,11 +5,13 @@ plain functions; `live` puts controls over any of them.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ipywidgets
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 import scipy.stats
@@ -92,14 +94,14 @@ def table_spec(
     return HashSpec(2 * len(data.words), rank, pool_size, block_size, seed, signed)
 
 
-def full_vectors(data: PmiDataset) -> tuple[float, np.ndarray]:
+def full_vectors(data: PmiDataset) -> tuple[float, npt.NDArray[np.float32]]:
     """Gap 0 and the word vectors, float32 ``[words, rank]``, of the best factorization there is."""
     return 0.0, data.optimum.factors()[0]
 
 
 def hashed_vectors(
     data: PmiDataset, pool_size: int, block_size: int = 1, *, signed: bool = False, num_steps: int = 30
-) -> tuple[float, np.ndarray]:
+) -> tuple[float, npt.NDArray[np.float32]]:
     """Gap and word vectors, float32 ``[words, rank]``, of one pool trained on full batches by Adam.
 
     The gap is that of `cemb.evaluate.Optimum.gap`. Deterministic for a number of threads. Raises ValueError
@@ -117,7 +119,7 @@ def hashed_vectors(
 
 
 def nearest(
-    data: PmiDataset, found: tuple[float, np.ndarray], probes: Sequence[str], count: int = 8
+    data: PmiDataset, found: tuple[float, npt.NDArray[np.float32]], probes: Sequence[str], count: int = 8
 ) -> pd.DataFrame:
     """The `count` nearest words of each probe in a column of its own, captioned with the gap.
 
@@ -148,7 +150,7 @@ def row_of(data: PmiDataset, word: str) -> int:
     return data.words.index(word)
 
 
-def slots(spec: HashSpec, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+def slots(spec: HashSpec, rows: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Pool slots that rows are read from, int64 ``[rows, embedding_dim]``; IndexError if out of range."""
     ids = torch.as_tensor(np.asarray(rows, dtype=np.int64))
     reference.check_ids(ids, spec.num_embeddings)
@@ -167,7 +169,7 @@ def _reads(spec: HashSpec) -> sp.csr_array:
     return matrix
 
 
-def readers(spec: HashSpec) -> np.ndarray:
+def readers(spec: HashSpec) -> npt.NDArray[np.int64]:
     """How many different rows read each slot, int64 ``[pool_size]``; for tables small enough to write out."""
     return np.asarray(_reads(spec).sum(axis=0))
 
@@ -205,7 +207,7 @@ def row_blocks(spec: HashSpec, row: int) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _panels(widths: Sequence[float], size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+def _panels(widths: Sequence[float], size: tuple[float, float]) -> tuple[Figure, npt.NDArray[Any]]:
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False)
     plt.close(figure)  # a cell shows what it returns, once

@@ -3,14 +3,16 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cemb import optim
-from cemb.evaluate import AllCellsLoss
+from cemb.batches import PairBatches
+from cemb.evaluate import AllCellsLoss, WeightedLoss
 from cemb.model import PairModel
 
 OPTIMIZERS = ("sgd", "adagrad", "adam")
@@ -57,7 +59,7 @@ def make_optimizer(
     if touched:
         if name == "adam":
             return optim.LazyAdam(parameters, learning_rate, betas)
-        return {"sgd": optim.SGD, "adagrad": optim.Adagrad}[name](parameters, learning_rate)
+        return (optim.SGD if name == "sgd" else optim.Adagrad)(parameters, learning_rate)
     if sparse:
         # torch's default; where it is not asked for, some optimizers warn of it at their first step.
         torch.sparse.check_sparse_tensor_invariants.disable()
@@ -143,13 +145,13 @@ def _check(loss: float, first_loss: float, step: int, learning_rate: float) -> N
         )
 
 
-def _reclustering(model: PairModel) -> list[torch.nn.Module]:
+def _reclustering(model: PairModel) -> list[Any]:
     return [t for t in (model.word_table, model.context_table) if hasattr(t, "recluster")]
 
 
 def train_full_batch(
     model: PairModel,
-    objective: AllCellsLoss,
+    objective: AllCellsLoss | WeightedLoss,
     *,
     optimizer: str,
     learning_rate: float,
@@ -174,6 +176,7 @@ def train_full_batch(
     history: list[dict[str, float]] = []
     tables = _reclustering(model)
     # Before the clock starts: torch's first optimizer in a process imports for seconds.
+    step_of: torch.optim.Optimizer
     if optimizer == "lbfgs":
         step_of = _lbfgs(model, learning_rate, num_steps)
     else:
@@ -199,9 +202,9 @@ def train_full_batch(
         if optimizer == "lbfgs":
             steps = iter(itertools.count())
 
-            def closure() -> Tensor:
+            def closure() -> float:
                 step_of.zero_grad()
-                return evaluate(next(steps))
+                return evaluate(next(steps)).item()
 
             step_of.step(closure)
         else:
@@ -237,7 +240,7 @@ def _lbfgs(model: PairModel, learning_rate: float, num_steps: int) -> torch.opti
 
 def train_mini_batches(
     model: PairModel,
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: PairBatches | Sequence[tuple[Tensor, ...]],
     loss_function: Callable[..., Tensor],
     *,
     optimizer: str,
@@ -250,8 +253,7 @@ def train_mini_batches(
     """Train on batches of pairs.
 
     Args:
-        batches: pairs, values and what else `loss_function` takes after the scores; iterated once an epoch;
-            needs a length.
+        batches: pairs, values and what else `loss_function` takes after the scores; iterated once an epoch.
         reports_per_epoch: entries of the history an epoch.
         sparse: the model's full tables have sparse gradients.
         touched: an optimizer of `cemb.optim` updates them.
@@ -277,7 +279,10 @@ def train_mini_batches(
     start = time.perf_counter()
     total = num_epochs * len(batches)
     report_every = max(1, len(batches) // reports_per_epoch)
-    history, losses, first_loss, step = [], [], None, 0
+    history: list[dict[str, float]] = []
+    losses: list[float] = []
+    first_loss: float | None = None
+    step = 0
     tables = _reclustering(model)
     model.train()
     with tqdm(total=total, desc=f"mini-batches, {optimizer}", unit="step") as progress:

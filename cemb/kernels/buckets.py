@@ -6,9 +6,10 @@ for each slice of the pool that fits in a core's cache, and an optimizer goes th
 see `cemb.kernels.updates.update_buckets`. What is kept is far smaller than a pool's dense gradient.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit, prange
 
 from cemb import hashing
@@ -25,12 +26,12 @@ class Buckets(NamedTuple):
     number of the same type, which is exact.
     """
 
-    entries: np.ndarray  # [2 * pairs * dim, 2]
-    starts: np.ndarray  # int64 [buckets + 1]
-    next_entries: np.ndarray  # int64 [threads, buckets]: where a thread writes next
+    entries: npt.NDArray[Any]  # [2 * pairs * dim, 2]
+    starts: npt.NDArray[np.int64]  # int64 [buckets + 1]
+    next_entries: npt.NDArray[np.int64]  # int64 [threads, buckets]: where a thread writes next
 
     @classmethod
-    def of(cls, num_pairs: int, spec: hashing.HashSpec, dtype: np.dtype, threads: int) -> "Buckets":
+    def of(cls, num_pairs: int, spec: hashing.HashSpec, dtype: np.dtype[Any], threads: int) -> "Buckets":
         slices = ((spec.pool_size - 1) >> SLICE_BITS) + 1
         return cls(
             np.empty((2 * num_pairs * spec.embedding_dim, 2), dtype),
@@ -44,7 +45,9 @@ class Buckets(NamedTuple):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _pair_scores(weight, pairs, kept, scores, values, scale, threads, table):
+def _pair_scores(
+    weight: Any, pairs: Any, kept: Any, scores: Any, values: Any, scale: Any, threads: Any, table: Any
+) -> None:
     n, dim = pairs.shape[0], table.dim
     for t in prange(threads):
         ones = np.ones(cpu._LANES, weight.dtype)
@@ -63,7 +66,7 @@ def _pair_scores(weight, pairs, kept, scores, values, scale, threads, table):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _count(pairs, counts, table):
+def _count(pairs: Any, counts: Any, table: Any) -> None:
     n, dim, threads = pairs.shape[0], table.dim, counts.shape[0]
     for t in prange(threads):
         found = counts[t]
@@ -82,7 +85,9 @@ def _count(pairs, counts, table):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _fill(pairs, kept, factors, values, entries, next_entries, table):
+def _fill(
+    pairs: Any, kept: Any, factors: Any, values: Any, entries: Any, next_entries: Any, table: Any
+) -> None:
     n, dim, threads = pairs.shape[0], table.dim, next_entries.shape[0]
     in_slice = np.int64((1 << SLICE_BITS) - 1)
     for t in prange(threads):
@@ -103,13 +108,13 @@ def _fill(pairs, kept, factors, values, entries, next_entries, table):
 
 
 def pair_scores(
-    weight: np.ndarray,
-    pairs: np.ndarray,
+    weight: npt.NDArray[Any],
+    pairs: npt.NDArray[np.int64],
     spec: hashing.HashSpec,
     context_offset: int,
     dropout: hashing.PairDropout,
-    scores: np.ndarray,
-    values: np.ndarray,
+    scores: npt.NDArray[Any],
+    values: npt.NDArray[Any],
 ) -> None:
     """`cemb.kernels.cpu.pair_scores` that keeps the pairs' values, before signs and dropout.
 
@@ -123,10 +128,10 @@ def pair_scores(
 
 
 def pair_buckets(
-    pairs: np.ndarray,
-    kept: np.ndarray,
-    factors: np.ndarray,
-    values: np.ndarray,
+    pairs: npt.NDArray[np.int64],
+    kept: npt.NDArray[np.uint16],
+    factors: npt.NDArray[Any],
+    values: npt.NDArray[Any],
     spec: hashing.HashSpec,
     context_offset: int,
     room: Buckets | None,

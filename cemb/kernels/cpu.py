@@ -13,10 +13,11 @@ for them.
 """
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from numba import njit, prange
 
@@ -72,7 +73,7 @@ class Geometry(NamedTuple):
 def _set_threads() -> int:
     """Use as many threads as torch does; returns that number."""
     wanted = torch.get_num_threads()
-    threads = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
+    threads: int = max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
     numba.set_num_threads(threads)
     if torch.get_num_threads() != wanted:  # Numba's first launch sets it to all there are
         torch.set_num_threads(wanted)
@@ -80,20 +81,20 @@ def _set_threads() -> int:
 
 
 @njit(inline="always")
-def _mix(x):
+def _mix(x: Any) -> Any:
     x = (x ^ (x >> _S30)) * _MULTIPLIER_1
     x = (x ^ (x >> _S27)) * _MULTIPLIER_2
     return x ^ (x >> _S31)
 
 
 @njit(inline="always")
-def _row(table, pairs, i, side):
+def _row(table: Any, pairs: Any, i: Any, side: Any) -> Any:
     """Row of a pair's id on this side, with the offset of its table."""
     return pairs[i, side] + (table.context_offset if side else table.word_offset)
 
 
 @njit(inline="always")
-def _key(table, row):
+def _key(table: Any, row: Any) -> Any:
     """Key of a row's first block; of a full table, the row's first value."""
     if table.num_starts == 0:
         return np.uint64(row) * np.uint64(table.dim)
@@ -101,12 +102,12 @@ def _key(table, row):
 
 
 @njit(inline="always")
-def _start(table, h):
+def _start(table: Any, h: Any) -> Any:
     return np.int64(((h >> _S32) * table.num_starts) >> _S32)
 
 
 @njit(inline="always")
-def _locate(table, key, b):
+def _locate(table: Any, key: Any, b: Any) -> tuple[Any, Any]:
     """Where block `b` of the row with this key starts, and its sign."""
     if table.num_starts == 0:
         return np.int64(key), np.int64(1)
@@ -115,25 +116,25 @@ def _locate(table, key, b):
 
 
 @njit(inline="always")
-def _block_length(table, b):
+def _block_length(table: Any, b: Any) -> Any:
     return min(table.block_size, table.dim - b * table.block_size)
 
 
 @njit(inline="always")
-def _mask(count):
+def _mask(count: Any) -> Any:
     """Mask of the first `count` lanes."""
     return (np.int64(1) << min(max(count, 0), _LANES)) - np.int64(1)
 
 
 @njit(inline="always")
-def _prefetch_run(array, start, length):
+def _prefetch_run(array: Any, start: Any, length: Any) -> None:
     """Ask for all cache lines that vectors over the run touch: a load waits for those of masked lanes too."""
     for k in range(0, length, _LANES):
         lanes.prefetch(array, start + k)
     lanes.prefetch(array, start + (length + _LANES - 1) // _LANES * _LANES - 1)
 
 
-def is_single(table):
+def is_single(table: Geometry | hashing.HashSpec | hashing.FullSpec) -> bool | np.bool:
     """Whether each value of a geometry, or a spec, is located by itself, as in the original scheme."""
     return table.block_size == 1 and table.num_starts != 0
 
@@ -142,7 +143,7 @@ _is_single = njit(inline="always")(is_single)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _lookup(weight, ids, out, table):
+def _lookup(weight: Any, ids: Any, out: Any, table: Any) -> None:
     for i in prange(ids.shape[0]):
         key = _key(table, ids[i] + table.word_offset)
         if _is_single(table):
@@ -158,7 +159,7 @@ def _lookup(weight, ids, out, table):
 
 
 @njit(inline="always")
-def _add_row(grad, i, target, key, table):
+def _add_row(grad: Any, i: Any, target: Any, key: Any, table: Any) -> None:
     if _is_single(table):
         for j in range(table.dim):
             start, sign = _locate(table, key, j)
@@ -172,7 +173,7 @@ def _add_row(grad, i, target, key, table):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _scatter_private(grad, ids, pool, private, table):
+def _scatter_private(grad: Any, ids: Any, pool: Any, private: Any, table: Any) -> None:
     threads = private.shape[0] + 1
     rows = ids.shape[0]
     for t in prange(threads):
@@ -189,7 +190,7 @@ def _scatter_private(grad, ids, pool, private, table):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _scatter_owned(grad, ids, pool, threads, table):
+def _scatter_owned(grad: Any, ids: Any, pool: Any, threads: Any, table: Any) -> None:
     size = pool.shape[0]
     for t in prange(threads):
         low, high = size * t // threads, size * (t + 1) // threads
@@ -203,10 +204,10 @@ def _scatter_owned(grad, ids, pool, threads, table):
                     lanes.add_scaled(pool, start + k, grad[i], first + k, sign, _mask(end - k))
 
 
-_kept_pools = np.empty((0, 0), np.float32)
+_kept_pools: npt.NDArray[Any] = np.empty((0, 0), np.float32)
 
 
-def _private_pools(number: int, size: int, dtype: np.dtype) -> np.ndarray:
+def _private_pools(number: int, size: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Memory for private pools ``[number, size]``, kept from call to call and not zeroed."""
     global _kept_pools
     if _kept_pools.shape != (number, size) or _kept_pools.dtype != dtype:
@@ -215,7 +216,10 @@ def _private_pools(number: int, size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def lookup(
-    weight: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec | hashing.FullSpec, out: np.ndarray
+    weight: npt.NDArray[Any],
+    ids: npt.NDArray[np.int64],
+    spec: hashing.HashSpec | hashing.FullSpec,
+    out: npt.NDArray[Any],
 ) -> None:
     """Write rows `ids` ``[n]`` of the table into `out` ``[n, embedding_dim]``."""
     with _launch:
@@ -224,7 +228,10 @@ def lookup(
 
 
 def scatter(
-    grad: np.ndarray, ids: np.ndarray, spec: hashing.HashSpec | hashing.FullSpec, pool: np.ndarray
+    grad: npt.NDArray[Any],
+    ids: npt.NDArray[np.int64],
+    spec: hashing.HashSpec | hashing.FullSpec,
+    pool: npt.NDArray[Any],
 ) -> None:
     """The transpose of `lookup`: add `grad` ``[n, embedding_dim]`` into the zeroed `pool` ``[pool_size]``.
 
@@ -241,7 +248,7 @@ def scatter(
 
 
 @njit(inline="always")
-def _draw_rows(kept, hashes, low, high, dim, salt, threshold):
+def _draw_rows(kept: Any, hashes: Any, low: Any, high: Any, dim: Any, salt: Any, threshold: Any) -> None:
     """Which components dropout keeps of the pairs from `low` to `high`; `hashes` is scratch memory."""
     quads = np.uint64((dim + 3) // 4)
     parts = hashes.view(np.uint16)
@@ -257,17 +264,19 @@ def _draw_rows(kept, hashes, low, high, dim, salt, threshold):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _draw(kept, dim, salt, threshold, threads):
+def _draw(kept: Any, dim: Any, salt: Any, threshold: Any, threads: Any) -> None:
     for t in prange(threads):
         hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
         low, high = kept.shape[0] * t // threads, kept.shape[0] * (t + 1) // threads
         _draw_rows(kept, hashes, low, high, dim, salt, threshold)
 
 
-_last_kept: tuple[tuple, np.ndarray] = ((), np.empty((0, 0), np.uint16))
+_last_kept: tuple[tuple[int, ...], npt.NDArray[np.uint16]] = ((), np.empty((0, 0), np.uint16))
 
 
-def _room_for_kept(num_pairs: int, dim: int, dropout: hashing.PairDropout) -> tuple[np.ndarray, bool]:
+def _room_for_kept(
+    num_pairs: int, dim: int, dropout: hashing.PairDropout
+) -> tuple[npt.NDArray[np.uint16], bool]:
     """Memory for which components dropout keeps: bit j of row i for component j of pair i.
 
     The last result is kept, since a backward pass asks for that of its forward pass: the second result says
@@ -278,12 +287,12 @@ def _room_for_kept(num_pairs: int, dim: int, dropout: hashing.PairDropout) -> tu
     return np.empty((num_pairs, -(-dim // _LANES) + 2), np.uint16), False
 
 
-def _keep(kept: np.ndarray, dim: int, dropout: hashing.PairDropout) -> None:
+def _keep(kept: npt.NDArray[np.uint16], dim: int, dropout: hashing.PairDropout) -> None:
     global _last_kept
     _last_kept = ((len(kept), dim, dropout.salt, dropout.threshold), kept)
 
 
-def _kept(num_pairs: int, dim: int, dropout: hashing.PairDropout, threads: int) -> np.ndarray:
+def _kept(num_pairs: int, dim: int, dropout: hashing.PairDropout, threads: int) -> npt.NDArray[np.uint16]:
     kept, is_drawn = _room_for_kept(num_pairs, dim, dropout)
     if not is_drawn:
         _draw(kept, dim, np.uint64(dropout.salt), dropout.threshold, threads)
@@ -292,7 +301,7 @@ def _kept(num_pairs: int, dim: int, dropout: hashing.PairDropout, threads: int) 
 
 
 @njit(inline="always")
-def _spread(factors, kept, factor, ones):
+def _spread(factors: Any, kept: Any, factor: Any, ones: Any) -> None:
     """``factors[j] = factor`` where dropout keeps component j, else 0."""
     dim = factors.shape[0]
     for k in range(0, dim, _LANES):
@@ -300,7 +309,7 @@ def _spread(factors, kept, factor, ones):
 
 
 @njit(inline="always")
-def _hash_tile(keys, b, places, signs, table):
+def _hash_tile(keys: Any, b: Any, places: Any, signs: Any, table: Any) -> None:
     """Places and signs of block `b` of the rows with these keys ``[_TILE]``, in vector registers."""
     if table.num_starts == 0:
         for i in range(_TILE):
@@ -313,7 +322,7 @@ def _hash_tile(keys, b, places, signs, table):
 
 
 @njit(inline="always")
-def _tile_memory(table):
+def _tile_memory(table: Any) -> tuple[Any, Any, Any]:
     """Keys ``[side, _TILE]`` of pairs, and places and signs ``[side, block, _TILE]`` of their blocks."""
     return (
         np.zeros((2, _TILE), np.uint64),
@@ -323,7 +332,7 @@ def _tile_memory(table):
 
 
 @njit(inline="always")
-def _find(table, pairs, low, high, keys, places, signs):
+def _find(table: Any, pairs: Any, low: Any, high: Any, keys: Any, places: Any, signs: Any) -> None:
     """Write the places and signs of all blocks of the pairs from `low` to `high`."""
     for i in range(low, high):
         keys[0, i - low] = _key(table, _row(table, pairs, i, 0))
@@ -334,7 +343,7 @@ def _find(table, pairs, low, high, keys, places, signs):
 
 
 @njit(inline="always")
-def _prefetch_pair(array, places, i, table):
+def _prefetch_pair(array: Any, places: Any, i: Any, table: Any) -> None:
     """Ask for all blocks of pair `i` of a tile, unless the array is in cache anyway."""
     if array.shape[0] > _CACHED:
         for side in range(2):
@@ -343,7 +352,7 @@ def _prefetch_pair(array, places, i, table):
 
 
 @njit(inline="always")
-def _score_single(weight, factors, table, word, context):
+def _score_single(weight: Any, factors: Any, table: Any, word: Any, context: Any) -> Any:
     """Score of a pair at block size 1: reads only, so that the loop uses vector registers."""
     total = factors.dtype.type(0)
     for j in range(table.dim):
@@ -355,17 +364,17 @@ def _score_single(weight, factors, table, word, context):
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
 def _pair_scores(
-    weight,
-    pairs,
-    kept,
-    scores,
-    scale,
-    threads,
-    is_drawn,
-    salt,
-    threshold,
-    table,
-):
+    weight: Any,
+    pairs: Any,
+    kept: Any,
+    scores: Any,
+    scale: Any,
+    threads: Any,
+    is_drawn: Any,
+    salt: Any,
+    threshold: Any,
+    table: Any,
+) -> None:
     n, dim = pairs.shape[0], table.dim
     for t in prange(threads):
         ones = np.ones(_LANES, scores.dtype)
@@ -416,7 +425,9 @@ def _pair_scores(
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_private(weight, pairs, kept, grad, scale, pool, private, table):
+def _pair_private(
+    weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, private: Any, table: Any
+) -> None:
     n = pairs.shape[0]
     threads = private.shape[0] + 1
     for t in prange(threads):
@@ -447,7 +458,9 @@ def _pair_private(weight, pairs, kept, grad, scale, pool, private, table):
 
 
 @njit(inline="always")
-def _find_single(factors, places, kept, factor, ones, table, word, context):
+def _find_single(
+    factors: Any, places: Any, kept: Any, factor: Any, ones: Any, table: Any, word: Any, context: Any
+) -> None:
     """Places of the values of a pair at block size 1, ``places[side]``, and their factors, signs included."""
     _spread(factors, kept, factor, ones)
     for j in range(table.dim):
@@ -461,7 +474,9 @@ def _find_single(factors, places, kept, factor, ones, table, word, context):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_private_single(weight, pairs, kept, grad, scale, pool, private, table):
+def _pair_private_single(
+    weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, private: Any, table: Any
+) -> None:
     n, dim = pairs.shape[0], table.dim
     threads = private.shape[0]
     for t in prange(threads):
@@ -488,7 +503,9 @@ def _pair_private_single(weight, pairs, kept, grad, scale, pool, private, table)
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table):
+def _pair_owned_single(
+    weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, threads: Any, table: Any
+) -> None:
     n, size, dim = pairs.shape[0], pool.shape[0], table.dim
     for t in prange(threads):
         low_end, high_end = size * t // threads, size * (t + 1) // threads
@@ -498,7 +515,7 @@ def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table):
         own, partner = np.empty(2 * _TILE * dim + 1, np.uint32), np.empty(2 * _TILE * dim + 1, np.uint32)
         term = np.empty(2 * _TILE * dim + 1, pool.dtype)
         for low in range(0, n, _TILE):
-            count = 0
+            count = np.int64(0)
             for i in range(low, min(low + _TILE, n)):
                 word, context = (
                     _key(table, _row(table, pairs, i, 0)),
@@ -519,7 +536,9 @@ def _pair_owned_single(weight, pairs, kept, grad, scale, pool, threads, table):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table):
+def _pair_owned(
+    weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, threads: Any, table: Any
+) -> None:
     n, size = pairs.shape[0], pool.shape[0]
     for t in prange(threads):
         low_end, high_end = size * t // threads, size * (t + 1) // threads
@@ -531,7 +550,7 @@ def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table):
             _find(table, pairs, low, high, keys, places, signs)
             for i in range(high - low):
                 _prefetch_pair(weight, places, i, table)
-            count = 0
+            count = np.int64(0)
             for side in range(2):
                 for b in range(table.num_blocks):
                     for i in range(high - low):
@@ -556,12 +575,12 @@ def _pair_owned(weight, pairs, kept, grad, scale, pool, threads, table):
 
 
 def pair_scores(
-    weight: np.ndarray,
-    pairs: np.ndarray,
+    weight: npt.NDArray[Any],
+    pairs: npt.NDArray[np.int64],
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     dropout: hashing.PairDropout,
-    scores: np.ndarray,
+    scores: npt.NDArray[Any],
 ) -> None:
     """Write the dot products of the rows `pairs` ``[n, 2]`` after dropout into `scores` ``[n]``."""
     with _launch:
@@ -574,13 +593,13 @@ def pair_scores(
 
 
 def pair_scores_backward(
-    grad: np.ndarray,
-    weight: np.ndarray,
-    pairs: np.ndarray,
+    grad: npt.NDArray[Any],
+    weight: npt.NDArray[Any],
+    pairs: npt.NDArray[np.int64],
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     dropout: hashing.PairDropout,
-    pool: np.ndarray,
+    pool: npt.NDArray[Any],
 ) -> None:
     """Add the gradient of `pair_scores` with respect to `weight` into the zeroed `pool` ``[pool_size]``.
 
@@ -602,7 +621,7 @@ def pair_scores_backward(
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _vector_scores(vectors, kept, scores, scale, threads):
+def _vector_scores(vectors: Any, kept: Any, scores: Any, scale: Any, threads: Any) -> None:
     n, dim = vectors.shape[0], vectors.shape[2]
     for t in prange(threads):
         ones = np.ones(_LANES, scores.dtype)
@@ -619,7 +638,7 @@ def _vector_scores(vectors, kept, scores, scale, threads):
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _vector_scores_backward(grad, vectors, kept, out, scale):
+def _vector_scores_backward(grad: Any, vectors: Any, kept: Any, out: Any, scale: Any) -> None:
     dim = vectors.shape[2]
     for i in prange(vectors.shape[0]):
         factor = grad[i] * scale
@@ -631,7 +650,7 @@ def _vector_scores_backward(grad, vectors, kept, out, scale):
             lanes.append_scaled(out[i, 1], k, words, k, factor, bits & mask, 0, mask)
 
 
-def vector_scores(vectors: np.ndarray, dropout: hashing.PairDropout, scores: np.ndarray) -> None:
+def vector_scores(vectors: npt.NDArray[Any], dropout: hashing.PairDropout, scores: npt.NDArray[Any]) -> None:
     """Write the dot product of each pair of `vectors` ``[n, 2, dim]`` after dropout into `scores` ``[n]``."""
     with _launch:
         threads = _set_threads()
@@ -640,7 +659,7 @@ def vector_scores(vectors: np.ndarray, dropout: hashing.PairDropout, scores: np.
 
 
 def vector_scores_backward(
-    grad: np.ndarray, vectors: np.ndarray, dropout: hashing.PairDropout, out: np.ndarray
+    grad: npt.NDArray[Any], vectors: npt.NDArray[Any], dropout: hashing.PairDropout, out: npt.NDArray[Any]
 ) -> None:
     """Write the gradient of `vector_scores` with respect to `vectors` into `out` ``[n, 2, dim]``."""
     with _launch:
@@ -662,7 +681,7 @@ def num_threads() -> int:
         return _set_threads()
 
 
-def draw(num_pairs: int, dim: int, dropout: hashing.PairDropout) -> np.ndarray:
+def draw(num_pairs: int, dim: int, dropout: hashing.PairDropout) -> npt.NDArray[np.uint16]:
     """Which components dropout keeps: bit j of row i of the result for component j of pair i."""
     with _launch:
         return _kept(num_pairs, dim, dropout, _set_threads())

@@ -30,7 +30,7 @@ PAIR_WARPS = 2
 
 
 @triton.jit
-def _mix(x):
+def _mix(x: tl.tensor) -> tl.tensor:
     x = (x ^ (x >> 30)) * MULTIPLIER_1
     x = (x ^ (x >> 27)) * MULTIPLIER_2
     return x ^ (x >> 31)
@@ -38,15 +38,15 @@ def _mix(x):
 
 @triton.jit
 def _locate(
-    row,
-    block,
-    base,
-    num_starts,
+    row: tl.tensor,
+    block: tl.tensor,
+    base: tl.tensor,
+    num_starts: tl.tensor,
     DIM: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     SIGNED: tl.constexpr,
     HASHED: tl.constexpr,
-):
+) -> tuple[tl.tensor, tl.tensor]:
     """First pool index of a block, and the sign of its values."""
     key = row.to(tl.uint64) * NUM_BLOCKS + block.to(tl.uint64) + tl.cast(base, tl.uint64)
     if not HASHED:
@@ -57,7 +57,9 @@ def _locate(
 
 
 @triton.jit
-def _columns(piece, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+def _columns(
+    piece: tl.tensor, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Block of each of the pieces ``[..., 1]``; within it and within the row, columns ``[..., WIDTH]``."""
     block = piece // CHUNKS
     within = (piece % CHUNKS) * WIDTH + tl.arange(0, WIDTH)
@@ -66,7 +68,7 @@ def _columns(piece, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def _add(pool, index, value, scale, mask):
+def _add(pool: tl.tensor, index: tl.tensor, value: tl.tensor, scale: tl.tensor, mask: tl.tensor) -> None:
     """Add into a float32 pool or, where there is a scale, into an int64 pool in units of its inverse."""
     if scale is not None:
         value = tl.floor(value.to(tl.float64) * tl.load(scale) + 0.5).to(tl.int64)
@@ -77,14 +79,14 @@ def _add(pool, index, value, scale, mask):
 # Arguments that differ from table to table or step to step are not worth a compilation each.
 @triton.jit(do_not_specialize=["n", "base", "num_starts"])
 def _row_kernel(
-    weight,
-    ids,
-    grad,
-    out,
-    scale,
-    n,
-    base,
-    num_starts,
+    weight: tl.tensor,
+    ids: tl.tensor,
+    grad: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    n: tl.tensor,
+    base: tl.tensor,
+    num_starts: tl.tensor,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -93,7 +95,7 @@ def _row_kernel(
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     PIECES: tl.constexpr,
-):
+) -> None:
     """Look PIECES x WIDTH values up in `weight` or, where there is a `grad`, add them to the pool `out`."""
     # One division in 64 bits for the program, one in 32 bits for each piece.
     per_row = NUM_BLOCKS * CHUNKS
@@ -115,13 +117,15 @@ def _row_kernel(
 
 
 @triton.jit
-def _salt(seed):
+def _salt(seed: tl.tensor) -> tl.tensor:
     """What the seed, a scalar in memory, adds to every key."""
     return _mix(tl.load(seed).to(tl.uint64) + GOLDEN)
 
 
 @triton.jit
-def _kept(pair, column, salt, threshold, DIM: tl.constexpr):
+def _kept(
+    pair: tl.tensor, column: tl.tensor, salt: tl.tensor, threshold: tl.tensor, DIM: tl.constexpr
+) -> tl.tensor:
     """Which components of which pairs dropout keeps: a hash has four lanes of 16 bits."""
     key = pair.to(tl.uint64) * ((DIM + 3) // 4) + (column // 4).to(tl.uint64) + salt
     lane = _mix(key) >> ((column % 4) * 16).to(tl.uint64)
@@ -130,18 +134,18 @@ def _kept(pair, column, salt, threshold, DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "word_base", "context_base", "num_starts", "threshold", "factor"])
 def _pair_kernel(
-    weight,
-    pairs,
-    grad,
-    out,
-    scale,
-    n,
-    word_base,
-    context_base,
-    num_starts,
-    seed,
-    threshold,
-    factor,
+    weight: tl.tensor,
+    pairs: tl.tensor,
+    grad: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    n: tl.tensor,
+    word_base: tl.tensor,
+    context_base: tl.tensor,
+    num_starts: tl.tensor,
+    seed: tl.tensor,
+    threshold: tl.tensor,
+    factor: tl.tensor,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -151,7 +155,7 @@ def _pair_kernel(
     CHUNKS: tl.constexpr,
     PIECES: tl.constexpr,
     PAIRS: tl.constexpr,
-):
+) -> None:
     """Score PAIRS pairs or, where there is a `grad`, add their gradient to the pool `out`."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     word = tl.load(pairs + 2 * pair, mask=pair < n, other=0)[:, None, None]
@@ -189,17 +193,17 @@ def _pair_kernel(
 
 @triton.jit(do_not_specialize=["n", "threshold", "factor"])
 def _vector_kernel(
-    vectors,
-    grad,
-    out,
-    n,
-    seed,
-    threshold,
-    factor,
+    vectors: tl.tensor,
+    grad: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    seed: tl.tensor,
+    threshold: tl.tensor,
+    factor: tl.tensor,
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr,
-):
+) -> None:
     """Score PAIRS pairs of vectors or, where there is a `grad`, write their gradient to `out`."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     tile_pair = pair[:, None]
@@ -229,7 +233,7 @@ def _vector_kernel(
 
 # The only kernel whose assertions are compiled: they would slow the others down.
 @triton.jit(debug=True, do_not_specialize=["n", "num_embeddings"])
-def _check_kernel(ids, n, num_embeddings, COUNT: tl.constexpr):
+def _check_kernel(ids: tl.tensor, n: tl.tensor, num_embeddings: tl.tensor, COUNT: tl.constexpr) -> None:
     i = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     entity = tl.load(ids + i, mask=i < n, other=0)
     inside = (entity >= 0) & (entity < num_embeddings)
@@ -273,7 +277,8 @@ def _constants(spec: hashing.HashSpec | hashing.FullSpec) -> dict[str, int]:
 
 def _largest(x: Tensor) -> Tensor:
     """Largest magnitude, a float64 scalar that stays on the device."""
-    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).double()
+    largest: Tensor = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).double()
+    return largest
 
 
 def _fixed_point_scale(bound: Tensor, terms: int) -> Tensor:

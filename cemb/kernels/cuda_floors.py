@@ -16,15 +16,15 @@ _REPEATS = 10
 
 @triton.jit
 def _run_kernel(
-    array,
-    out,
-    n,
-    num_places,
+    array: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    num_places: tl.tensor,
     STRIDE: tl.constexpr,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
     RUNS: tl.constexpr,
-):
+) -> None:
     """Sum RUNS runs of LENGTH values or, where there is no `out`, add one to each of them."""
     run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
@@ -44,7 +44,8 @@ def _run_kernel(
 
 def num_programs(n: int, length: int, shape: tuple[int, int]) -> int:
     """Programs that `launch_runs` starts for `n` runs."""
-    return triton.cdiv(n, shape[0] // triton.next_power_of_2(length))
+    programs: int = triton.cdiv(n, shape[0] // triton.next_power_of_2(length))
+    return programs
 
 
 def launch_runs(

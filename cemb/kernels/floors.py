@@ -1,8 +1,11 @@
 """What the machine's memory allows at best: the rates that a step's floor is made of. CPU only."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit, prange
 
 from cemb.kernels import cpu
@@ -15,7 +18,7 @@ _REPEATS = 7
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _stream(array, threads, sums):
+def _stream(array: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = array[array.shape[0] * t // threads : array.shape[0] * (t + 1) // threads]
         total = array.dtype.type(0)
@@ -25,7 +28,7 @@ def _stream(array, threads, sums):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _rows(array, starts, length, threads, sums):
+def _rows(array: Any, starts: Any, length: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = starts[starts.shape[0] * t // threads : starts.shape[0] * (t + 1) // threads]
         total = array.dtype.type(0)
@@ -38,7 +41,7 @@ def _rows(array, starts, length, threads, sums):
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _gather(array, places, threads, sums):
+def _gather(array: Any, places: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = places[places.shape[0] * t // threads : places.shape[0] * (t + 1) // threads]
         total = array.dtype.type(0)
@@ -47,7 +50,7 @@ def _gather(array, places, threads, sums):
         sums[t] = total
 
 
-def _best_s(kernel, *arguments) -> float:
+def _best_s(kernel: Callable[..., object], *arguments: Any) -> float:
     """The shortest of several runs; arguments that are callable are drawn anew for each."""
     best = np.inf
     for _ in range(_REPEATS + 1):  # the first compiles
@@ -77,7 +80,7 @@ def measure_rates(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
         threads = cpu._set_threads()
         sums = np.empty(threads, np.float32)
 
-        def starts():
+        def starts() -> npt.NDArray[np.int64]:
             return rng.integers(num_rows, size=wanted) * _ROW
 
         return {

@@ -6,6 +6,9 @@ Bit l of a mask stands for lane l: lanes outside a mask are neither read nor wri
 anywhere. Arrays are one-dimensional: float32, float64, or uint16 for the bits of bfloat16 (read only).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -17,22 +20,22 @@ _BITS = ir.VectorType(ir.IntType(1), LANES)
 _SUFFIX = {"i16": "i16", "float": "f32", "double": "f64"}
 
 
-def _pointer(context, builder, array_type, array, index):
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
-def _bits(builder, mask):
+def _bits(builder: Any, mask: Any) -> Any:
     """The lanes of an integer mask."""
     return builder.bitcast(builder.trunc(mask, _I16), _BITS)
 
 
-def _splat(builder, value, vector):
+def _splat(builder: Any, value: Any, vector: Any) -> Any:
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
-def _load(context, builder, array_type, array, index, bits):
+def _load(context: Any, builder: Any, array_type: Any, array: Any, index: Any, bits: Any) -> Any:
     """Lanes of ``array[index:]`` inside `bits`, zero elsewhere; bfloat16 becomes float32."""
     pointer = _pointer(context, builder, array_type, array, index)
     vector = ir.VectorType(pointer.type.pointee, LANES)
@@ -51,7 +54,9 @@ def _load(context, builder, array_type, array, index, bits):
     return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), LANES))
 
 
-def _store(context, builder, array_type, array, index, bits, value):
+def _store(
+    context: Any, builder: Any, array_type: Any, array: Any, index: Any, bits: Any, value: Any
+) -> None:
     pointer = _pointer(context, builder, array_type, array, index)
     function = cgutils.get_or_insert_function(
         builder.module,
@@ -61,18 +66,20 @@ def _store(context, builder, array_type, array, index, bits, value):
     builder.call(function, [value, pointer, ir.Constant(_I32, array_type.dtype.bitwidth // 8), bits])
 
 
-def _scaled(context, builder, source_type, source, index, factor, bits):
+def _scaled(
+    context: Any, builder: Any, source_type: Any, source: Any, index: Any, factor: Any, bits: Any
+) -> Any:
     loaded = _load(context, builder, source_type, source, index, bits)
     return builder.fmul(loaded, _splat(builder, factor, loaded.type))
 
 
-def _factor_type(array_type):
+def _factor_type(array_type: Any) -> Any:
     return types.float64 if array_type.dtype == types.float64 else types.float32
 
 
 @intrinsic
-def _bfloat16_at(typing, array, i):
-    def generate(context, builder, signature, arguments):
+def _bfloat16_at(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = builder.load(_pointer(context, builder, signature.args[0], *arguments))
         word = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16))
         return builder.bitcast(word, ir.FloatType())
@@ -80,23 +87,26 @@ def _bfloat16_at(typing, array, i):
     return types.float32(array, types.intp), generate
 
 
-def value_at(array, i):
+def value_at(array: Any, i: Any) -> Any:
     """``array[i]``; bfloat16 becomes float32."""
     raise NotImplementedError("for use in kernels only")
 
 
-@overload(value_at, inline="always")
-def _value_at(array, i):
+# Not strict, since Numba would compare annotations too, and lambdas have none.
+@overload(value_at, inline="always", strict=False)
+def _value_at(array: Any, i: Any) -> Callable[[Any, Any], Any]:
     if array.dtype == types.uint16:
         return lambda array, i: _bfloat16_at(array, i)
     return lambda array, i: array[i]
 
 
 @intrinsic
-def multiply(typing, out, i, a, j, b, k, factor, kept, mask):
+def multiply(
+    typing: Any, out: Any, i: Any, a: Any, j: Any, b: Any, k: Any, factor: Any, kept: Any, mask: Any
+) -> tuple[Any, Any]:
     """``out[i + l] = factor * a[j + l] * b[k + l] if l in kept else 0`` for the lanes l of `mask`."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, a_type, _, b_type, _, _, _, _ = signature.args
         out, i, a, j, b, k, factor, kept, mask = arguments
         bits = _bits(builder, kept)
@@ -109,10 +119,10 @@ def multiply(typing, out, i, a, j, b, k, factor, kept, mask):
 
 
 @intrinsic
-def scale(typing, out, i, source, j, factor, mask):
+def scale(typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, mask: Any) -> tuple[Any, Any]:
     """``out[i + l] = factor * source[j + l]`` for the lanes l of `mask`."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, source_type, _, _, _ = signature.args
         out, i, source, j, factor, mask = arguments
         bits = _bits(builder, mask)
@@ -124,10 +134,10 @@ def scale(typing, out, i, source, j, factor, mask):
 
 
 @intrinsic
-def add_scaled(typing, out, i, source, j, factor, mask):
+def add_scaled(typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, mask: Any) -> tuple[Any, Any]:
     """``out[i + l] += factor * source[j + l]`` for the lanes l of `mask`."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, source_type, _, _, _ = signature.args
         out, i, source, j, factor, mask = arguments
         bits = _bits(builder, mask)
@@ -140,10 +150,12 @@ def add_scaled(typing, out, i, source, j, factor, mask):
 
 
 @intrinsic
-def append_scaled(typing, out, i, source, j, factor, kept, old, mask):
+def append_scaled(
+    typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, old: Any, mask: Any
+) -> tuple[Any, Any]:
     """``out[i + l] = (out[i + l] if l in old) + (factor * source[j + l] if l in kept)`` for l in `mask`."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, source_type, _, _, _, _, _ = signature.args
         out, i, source, j, factor, kept, old, mask = arguments
         value = _scaled(context, builder, source_type, source, j, factor, _bits(builder, kept))
@@ -155,10 +167,10 @@ def append_scaled(typing, out, i, source, j, factor, kept, old, mask):
 
 
 @intrinsic
-def at_least(typing, values, i, threshold):
+def at_least(typing: Any, values: Any, i: Any, threshold: Any) -> tuple[Any, Any]:
     """Mask of the lanes l with ``values[i + l] >= threshold``, of an array of uint16."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         values, i, threshold = arguments
         vector = ir.VectorType(_I16, LANES)
         pointer = _pointer(context, builder, signature.args[0], values, i)
@@ -171,10 +183,10 @@ def at_least(typing, values, i, threshold):
 
 
 @intrinsic
-def bits_from(typing, words, position):
+def bits_from(typing: Any, words: Any, position: Any) -> tuple[Any, Any]:
     """16 bits of an array of uint16 from bit `position` on; reads up to the end of the word after."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         words, position = arguments
         pointer = _pointer(context, builder, signature.args[0], words, ir.Constant(position.type, 0))
         byte = builder.lshr(position, ir.Constant(position.type, 3))
@@ -187,10 +199,10 @@ def bits_from(typing, words, position):
 
 
 @intrinsic
-def prefetch(typing, array, i):
+def prefetch(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
     """Ask for the cache line of ``array[i]``; any index is safe."""
 
-    def generate(context, builder, signature, arguments):
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         pointer = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments), _I8.as_pointer())
         function = cgutils.get_or_insert_function(
             builder.module,

@@ -5,9 +5,10 @@ partner's values times a factor, so an optimizer can update it in passing, see `
 the others have to be sorted and summed first, into `Runs`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit, prange
 
 from cemb import hashing
@@ -25,14 +26,14 @@ class Runs(NamedTuple):
     ``values[offsets[t, r]:offsets[t, r + 1]]``.
     """
 
-    values: np.ndarray
-    starts: np.ndarray
-    offsets: np.ndarray
-    counts: np.ndarray
+    values: npt.NDArray[Any]
+    starts: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
 
 
 @njit(inline="always")
-def _sort(keys, spare, count, num_bits):
+def _sort(keys: Any, spare: Any, count: Any, num_bits: Any) -> Any:
     """Stable radix sort of ``keys[:count]`` by the `num_bits` above the lower 32; returns the result."""
     passes = max(1, -(-num_bits // 11))
     digit = -(-num_bits // passes)
@@ -46,15 +47,15 @@ def _sort(keys, spare, count, num_bits):
         for d in range(1, places.shape[0]):
             places[d] += places[d - 1]
         for x in range(count):
-            d = np.int64((keys[x] >> shift) & mask)
-            spare[places[d]] = keys[x]
-            places[d] += 1
+            bucket = np.int64((keys[x] >> shift) & mask)
+            spare[places[bucket]] = keys[x]
+            places[bucket] += 1
         keys, spare = spare, keys
     return keys
 
 
 @njit(inline="always")
-def _num_bits(count):
+def _num_bits(count: Any) -> Any:
     """Bits of the integers below `count`."""
     bits = 0
     while (np.int64(1) << bits) < count:
@@ -68,20 +69,29 @@ def _cell_bits(block_size: int) -> int:
 
 
 @njit(inline="always")
-def _cell(table, cell_bits, row, place):
+def _cell(table: Any, cell_bits: Any, row: Any, place: Any) -> Any:
     """The cell that a block starts in; a row of a full table is one."""
     return (row if table.num_starts == 0 else place >> cell_bits) + _MARGIN
 
 
 @njit(inline="always")
-def _share(n, t, threads):
+def _share(n: Any, t: Any, threads: Any) -> tuple[Any, Any]:
     """The pairs of a thread: whole tiles, so that their order is the same for any number of threads."""
     tiles = (n + cpu._TILE - 1) // cpu._TILE
     return min(tiles * t // threads * cpu._TILE, n), min(tiles * (t + 1) // threads * cpu._TILE, n)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _separate(pairs, is_whole, cell_bits, planes, alone, listed, num_listed, table):
+def _separate(
+    pairs: Any,
+    is_whole: Any,
+    cell_bits: Any,
+    planes: Any,
+    alone: Any,
+    listed: Any,
+    num_listed: Any,
+    table: Any,
+) -> None:
     """Say in `alone` which blocks overlap no other, and list the rest: where they start, and their codes."""
     n, blocks = pairs.shape[0], table.num_blocks
     threads, words = planes.shape
@@ -120,7 +130,7 @@ def _separate(pairs, is_whole, cell_bits, planes, alone, listed, num_listed, tab
         marks = planes[0]
         keys, places, signs = cpu._tile_memory(table)
         found = listed[t]
-        count = 0
+        count = np.int64(0)
         begin, end = _share(n, t, threads)
         for low in range(begin, end, cpu._TILE):
             tile = min(cpu._TILE, end - low)
@@ -141,7 +151,7 @@ def _separate(pairs, is_whole, cell_bits, planes, alone, listed, num_listed, tab
 
 
 @njit(inline="always")
-def _decode(entry, block_bits):
+def _decode(entry: Any, block_bits: Any) -> tuple[Any, Any, Any]:
     """Pair, side and block of a listed block."""
     code = np.int64(entry & np.uint64(0xFFFFFFFF))
     return code >> (block_bits + 1), (code >> block_bits) & 1, code & ((1 << block_bits) - 1)
@@ -149,19 +159,19 @@ def _decode(entry, block_bits):
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
 def _sum_listed(
-    weight,
-    pairs,
-    kept,
-    factors,
-    listed,
-    num_listed,
-    values,
-    all_starts,
-    all_offsets,
-    counts,
-    keys,
-    table,
-):
+    weight: Any,
+    pairs: Any,
+    kept: Any,
+    factors: Any,
+    listed: Any,
+    num_listed: Any,
+    values: Any,
+    all_starts: Any,
+    all_offsets: Any,
+    counts: Any,
+    keys: Any,
+    table: Any,
+) -> None:
     # Arrays come one by one: inside parallel loops, Numba drops what is written to those in a tuple.
     blocks = table.num_blocks
     block_bits = _num_bits(blocks)
@@ -180,7 +190,7 @@ def _sum_listed(
         places, next_places = np.empty((2, cpu._TILE), np.int64), np.empty((2, cpu._TILE), np.int64)
         signs, next_signs = np.ones((2, cpu._TILE), np.int64), np.ones((2, cpu._TILE), np.int64)
         last_length = cpu._block_length(table, blocks - 1)
-        count = 0
+        count = num_listed.dtype.type(0)
         for lister in range(threads):
             for x in range(num_listed[lister]):
                 entry = listed[lister, x]
@@ -243,15 +253,15 @@ class Room(NamedTuple):
     """Memory for `pair_runs`, kept from step to step. What is not touched costs nothing."""
 
     runs: Runs
-    keys: np.ndarray
-    planes: np.ndarray
-    alone: np.ndarray  # uint8 [pairs, 2, blocks]: which blocks overlap no other
-    listed: np.ndarray
-    num_listed: np.ndarray
+    keys: npt.NDArray[np.uint64]
+    planes: npt.NDArray[np.uint16]
+    alone: npt.NDArray[np.uint8]  # uint8 [pairs, 2, blocks]: which blocks overlap no other
+    listed: npt.NDArray[np.uint64]
+    num_listed: npt.NDArray[np.int64]
 
     @classmethod
     def of(
-        cls, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, dtype: np.dtype, threads: int
+        cls, num_pairs: int, spec: hashing.HashSpec | hashing.FullSpec, dtype: np.dtype[Any], threads: int
     ) -> "Room":
         blocks = 2 * num_pairs * spec.num_blocks
         cells = spec.num_embeddings if spec.num_starts == 0 else spec.pool_size >> _cell_bits(spec.block_size)
@@ -277,10 +287,10 @@ class Room(NamedTuple):
 
 
 def pair_runs(
-    weight: np.ndarray,
-    pairs: np.ndarray,
-    kept: np.ndarray,
-    factors: np.ndarray,
+    weight: npt.NDArray[Any],
+    pairs: npt.NDArray[np.int64],
+    kept: npt.NDArray[np.uint16],
+    factors: npt.NDArray[Any],
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     room: Room | None,

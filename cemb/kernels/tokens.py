@@ -13,7 +13,10 @@ and own no state, so that several threads may run them at once.
 Hashes are uint64 throughout: Numba promotes mixed signed arithmetic to float64.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 # What a byte is. Letters come last, so that one comparison finds them.
@@ -41,12 +44,12 @@ _S32 = np.uint64(32)
 
 
 @njit(inline="always")
-def _mixed(h, byte):
+def _mixed(h: Any, byte: Any) -> Any:
     return (h ^ np.uint64(byte)) * _PRIME
 
 
 @njit(inline="always")
-def _same(data, start, stop, folds, keys, key_start, key_stop):
+def _same(data: Any, start: Any, stop: Any, folds: Any, keys: Any, key_start: Any, key_stop: Any) -> bool:
     if stop - start != key_stop - key_start:
         return False
     for k in range(stop - start):
@@ -57,12 +60,12 @@ def _same(data, start, stop, folds, keys, key_start, key_stop):
 
 
 @njit(inline="always")
-def _place(h, mask):
+def _place(h: Any, mask: Any) -> Any:
     return np.int64((h ^ (h >> _S32)) & np.uint64(mask))
 
 
 @njit(cache=True, nogil=True)
-def rehash(hashes, num_entries, num_slots):
+def rehash(hashes: npt.NDArray[np.uint64], num_entries: int, num_slots: int) -> npt.NDArray[np.int32]:
     """The slots, `num_slots` long, of the first `num_entries` entries."""
     slots = np.zeros(num_slots, np.int32)
     for entry in range(num_entries):
@@ -74,7 +77,7 @@ def rehash(hashes, num_entries, num_slots):
 
 
 @njit(inline="always")
-def _is_closing(data, start, stop):
+def _is_closing(data: Any, start: Any, stop: Any) -> bool:
     """Whether a run holds nothing but the closing marks ’ ” » and apostrophes."""
     i = start
     while i < stop:
@@ -95,7 +98,15 @@ def _is_closing(data, start, stop):
 
 
 @njit(cache=True, nogil=True)
-def scan(data, borders):
+def scan(
+    data: npt.NDArray[np.uint8], borders: int
+) -> tuple[
+    npt.NDArray[np.int32],
+    npt.NDArray[np.uint8],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.int64],
+]:
     """Tokenize a block of UTF-8 that begins and ends between runs.
 
     Returns ``ids, keys, key_ends, hashes, counts``: `ids` of the block's own entries in order of first
@@ -229,7 +240,7 @@ def scan(data, borders):
 
 
 @njit(cache=True, nogil=True)
-def hash_keys(keys, key_ends):
+def hash_keys(keys: npt.NDArray[np.uint8], key_ends: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Hashes of keys, as `scan` computes them of what it stores."""
     hashes = np.empty(key_ends.shape[0], np.uint64)
     start = 0
@@ -243,7 +254,7 @@ def hash_keys(keys, key_ends):
 
 
 @njit(cache=True, nogil=True)
-def is_other(keys, key_ends):
+def is_other(keys: npt.NDArray[np.uint8], key_ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool]:
     """Of each key, whether it holds bytes beyond ASCII."""
     found = np.zeros(key_ends.shape[0], np.bool_)
     start = 0
@@ -257,7 +268,18 @@ def is_other(keys, key_ends):
 
 
 @njit(cache=True, nogil=True)
-def insert(slots, keys, key_ends, hashes, num_entries, new_keys, new_ends, new_hashes, wanted, entries):
+def insert(
+    slots: npt.NDArray[np.int32],
+    keys: npt.NDArray[np.uint8],
+    key_ends: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64],
+    num_entries: int,
+    new_keys: npt.NDArray[np.uint8],
+    new_ends: npt.NDArray[np.int64],
+    new_hashes: npt.NDArray[np.uint64],
+    wanted: npt.NDArray[np.bool],
+    entries: npt.NDArray[np.int32],
+) -> int:
     """Find keys in a table, and append those it lacks; returns the number of entries then.
 
     Only keys with ``wanted[i]`` are looked for; ``entries[i]`` becomes the entry of key i. The table's
@@ -294,7 +316,13 @@ def insert(slots, keys, key_ends, hashes, num_entries, new_keys, new_ends, new_h
 
 
 @njit(cache=True, nogil=True)
-def expand(ids, first, last, words, out):
+def expand(
+    ids: npt.NDArray[np.int32],
+    first: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+    words: npt.NDArray[np.int32],
+    out: npt.NDArray[np.int32],
+) -> int:
     """Replace each id i by ``words[first[i] : last[i]]``; -1 stays, not twice in a row. Returns how many."""
     found = 0
     for i in range(ids.shape[0]):
@@ -310,7 +338,13 @@ def expand(ids, first, last, words, out):
 
 
 @njit(cache=True, nogil=True)
-def add_counts(counts, first, last, words, totals):
+def add_counts(
+    counts: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+    words: npt.NDArray[np.int32],
+    totals: npt.NDArray[np.int64],
+) -> int:
     """Add ``counts[i]`` to the totals of ``words[first[i] : last[i]]``; returns how many tokens that were."""
     added = 0
     for i in range(counts.shape[0]):
@@ -322,7 +356,13 @@ def add_counts(counts, first, last, words, totals):
 
 
 @njit(cache=True, nogil=True)
-def renumber(ids, final, is_border, out, filled):
+def renumber(
+    ids: npt.NDArray[np.int32],
+    final: npt.NDArray[np.int32],
+    is_border: int,
+    out: npt.NDArray[np.int32],
+    filled: int,
+) -> tuple[int, int, int]:
     """Append the final ids of words in the vocabulary to `out`, of which `filled` are there.
 
     Borders come only between two of those. Returns how many ids were taken, how many are in `out` then, and

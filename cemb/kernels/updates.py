@@ -6,9 +6,10 @@ tile of them at once; only weights and state are gathered and scattered.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit, prange
 
 from cemb import hashing
@@ -22,7 +23,9 @@ _GROUP = 8  # pairs whose blocks are updated together
 
 
 @njit(inline="always")
-def _pieces(starts, offsets, run, done, end, piece_starts, piece_ends):
+def _pieces(
+    starts: Any, offsets: Any, run: Any, done: Any, end: Any, piece_starts: Any, piece_ends: Any
+) -> tuple[Any, Any, Any, Any]:
     """Cut a tile from the runs: pieces with their starts, and their ends within the tile.
 
     `done` is how many values of `run` earlier tiles had. Returns the number of pieces, the number of
@@ -44,7 +47,7 @@ def _pieces(starts, offsets, run, done, end, piece_starts, piece_ends):
 
 
 @njit(inline="always")
-def _prefetch(array, piece_starts, piece_ends, pieces):
+def _prefetch(array: Any, piece_starts: Any, piece_ends: Any, pieces: Any) -> None:
     before = 0
     for p in range(pieces):
         cpu._prefetch_run(array, piece_starts[p], piece_ends[p] - before)
@@ -52,7 +55,7 @@ def _prefetch(array, piece_starts, piece_ends, pieces):
 
 
 @njit(inline="always")
-def _gather(array, piece_starts, piece_ends, pieces, scratch, one):
+def _gather(array: Any, piece_starts: Any, piece_ends: Any, pieces: Any, scratch: Any, one: Any) -> None:
     before = 0
     for p in range(pieces):
         length = piece_ends[p] - before
@@ -62,7 +65,7 @@ def _gather(array, piece_starts, piece_ends, pieces, scratch, one):
 
 
 @njit(inline="always")
-def _scatter(scratch, piece_starts, piece_ends, pieces, array, one):
+def _scatter(scratch: Any, piece_starts: Any, piece_ends: Any, pieces: Any, array: Any, one: Any) -> None:
     before = 0
     for p in range(pieces):
         length = piece_ends[p] - before
@@ -72,7 +75,9 @@ def _scatter(scratch, piece_starts, piece_ends, pieces, array, one):
 
 
 @njit(inline="always")
-def _add(scratch, first, piece_starts, piece_ends, pieces, array, factor):
+def _add(
+    scratch: Any, first: Any, piece_starts: Any, piece_ends: Any, pieces: Any, array: Any, factor: Any
+) -> None:
     before = 0
     for p in range(pieces):
         length = piece_ends[p] - before
@@ -83,7 +88,9 @@ def _add(scratch, first, piece_starts, piece_ends, pieces, array, factor):
 
 
 @njit(inline="always")
-def _advance(rule, constants, values, first, moves, means, squares, total):
+def _advance(
+    rule: Any, constants: Any, values: Any, first: Any, moves: Any, means: Any, squares: Any, total: Any
+) -> None:
     """Advance states by a gradient ``values[first:first + total]``; `moves` is what the rate multiplies."""
     one = values.dtype.type(1)
     _, eps, beta1, beta2 = constants
@@ -102,19 +109,19 @@ def _advance(rule, constants, values, first, moves, means, squares, total):
 
 @njit(inline="always")
 def _apply(
-    rule,
-    constants,
-    weight,
-    first_state,
-    second_state,
-    values,
-    first,
-    piece_starts,
-    piece_ends,
-    pieces,
-    total,
-    scratch,
-):
+    rule: Any,
+    constants: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    values: Any,
+    first: Any,
+    piece_starts: Any,
+    piece_ends: Any,
+    pieces: Any,
+    total: Any,
+    scratch: Any,
+) -> None:
     """Update the pieces with their gradient ``values[first:first + total]``."""
     one, rate = weight.dtype.type(1), constants[0]
     if rule == SGD:
@@ -135,7 +142,9 @@ def _apply(
 
 
 @njit(inline="always")
-def _apply_slice(rule, constants, weight, first_state, second_state, values, moves):
+def _apply_slice(
+    rule: Any, constants: Any, weight: Any, first_state: Any, second_state: Any, values: Any, moves: Any
+) -> None:
     """Update consecutive weights with their gradient."""
     rate = constants[0]
     for low in range(0, values.shape[0], _TILE):
@@ -160,7 +169,17 @@ def _apply_slice(rule, constants, weight, first_state, second_state, values, mov
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _update_runs(weight, first_state, second_state, rule, constants, values, starts_of, offsets_of, counts):
+def _update_runs(
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    constants: Any,
+    values: Any,
+    starts_of: Any,
+    offsets_of: Any,
+    counts: Any,
+) -> None:
     for t in prange(counts.shape[0]):
         piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
         scratch = np.empty((3, _TILE), weight.dtype)
@@ -191,7 +210,9 @@ def _update_runs(weight, first_state, second_state, rule, constants, values, sta
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _update_dense(weight, first_state, second_state, rule, constants, gradient, threads):
+def _update_dense(
+    weight: Any, first_state: Any, second_state: Any, rule: Any, constants: Any, gradient: Any, threads: Any
+) -> None:
     for t in prange(threads):
         low, high = weight.shape[0] * t // threads, weight.shape[0] * (t + 1) // threads
         moves = np.empty(_TILE, weight.dtype)
@@ -200,7 +221,16 @@ def _update_dense(weight, first_state, second_state, rule, constants, gradient, 
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _update_buckets(weight, first_state, second_state, rule, constants, entries, starts, threads):
+def _update_buckets(
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    constants: Any,
+    entries: Any,
+    starts: Any,
+    threads: Any,
+) -> None:
     slices = starts.shape[0] - 1
     for t in prange(threads):
         sums, moves = np.zeros(1 << buckets.SLICE_BITS, weight.dtype), np.empty(_TILE, weight.dtype)
@@ -215,7 +245,9 @@ def _update_buckets(weight, first_state, second_state, rule, constants, entries,
 
 
 @njit(inline="always")
-def _prefetch_states(rule, weight, first_state, second_state, places, i, table):
+def _prefetch_states(
+    rule: Any, weight: Any, first_state: Any, second_state: Any, places: Any, i: Any, table: Any
+) -> None:
     cpu._prefetch_pair(weight, places, i, table)
     if rule != SGD:
         cpu._prefetch_pair(first_state, places, i, table)
@@ -225,18 +257,18 @@ def _prefetch_states(rule, weight, first_state, second_state, places, i, table):
 
 @njit(parallel=True, cache=True, nogil=True)
 def _update_alone(
-    weight,
-    first_state,
-    second_state,
-    rule,
-    constants,
-    pairs,
-    kept,
-    factors,
-    alone,
-    threads,
-    table,
-):
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    constants: Any,
+    pairs: Any,
+    kept: Any,
+    factors: Any,
+    alone: Any,
+    threads: Any,
+    table: Any,
+) -> None:
     n, blocks = pairs.shape[0], table.num_blocks
     for t in prange(threads):
         values, scratch = np.empty(_GROUP * 2 * table.dim, weight.dtype), np.empty((3, 1), weight.dtype)
@@ -312,20 +344,24 @@ class Rule(NamedTuple):
     beta2: float = 0.0
 
 
-def _arguments(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule):
+def _arguments(weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule) -> tuple[Any, ...]:
     constants = tuple(weight.dtype.type(constant) for constant in rule[1:])
     first, second = [*states, weight, weight][:2]  # what the rule does not use stands in for none
     return weight, first, second, rule.kind, constants
 
 
-def update_runs(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: runs.Runs) -> None:
+def update_runs(
+    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule, gradient: runs.Runs
+) -> None:
     """Update weights and states at the runs of a gradient."""
     with cpu._launch:
         cpu._set_threads()
         _update_runs(*_arguments(weight, states, rule), *gradient)
 
 
-def update_dense(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: np.ndarray) -> None:
+def update_dense(
+    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule, gradient: npt.NDArray[Any]
+) -> None:
     """Update all weights and states with a dense gradient."""
     with cpu._launch:
         threads = cpu._set_threads()
@@ -333,7 +369,7 @@ def update_dense(weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, g
 
 
 def update_buckets(
-    weight: np.ndarray, states: Sequence[np.ndarray], rule: Rule, gradient: buckets.Buckets
+    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule, gradient: buckets.Buckets
 ) -> None:
     """Update all weights and states; where the buckets of a gradient have no entry, it is zero."""
     with cpu._launch:
@@ -342,13 +378,13 @@ def update_buckets(
 
 
 def update_alone(
-    weight: np.ndarray,
-    states: Sequence[np.ndarray],
+    weight: npt.NDArray[Any],
+    states: Sequence[npt.NDArray[Any]],
     rule: Rule,
-    pairs: np.ndarray,
-    kept: np.ndarray,
-    factors: np.ndarray,
-    alone: np.ndarray,
+    pairs: npt.NDArray[np.int64],
+    kept: npt.NDArray[np.uint16],
+    factors: npt.NDArray[Any],
+    alone: npt.NDArray[np.uint8],
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
 ) -> None:

@@ -7,6 +7,8 @@ any shape to ``[*ids.shape, embedding_dim]``. All its parameters and buffers are
 a number of bytes allows.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -44,4 +46,5 @@ __all__ = [
 @torch.no_grad()
 def all_rows(table: nn.Module) -> Tensor:
     """The vectors of a table, float32 ``[num_embeddings, embedding_dim]``."""
-    return table(torch.arange(table.num_embeddings)).float()
+    rows: Tensor = table(torch.arange(cast(int, table.num_embeddings)))
+    return rows.float()

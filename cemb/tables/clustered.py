@@ -31,7 +31,7 @@ def _k_means(vectors: Tensor, num_clusters: int, num_steps: int, generator: torc
     They start at different vectors, as far as there are any. Clusters that become empty start anew at the
     vectors which are worst served.
     """
-    distinct = vectors.unique(dim=0)
+    distinct: Tensor = vectors.unique(dim=0)
     centroids = distinct[torch.randperm(len(distinct), generator=generator)[:num_clusters]]
     if len(distinct) <= num_clusters:
         return torch.cat((centroids, centroids[:1].expand(num_clusters - len(centroids), -1)))
@@ -64,6 +64,9 @@ class ClusteredEmbedding(nn.Module):
 
     Raises ValueError for impossible sizes and IndexError for ids out of range.
     """
+
+    hash_seed: Tensor
+    codes: Tensor
 
     def __init__(
         self,

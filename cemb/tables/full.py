@@ -1,5 +1,7 @@
 """The uncompressed table."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from cemb import ops
@@ -13,7 +15,7 @@ class FullEmbedding(nn.Embedding):
     The default of torch, deviation 1, makes the scores of a random pair of dimension d spread by √d.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, init_std: float = 0.1, **kwargs):
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, init_std: float = 0.1, **kwargs: Any):
         self.init_std = init_std
         super().__init__(num_embeddings, embedding_dim, **kwargs)
 

@@ -1,5 +1,7 @@
 """The hash-compressed table: every row reads its values from one shared memory pool."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,8 +57,6 @@ class HashedEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if weight is None and pool_size is None:
-            raise ValueError("give pool_size, or an existing pool as weight")
         if weight is not None:
             if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
                 raise ValueError(
@@ -68,6 +68,8 @@ class HashedEmbedding(nn.Module):
             if device is not None or dtype is not None:
                 raise ValueError("device and dtype are those of the given weight; leave them out")
             pool_size = weight.numel()
+        elif pool_size is None:
+            raise ValueError("give pool_size, or an existing pool as weight")
         self.spec = HashSpec(
             num_embeddings, embedding_dim, pool_size, block_size, hash_seed, signed, table_offset
         )
@@ -124,7 +126,7 @@ class HashedEmbedding(nn.Module):
 class ReferenceHashedEmbedding(HashedEmbedding):
     """`HashedEmbedding` computed by `cemb.reference`: what eager PyTorch makes of the same table."""
 
-    pair_scores = None
+    pair_scores: Any = None
 
     def forward(self, ids: Tensor) -> Tensor:
         return reference.hashed_lookup(self.weight, ids, self.spec)

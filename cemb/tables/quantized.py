@@ -16,6 +16,9 @@ class RowQuantizedEmbedding(nn.Module):
     4-bit integers are stored two to a byte, shifted to be positive. Holds no Parameter.
     """
 
+    codes: Tensor
+    scales: Tensor
+
     def __init__(self, codes: Tensor, scales: Tensor, embedding_dim: int, bits: int):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.bits = len(codes), embedding_dim, bits
@@ -50,6 +53,9 @@ class ProductQuantizedEmbedding(nn.Module):
     Jégou, Douze and Schmid, "Product quantization for nearest neighbor search", PAMI 2011. Centroids are
     those of k-means, in float16. Holds no Parameter.
     """
+
+    codes: Tensor
+    codebooks: Tensor
 
     def __init__(self, codes: Tensor, codebooks: Tensor, widths: list[int]):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ class TieredEmbedding(nn.Module):
     def __init__(self, tiers: Sequence[nn.Module]):
         super().__init__()
         self.tiers = nn.ModuleList(tiers)
-        self.embedding_dim: int = tiers[0].embedding_dim
-        *self.firsts, self.num_embeddings = itertools.accumulate((t.num_embeddings for t in tiers), initial=0)
+        self.embedding_dim = cast(int, tiers[0].embedding_dim)
+        sizes = (cast(int, tier.num_embeddings) for tier in tiers)
+        *self.firsts, self.num_embeddings = itertools.accumulate(sizes, initial=0)
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)
         flat = ids.reshape(-1).long()
-        tier = sum((flat >= first).long() for first in self.firsts) - 1
+        tier = cast(Tensor, sum((flat >= first).long() for first in self.firsts)) - 1
         tier, order = tier.sort(stable=True)
         parts = flat[order].split(tier.bincount(minlength=len(self.firsts)).tolist())
         vectors = [

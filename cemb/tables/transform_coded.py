@@ -11,6 +11,7 @@ lower the loss most.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ NUM_TIERS = 24
 _SCALE_STEPS = 255
 
 
-def tier_borders(num_rows: int) -> np.ndarray:
+def tier_borders(num_rows: int) -> npt.NDArray[np.int64]:
     """First rows of at most `NUM_TIERS` runs of rows, which grow geometrically, and the number of rows."""
     return np.unique(np.r_[0, np.geomspace(min(16, num_rows), num_rows, NUM_TIERS).astype(np.int64)])
 
@@ -84,6 +85,13 @@ class TransformCodedEmbedding(nn.Module):
     of `codes`, the columns in order, low bits first.
     """
 
+    bits: Tensor
+    scales: Tensor
+    scale_range: Tensor
+    deviations: Tensor
+    levels: Tensor
+    codes: Tensor
+
     def __init__(self, normalized: NormalizedVectors, bits: Tensor):
         super().__init__()
         self.num_embeddings, self.embedding_dim = normalized.values.shape
@@ -139,8 +147,8 @@ def _encode(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     tiers = values.split(np.diff(borders).tolist())
     levels = torch.zeros(2 ** (MAX_BITS + 1) - 1)
     for b in range(1, MAX_BITS + 1):
-        own = [tier[:, own_bits == b].flatten() for tier, own_bits in zip(tiers, bits, strict=True)]
-        own = torch.cat(own)
+        parts = [tier[:, own_bits == b].flatten() for tier, own_bits in zip(tiers, bits, strict=True)]
+        own = torch.cat(parts)
         if own.numel():
             own = own[:: -(-own.numel() // 2**20)]  # a sample places 256 levels well enough
             levels[2**b - 1 : 2 ** (b + 1) - 1] = lloyd_levels(own.sort().values, b)
@@ -163,7 +171,8 @@ def _encode(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
 def overhead_bytes(num_rows: int, dim: int) -> int:
     """Bytes of a table apart from its codes."""
     tiers = len(tier_borders(num_rows)) - 1
-    return num_rows + 2 * 4 + tiers * dim * 3 + (2 ** (MAX_BITS + 1) - 1) * 2
+    num_levels: int = 2 ** (MAX_BITS + 1) - 1
+    return num_rows + 2 * 4 + tiers * dim * 3 + num_levels * 2
 
 
 def allocate_bits(sides: list[tuple[Tensor, Tensor]], max_bytes: int) -> list[Tensor]:
