@@ -2,9 +2,18 @@
 
 import os
 
+from sphinx.util.parallel import make_chunks
+
+
+def deal_out(app, env, docnames):
+    """Chapters run code and run pages do not: spread them over the chunks of pages read at once."""
+    chunks = len(make_chunks(docnames, app.parallel))
+    docnames[:] = [name for first in range(chunks) for name in docnames[first::chunks]]
+
 
 def setup(app):
     app.parallel = os.cpu_count() or 1
+    app.connect("env-before-read-docs", deal_out)
     # It numbers sections once all pages are read, and does not say that pages may be read at once.
     app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
     return {"parallel_read_safe": True, "parallel_write_safe": True}
