@@ -14,11 +14,11 @@ TEST_STAMP := $(VENV)/.installed-test
 PEERS_STAMP := $(VENV)/.installed-peers
 OUT ?= results/local/gpu
 
-.PHONY: help env book study check site archive test lint bench peers test-gpu gpu lab open clean
+.PHONY: help env book study check check-published site archive test lint bench peers test-gpu gpu lab open clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  CORPUS=path/to.txt make book runs the study on a text of your own"
 	@echo "  PROFILE=full make book runs all of it: more ratios, three seeds, word2vec; some two hours"
 
@@ -39,6 +39,9 @@ study: $(STAMP) ## run the notebooks that are not up to date
 
 check: $(STAMP) ## say which runs are stale, and why
 	$(BIN)/python -m cemb study --check --grid $(CEMB_GRID) $(if $(CORPUS),--corpus "$(CORPUS)")
+
+check-published: $(STAMP) ## say which of the references' records are of earlier code, and why
+	$(BIN)/python -m cemb study --check --published
 
 site: $(STAMP) ## build the site from the runs there are
 	$(BIN)/python book/build.py

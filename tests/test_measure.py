@@ -277,6 +277,12 @@ def test_command_line_trains_and_saves(tmp_path, capsys):
     assert command_line.main(train) == 0
     assert json.loads(capsys.readouterr().out)["num_parameters"] == 90
     assert torch.load(saved)["word_table.weight"].shape == (90,)
+    saved.unlink()
+    assert command_line.main([*train, "--optimizer", "sgd", "--learning-rate", "1e30"]) == 2
+    printed = capsys.readouterr()
+    assert "training diverged" in json.loads(printed.out)["failure"]
+    assert "cemb: there is no model to save: training diverged" in printed.err
+    assert not saved.exists()
 
 
 def test_command_line_measures_the_frontier_and_searches_rates(tmp_path, capsys, monkeypatch):
