@@ -65,6 +65,7 @@ class Documents:
         yield b"".join(batch)
 
 
+@functools.cache  # a study asks for each of its runs
 def _package(part: str, package: str, pattern: str, documents: Callable[[Path], Iterator[str]]) -> Documents:
     """The data files of an installed corpus package, in the order of their names."""
     try:

