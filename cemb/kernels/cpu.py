@@ -515,7 +515,7 @@ def _pair_owned_single(
         own, partner = np.empty(2 * _TILE * dim + 1, np.uint32), np.empty(2 * _TILE * dim + 1, np.uint32)
         term = np.empty(2 * _TILE * dim + 1, pool.dtype)
         for low in range(0, n, _TILE):
-            count = np.int64(0)
+            count: Any = 0
             for i in range(low, min(low + _TILE, n)):
                 word, context = (
                     _key(table, _row(table, pairs, i, 0)),
@@ -550,7 +550,7 @@ def _pair_owned(
             _find(table, pairs, low, high, keys, places, signs)
             for i in range(high - low):
                 _prefetch_pair(weight, places, i, table)
-            count = np.int64(0)
+            count: Any = 0
             for side in range(2):
                 for b in range(table.num_blocks):
                     for i in range(high - low):

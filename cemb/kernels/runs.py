@@ -130,7 +130,7 @@ def _separate(
         marks = planes[0]
         keys, places, signs = cpu._tile_memory(table)
         found = listed[t]
-        count = np.int64(0)
+        count: Any = 0
         begin, end = _share(n, t, threads)
         for low in range(begin, end, cpu._TILE):
             tile = min(cpu._TILE, end - low)
@@ -190,7 +190,7 @@ def _sum_listed(
         places, next_places = np.empty((2, cpu._TILE), np.int64), np.empty((2, cpu._TILE), np.int64)
         signs, next_signs = np.ones((2, cpu._TILE), np.int64), np.ones((2, cpu._TILE), np.int64)
         last_length = cpu._block_length(table, blocks - 1)
-        count = num_listed.dtype.type(0)
+        count: Any = 0
         for lister in range(threads):
             for x in range(num_listed[lister]):
                 entry = listed[lister, x]
