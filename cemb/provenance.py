@@ -134,8 +134,6 @@ def _repeats(found: list[records.Record]) -> list[str]:
             if name not in record:
                 continue
             parts = [record.get("optimizer"), record_name(record), record.get("ids"), record.get("case")]
-            if "num_embeddings" in record:
-                parts.append(f"{record['num_embeddings']:,} rows")
             if record.get("thp_mem_alloc_enable") == "1":
                 parts.append("huge pages")
             what = ", ".join(filter(None, parts))

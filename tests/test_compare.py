@@ -159,7 +159,12 @@ def test_ratios_are_of_medians_with_their_spread():
     assert not ratios.is_tie["total"]
     assert ratios.is_contended["total"]
     table = compare.times_table(ratios.reset_index())
-    assert list(table.iloc[0])[:4] == ["speed-sgd-4", "hashed, pool 4, block 1 (contended)", "other", "3.00"]
+    assert list(table.iloc[0])[:4] == [
+        "speed-sgd-4",
+        "hashed, pool 4, block 1, 10 rows (contended)",
+        "other",
+        "3.00",
+    ]
     assert table.total[0].startswith("3.00 (")
     tie = compare.times_table(compare.time_ratios([_compare([_timed(10.0)], [_timed(10.05)])]))
     assert tie.total[0].endswith("tie")
@@ -179,7 +184,9 @@ def test_ratios_are_drawn_on_a_logarithmic_axis():
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert axes.get_legend_handles_labels()[1] == ["forward", "gradient", "step", "total"]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["speed-sgd-4: hashed, pool 4, block 1"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
+        "speed-sgd-4: hashed, pool 4, block 1, 10 rows"
+    ]
     plt.close(figure)
 
 
@@ -196,3 +203,17 @@ def test_a_reference_matches_itself_and_not_its_altered_copy():
     ]
     (bad,) = (check for check in compare.compare(name, altered, there).checks() if not check.matches)
     assert (bad.run, bad.name, bad.here - bad.there) == (best["run"], "num_words", 1)
+
+
+def test_record_names_tell_the_records_of_a_run_apart():
+    for name, found in report.references("records"):
+        names = [(record["run"], compare.record_name(record)) for record in found]
+        assert len(set(names)) == len(names), name
+
+
+def test_a_reference_compares_with_itself():
+    for name, found in report.references("records"):
+        ratios = compare.time_ratios([compare.compare(name, found, found)])
+        table = compare.times_table(ratios)
+        assert len(table) == sum("total_ms_repeats" in record for record in found)
+        assert set(ratios.value) == {1.0}
