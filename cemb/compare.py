@@ -384,41 +384,46 @@ def times_table(ratios: pd.DataFrame) -> pd.DataFrame:
 
 
 def times_figure(ratios: pd.DataFrame) -> Figure:
-    """Total time here over there with its interval, and each phase's ratio, on a logarithmic axis.
+    """Total time here over there with its interval, and each phase's ratio, on logarithmic axes.
 
-    A row for each pair of records of a frame that `time_ratios` made; 1, the same time, is a line.
+    A panel for each machine of a frame that `time_ratios` made, and a row for each record; 1, the same time,
+    is a line.
     """
-    rows = list(dict.fromkeys(zip(ratios.machine, ratios.run, ratios.record, strict=True)))
-    several = ratios.machine.nunique() > 1
-    names = [f"{run}: {record}" + (f" ({machine})" if several else "") for machine, run, record in rows]
+    rows = list(dict.fromkeys(zip(ratios.run, ratios.record, strict=True)))
+    machines = list(dict.fromkeys(ratios.machine))
+    colours = {**plots.PHASE_COLOURS, "total": "#000000"}
     # Not in `cemb.plots`, which every notebook reaches: an edit there makes all of the study stale.
     with plt.rc_context(plots.STYLE):
-        figure, axes = plt.subplots(figsize=(7.4, 1.2 + 0.2 * len(rows)))
-        colours = {**plots.PHASE_COLOURS, "total": "#000000"}
-        for phase, colour in colours.items():
-            own = ratios[ratios.phase == phase]
-            places = [rows.index(key) for key in zip(own.machine, own.run, own.record, strict=True)]
-            # The ratio of medians may lie outside of what the bootstrap draws.
-            error = np.maximum([own.value - own.low, own.high - own.value], 0) if phase == "total" else None
-            marker = "o" if phase == "total" else "|"
-            axes.errorbar(
-                own.value,
-                places,
-                xerr=error,
-                fmt=marker,
-                color=colour,
-                markersize=5,
-                label=phase,
-                linestyle="none",
+        figure, panels = plt.subplots(
+            1, len(machines), sharey=True, squeeze=False, figsize=(9, 1.2 + 0.2 * len(rows))
+        )
+        for machine, axes in zip(machines, panels[0], strict=True):
+            for phase, colour in colours.items():
+                own = ratios[(ratios.phase == phase) & (ratios.machine == machine)]
+                places = [rows.index(key) for key in zip(own.run, own.record, strict=True)]
+                # The ratio of medians may lie outside of what the bootstrap draws.
+                error = np.maximum([own.value - own.low, own.high - own.value], 0)
+                axes.errorbar(
+                    own.value,
+                    places,
+                    xerr=error if phase == "total" else None,
+                    fmt="o" if phase == "total" else "|",
+                    color=colour,
+                    markersize=5,
+                    label=phase,
+                    linestyle="none",
+                )
+            axes.axvline(1, color=plots.GREY, linewidth=1)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            low, high = axes.get_xlim()
+            labelled = "25" if high < 100 * low else ""  # beyond two decades there is no room for more
+            axes.xaxis.set_minor_formatter(
+                lambda value, _, labelled=labelled: f"{value:g}" if f"{value:e}"[0] in labelled else ""
             )
-        axes.axvline(1, color=plots.GREY, linewidth=1)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        low, high = axes.get_xlim()
-        labelled = "25" if high < 100 * low else ""  # beyond two decades there is no room for more
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in labelled else "")
-        axes.set_yticks(range(len(rows)), names, fontsize=7)
+            axes.set(xlabel=f"time here ÷ time of\n{machine}")
+        names = [f"{run}: {record}" for run, record in rows]
+        panels[0, 0].set_yticks(range(len(rows)), names, fontsize=7)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set(xlabel="time here ÷ time there")
-        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.3, 1))
+        figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper right")
         return figure
