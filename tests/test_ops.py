@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cemb import ops, reference
+from cemb import kernels, ops, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
 from cemb.kernels import cpu, runs
 
@@ -449,3 +450,14 @@ def test_backends():
     assert ops.backend(torch.device("cuda"), torch.bfloat16) == "triton"
     assert ops.backend(torch.device("cuda"), torch.float64) == "torch"
     assert ops.backend(torch.device("meta"), torch.float32) == "torch"
+
+
+def test_kernels_compiled_from_earlier_sources_are_discarded(tmp_path):
+    compiled = tmp_path / "__pycache__"
+    compiled.mkdir()
+    ages = {tmp_path / "a.py": 1, compiled / "b.nbi": 2, tmp_path / "lanes.py": 3, compiled / "c.nbi": 4}
+    for path, age in ages.items():
+        path.touch()
+        os.utime(path, (age, age))
+    kernels.discard_outdated(tmp_path)
+    assert [path for path in ages if not path.exists()] == [compiled / "b.nbi"]

@@ -169,7 +169,8 @@ def _add_row(grad: Any, i: Any, target: Any, key: Any, table: Any) -> None:
             start, sign = _locate(table, key, b)
             first, length = b * table.block_size, _block_length(table, b)
             for k in range(0, length, _LANES):
-                lanes.add_scaled(target, start + k, grad[i], first + k, sign, _mask(length - k))
+                mask = _mask(length - k)
+                lanes.add_scaled(target, start + k, grad[i], first + k, sign, mask, mask)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -201,7 +202,8 @@ def _scatter_owned(grad: Any, ids: Any, pool: Any, threads: Any, table: Any) -> 
                 first, length = b * table.block_size, _block_length(table, b)
                 begin, end = max(0, low - start), min(length, high - start)
                 for k in range(begin, end, _LANES):
-                    lanes.add_scaled(pool, start + k, grad[i], first + k, sign, _mask(end - k))
+                    mask = _mask(end - k)
+                    lanes.add_scaled(pool, start + k, grad[i], first + k, sign, mask, mask)
 
 
 _kept_pools: npt.NDArray[Any] = np.empty((0, 0), np.float32)
@@ -447,9 +449,10 @@ def _pair_private(
                     first, length = b * table.block_size, _block_length(table, b)
                     factor = grad[low + i] * scale * (signs[0, b, i] * signs[1, b, i])
                     for k in range(0, length, _LANES):
-                        bits = lanes.bits_from(kept[low + i], first + k) & _mask(length - k)
-                        lanes.add_scaled(target, word + k, weight, context + k, factor, bits)
-                        lanes.add_scaled(target, context + k, weight, word + k, factor, bits)
+                        mask = _mask(length - k)
+                        bits = lanes.bits_from(kept[low + i], first + k) & mask
+                        lanes.add_scaled(target, word + k, weight, context + k, factor, bits, mask)
+                        lanes.add_scaled(target, context + k, weight, word + k, factor, bits, mask)
     for t in prange(threads):
         low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
         for other in range(threads - 1):
@@ -570,8 +573,9 @@ def _pair_owned(
                 factor = grad[low + i] * scale * (signs[0, b, i] * signs[1, b, i])
                 begin, end = max(0, low_end - place), min(length, high_end - place)
                 for k in range(begin, end, _LANES):
-                    bits = lanes.bits_from(kept[low + i], first + k) & _mask(end - k)
-                    lanes.add_scaled(pool, place + k, weight, partner + k, factor, bits)
+                    mask = _mask(end - k)
+                    bits = lanes.bits_from(kept[low + i], first + k) & mask
+                    lanes.add_scaled(pool, place + k, weight, partner + k, factor, bits, mask)
 
 
 def pair_scores(

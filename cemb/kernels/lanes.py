@@ -35,18 +35,54 @@ def _splat(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
-def _load(context: Any, builder: Any, array_type: Any, array: Any, index: Any, bits: Any) -> Any:
-    """Lanes of ``array[index:]`` inside `bits`, zero elsewhere; bfloat16 becomes float32."""
+def _has_masked_access(context: Any) -> bool:
+    """Whether masked loads and stores of all types are instructions of the processor, and fast ones.
+
+    AVX2 alone has them for 32 and 64 bits, its stores in microcode on AMD's processors: 18 or 42 of its
+    operations each, by https://www.agner.org/optimize/instruction_tables.pdf.
+    """
+    return "+avx512bw" in context.codegen().magic_tuple()[2]
+
+
+def _on_lanes(context: Any, builder: Any, mask: Any, generate: Callable[[Any], None]) -> None:
+    """Generate code for the lanes of `mask`, and where that pays, code for all lanes apart.
+
+    `generate` is given the lanes, None for all of them.
+    """
+    if _has_masked_access(context):
+        generate(_bits(builder, mask))
+        return
+    is_full = builder.icmp_unsigned("==", mask, ir.Constant(mask.type, (1 << LANES) - 1))
+    with builder.if_else(is_full, likely=True) as (full, partial):
+        with full:
+            generate(None)
+        with partial:
+            generate(_bits(builder, mask))
+
+
+def _load(
+    context: Any, builder: Any, array_type: Any, array: Any, index: Any, bits: Any, kept: Any = None
+) -> Any:
+    """Lanes of ``array[index:]`` inside `bits`, of them those of `kept`; zero elsewhere.
+
+    None stands for all lanes; bfloat16 becomes float32.
+    """
     pointer = _pointer(context, builder, array_type, array, index)
     vector = ir.VectorType(pointer.type.pointee, LANES)
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(vector, [pointer.type, _I32, _BITS, vector]),
-        f"llvm.masked.load.v{LANES}{_SUFFIX[str(vector.element)]}.p0",
-    )
-    align = ir.Constant(_I32, array_type.dtype.bitwidth // 8)
+    align = array_type.dtype.bitwidth // 8
     zero = ir.Constant(vector, [0 if vector.element == _I16 else 0.0] * LANES)
-    loaded = builder.call(function, [pointer, align, bits, zero])
+    if bits is None:
+        loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align)
+        if kept is not None:
+            loaded = builder.select(kept, loaded, zero)
+    else:
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(vector, [pointer.type, _I32, _BITS, vector]),
+            f"llvm.masked.load.v{LANES}{_SUFFIX[str(vector.element)]}.p0",
+        )
+        bits = bits if kept is None else kept
+        loaded = builder.call(function, [pointer, ir.Constant(_I32, align), bits, zero])
     if vector.element != _I16:
         return loaded
     words = ir.VectorType(_I32, LANES)
@@ -54,22 +90,58 @@ def _load(context: Any, builder: Any, array_type: Any, array: Any, index: Any, b
     return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), LANES))
 
 
+def _part(builder: Any, vector: Any, first: int, count: int) -> Any:
+    return builder.shuffle_vector(
+        vector,
+        ir.Constant(vector.type, ir.Undefined),
+        ir.Constant(ir.VectorType(_I32, count), list(range(first, first + count))),
+    )
+
+
 def _store(
     context: Any, builder: Any, array_type: Any, array: Any, index: Any, bits: Any, value: Any
 ) -> None:
+    """Write the lanes of `bits`, which must be the first few; None stands for all lanes."""
     pointer = _pointer(context, builder, array_type, array, index)
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, _BITS]),
-        f"llvm.masked.store.v{LANES}{_SUFFIX[str(value.type.element)]}.p0",
-    )
-    builder.call(function, [value, pointer, ir.Constant(_I32, array_type.dtype.bitwidth // 8), bits])
+    align = array_type.dtype.bitwidth // 8
+    if bits is None:
+        builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
+    elif _has_masked_access(context):
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _I32, _BITS]),
+            f"llvm.masked.store.v{LANES}{_SUFFIX[str(value.type.element)]}.p0",
+        )
+        builder.call(function, [value, pointer, ir.Constant(_I32, align), bits])
+    else:
+        count = builder.ctpop(builder.bitcast(bits, _I16))
+        width = LANES // 2
+        while width:
+            # Where the count has this bit, the next `width` lanes are written; what follows moves down.
+            has = builder.icmp_unsigned(
+                "!=", builder.and_(count, ir.Constant(_I16, width)), ir.Constant(_I16, 0)
+            )
+            low, high = _part(builder, value, 0, width), _part(builder, value, width, width)
+            with builder.if_then(has):
+                builder.store(low, builder.bitcast(pointer, low.type.as_pointer()), align=align)
+            pointer = builder.gep(
+                pointer, [builder.select(has, ir.Constant(_I32, width), ir.Constant(_I32, 0))]
+            )
+            value = builder.select(has, high, low)
+            width //= 2
 
 
 def _scaled(
-    context: Any, builder: Any, source_type: Any, source: Any, index: Any, factor: Any, bits: Any
+    context: Any,
+    builder: Any,
+    source_type: Any,
+    source: Any,
+    index: Any,
+    factor: Any,
+    bits: Any,
+    kept: Any = None,
 ) -> Any:
-    loaded = _load(context, builder, source_type, source, index, bits)
+    loaded = _load(context, builder, source_type, source, index, bits, kept)
     return builder.fmul(loaded, _splat(builder, factor, loaded.type))
 
 
@@ -109,10 +181,14 @@ def multiply(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, a_type, _, b_type, _, _, _, _ = signature.args
         out, i, a, j, b, k, factor, kept, mask = arguments
-        bits = _bits(builder, kept)
-        left = _scaled(context, builder, a_type, a, j, factor, bits)
-        right = _load(context, builder, b_type, b, k, bits)
-        _store(context, builder, out_type, out, i, _bits(builder, mask), builder.fmul(left, right))
+        kept = _bits(builder, kept)
+
+        def on(bits: Any) -> None:
+            left = _scaled(context, builder, a_type, a, j, factor, bits, kept)
+            right = _load(context, builder, b_type, b, k, bits, kept)
+            _store(context, builder, out_type, out, i, bits, builder.fmul(left, right))
+
+        _on_lanes(context, builder, mask, on)
 
     ints = types.intp
     return types.void(out, ints, a, ints, b, ints, _factor_type(a), ints, ints), generate
@@ -125,28 +201,37 @@ def scale(typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, mask:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, source_type, _, _, _ = signature.args
         out, i, source, j, factor, mask = arguments
-        bits = _bits(builder, mask)
-        value = _scaled(context, builder, source_type, source, j, factor, bits)
-        _store(context, builder, out_type, out, i, bits, value)
+
+        def on(bits: Any) -> None:
+            value = _scaled(context, builder, source_type, source, j, factor, bits)
+            _store(context, builder, out_type, out, i, bits, value)
+
+        _on_lanes(context, builder, mask, on)
 
     ints = types.intp
     return types.void(out, ints, source, ints, _factor_type(source), ints), generate
 
 
 @intrinsic
-def add_scaled(typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, mask: Any) -> tuple[Any, Any]:
-    """``out[i + l] += factor * source[j + l]`` for the lanes l of `mask`."""
+def add_scaled(
+    typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, mask: Any
+) -> tuple[Any, Any]:
+    """``out[i + l] += factor * source[j + l] if l in kept else 0`` for the lanes l of `mask`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
-        out_type, _, source_type, _, _, _ = signature.args
-        out, i, source, j, factor, mask = arguments
-        bits = _bits(builder, mask)
-        value = _scaled(context, builder, source_type, source, j, factor, bits)
-        total = builder.fadd(_load(context, builder, out_type, out, i, bits), value)
-        _store(context, builder, out_type, out, i, bits, total)
+        out_type, _, source_type, _, _, _, _ = signature.args
+        out, i, source, j, factor, kept, mask = arguments
+        kept = _bits(builder, kept)
+
+        def on(bits: Any) -> None:
+            value = _scaled(context, builder, source_type, source, j, factor, bits, kept)
+            total = builder.fadd(_load(context, builder, out_type, out, i, bits), value)
+            _store(context, builder, out_type, out, i, bits, total)
+
+        _on_lanes(context, builder, mask, on)
 
     ints = types.intp
-    return types.void(out, ints, source, ints, _factor_type(source), ints), generate
+    return types.void(out, ints, source, ints, _factor_type(source), ints, ints), generate
 
 
 @intrinsic
@@ -158,9 +243,14 @@ def append_scaled(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, source_type, _, _, _, _, _ = signature.args
         out, i, source, j, factor, kept, old, mask = arguments
-        value = _scaled(context, builder, source_type, source, j, factor, _bits(builder, kept))
-        before = _load(context, builder, out_type, out, i, _bits(builder, old))
-        _store(context, builder, out_type, out, i, _bits(builder, mask), builder.fadd(before, value))
+        kept, old = _bits(builder, kept), _bits(builder, old)
+
+        def on(bits: Any) -> None:
+            value = _scaled(context, builder, source_type, source, j, factor, bits, kept)
+            before = _load(context, builder, out_type, out, i, bits, old)
+            _store(context, builder, out_type, out, i, bits, builder.fadd(before, value))
+
+        _on_lanes(context, builder, mask, on)
 
     ints = types.intp
     return types.void(out, ints, source, ints, _factor_type(source), ints, ints, ints), generate

@@ -83,7 +83,7 @@ def _add(
         length = piece_ends[p] - before
         for k in range(0, length, _LANES):
             mask = cpu._mask(length - k)
-            lanes.add_scaled(array, piece_starts[p] + k, scratch, first + before + k, factor, mask)
+            lanes.add_scaled(array, piece_starts[p] + k, scratch, first + before + k, factor, mask, mask)
         before = piece_ends[p]
 
 

@@ -1,0 +1,70 @@
+"""Vector operations under masks, with masked instructions and with what stands in for them."""
+
+import numpy as np
+import pytest
+from numba import njit
+
+from cemb.kernels import lanes
+
+WIDTH = lanes.LANES
+COUNTS = range(WIDTH + 1)
+
+
+def _kernel(out, a, b, factor, kept, old, mask):
+    lanes.multiply(out[0], 1, a, 2, b, 3, factor, kept, mask)
+    lanes.scale(out[1], 1, a, 2, factor, mask)
+    lanes.add_scaled(out[2], 1, a, 2, factor, kept, mask)
+    lanes.append_scaled(out[3], 1, a, 2, factor, kept, old, mask)
+
+
+@pytest.fixture(params=[True, False], ids=["masked", "plain"])
+def kernel(request, monkeypatch):
+    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: request.param)
+    return njit(_kernel)
+
+
+def _float32(values):
+    """Values as kernels see them: bfloat16 comes as the upper halves of float32."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint16])
+def test_lanes_of_a_mask_are_written_and_no_other(kernel, dtype):
+    rng = np.random.default_rng(0)
+    computed = np.float32 if dtype == np.uint16 else dtype
+    a, b = (rng.integers(0x3F00, 0x4000, 2 * WIDTH).astype(np.uint16) for _ in range(2))
+    if dtype != np.uint16:
+        a, b = (rng.standard_normal(2 * WIDTH).astype(dtype) for _ in range(2))
+    lane = np.arange(WIDTH)
+    factor = computed(1.7)
+    for count in COUNTS:
+        for old in {0, count // 2, count}:
+            mask, kept = (1 << count) - 1, int(rng.integers(1 << WIDTH)) & ((1 << count) - 1)
+            before = rng.standard_normal((4, 2 * WIDTH)).astype(computed)
+            before[0], before[1] = np.nan, np.nan  # never read
+            before[3, 1 + old : 1 + WIDTH] = np.nan
+            out = before.copy()
+            kernel(out, a, b, factor, kept, (1 << old) - 1, mask)
+            is_kept = (kept >> lane & 1).astype(bool)
+            term = factor * _float32(a)[2 : 2 + WIDTH]
+            wanted = before.copy()
+            for row, values in enumerate(
+                (
+                    np.where(is_kept, term * _float32(b)[3 : 3 + WIDTH], 0),
+                    term,
+                    before[2, 1 : 1 + WIDTH] + np.where(is_kept, term, 0),
+                    np.where(lane < old, before[3, 1 : 1 + WIDTH], 0) + np.where(is_kept, term, 0),
+                )
+            ):
+                wanted[row, 1 : 1 + count] = values[:count]
+            np.testing.assert_array_equal(out, wanted, err_msg=f"{count} lanes, {old} of them old")
+
+
+def test_what_is_not_kept_is_not_read(kernel):
+    values = np.full(2 * WIDTH, np.nan, np.float32)
+    out = np.zeros((4, 2 * WIDTH), np.float32)
+    kernel(out, values, values, np.float32(1), 0, 0, (1 << WIDTH) - 1)
+    assert np.isnan(out[1, 1 : 1 + WIDTH]).all()
+    assert not out[[0, 2, 3]].any()
