@@ -142,35 +142,37 @@ def is_single(table: Geometry | hashing.HashSpec | hashing.FullSpec) -> bool | n
 _is_single = njit(inline="always")(is_single)
 
 
+@njit(inline="always")
+def _find_row(places: Any, signs: Any, key: Any, table: Any) -> None:
+    """Places and signs of a row's values at block size 1.
+
+    They are found before any is used, so that many values are on their way at once: the hash would take most
+    of the instructions that a processor looks ahead.
+    """
+    for j in range(table.dim):
+        places[j] = np.uint32(_start(table, _mix(key + np.uint64(j))))
+    if table.sign_mask:
+        for j in range(table.dim):
+            signs[j] = np.int64(1) - np.int64((_mix(key + np.uint64(j)) & _ONE) << _ONE)
+
+
 @njit(parallel=True, cache=True, nogil=True)
-def _lookup(weight: Any, ids: Any, out: Any, table: Any) -> None:
-    for i in prange(ids.shape[0]):
-        key = _key(table, ids[i] + table.word_offset)
-        if _is_single(table):
-            for j in range(table.dim):
-                start, sign = _locate(table, key, j)
-                out[i, j] = sign * lanes.value_at(weight, start)
-        else:
+def _lookup(weight: Any, ids: Any, out: Any, threads: Any, table: Any) -> None:
+    rows = ids.shape[0]
+    for t in prange(threads):
+        places, signs = np.empty(table.dim, np.uint32), np.ones(table.dim, out.dtype)
+        for i in range(rows * t // threads, rows * (t + 1) // threads):
+            key = _key(table, ids[i] + table.word_offset)
+            if _is_single(table):
+                _find_row(places, signs, key, table)
+                for j in range(table.dim):
+                    out[i, j] = signs[j] * lanes.value_at(weight, np.int64(places[j]))
+                continue
             for b in range(table.num_blocks):
                 start, sign = _locate(table, key, b)
                 first, length = b * table.block_size, _block_length(table, b)
                 for k in range(0, length, _LANES):
                     lanes.scale(out[i], first + k, weight, start + k, sign, _mask(length - k))
-
-
-@njit(inline="always")
-def _add_row(grad: Any, i: Any, target: Any, key: Any, table: Any) -> None:
-    if _is_single(table):
-        for j in range(table.dim):
-            start, sign = _locate(table, key, j)
-            target[start] += sign * grad[i, j]
-    else:
-        for b in range(table.num_blocks):
-            start, sign = _locate(table, key, b)
-            first, length = b * table.block_size, _block_length(table, b)
-            for k in range(0, length, _LANES):
-                mask = _mask(length - k)
-                lanes.add_scaled(target, start + k, grad[i], first + k, sign, mask, mask)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -181,8 +183,20 @@ def _scatter_private(grad: Any, ids: Any, pool: Any, private: Any, table: Any) -
         target = pool if t == 0 else private[t - 1]
         if t > 0:
             target[:] = 0
+        places, signs = np.empty(table.dim, np.uint32), np.ones(table.dim, pool.dtype)
         for i in range(rows * t // threads, rows * (t + 1) // threads):
-            _add_row(grad, i, target, _key(table, ids[i] + table.word_offset), table)
+            key = _key(table, ids[i] + table.word_offset)
+            if _is_single(table):
+                _find_row(places, signs, key, table)
+                for j in range(table.dim):
+                    target[np.int64(places[j])] += signs[j] * grad[i, j]
+                continue
+            for b in range(table.num_blocks):
+                start, sign = _locate(table, key, b)
+                first, length = b * table.block_size, _block_length(table, b)
+                for k in range(0, length, _LANES):
+                    mask = _mask(length - k)
+                    lanes.add_scaled(target, start + k, grad[i], first + k, sign, mask, mask)
     for t in prange(threads):
         low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
         for other in range(threads - 1):
@@ -195,8 +209,21 @@ def _scatter_owned(grad: Any, ids: Any, pool: Any, threads: Any, table: Any) -> 
     size = pool.shape[0]
     for t in prange(threads):
         low, high = size * t // threads, size * (t + 1) // threads
+        places, signs = np.empty(table.dim, np.uint32), np.ones(table.dim, pool.dtype)
+        own = np.empty(table.dim + 1, np.int64)  # columns whose places this thread owns
         for i in range(ids.shape[0]):
             key = _key(table, ids[i] + table.word_offset)
+            if _is_single(table):
+                _find_row(places, signs, key, table)
+                count: Any = 0
+                for j in range(table.dim):
+                    own[count] = j
+                    # No branch, since none could be predicted.
+                    count += np.int64(places[j] >= low) & np.int64(places[j] < high)
+                for x in range(count):
+                    j = own[x]
+                    pool[np.int64(places[j])] += signs[j] * grad[i, j]
+                continue
             for b in range(table.num_blocks):
                 start, sign = _locate(table, key, b)
                 first, length = b * table.block_size, _block_length(table, b)
@@ -225,8 +252,8 @@ def lookup(
 ) -> None:
     """Write rows `ids` ``[n]`` of the table into `out` ``[n, embedding_dim]``."""
     with _launch:
-        _set_threads()
-        _lookup(weight, ids, out, Geometry.of(spec))
+        threads = _set_threads()
+        _lookup(weight, ids, out, threads, Geometry.of(spec))
 
 
 def scatter(
