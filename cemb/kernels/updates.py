@@ -244,7 +244,8 @@ def _update_buckets(
             sums[:] = 0
 
 
-@njit(inline="always")
+# Not inlined: that doubled the time that `_update_alone` takes to compile.
+@njit(nogil=True)
 def _prefetch_states(
     rule: Any, weight: Any, first_state: Any, second_state: Any, places: Any, i: Any, table: Any
 ) -> None:
