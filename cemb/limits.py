@@ -1,12 +1,15 @@
 """How few bits a factorization could do with: rate–distortion limits, in gap to the optimum."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cemb.evaluate import Optimum
+if TYPE_CHECKING:  # evaluate imports torch, which takes seconds
+    from cemb.evaluate import Optimum
 
 
 def water_filling(variances: npt.NDArray[Any], bits: float) -> float:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cemb.records import CONTENDED_SHARE
+
 
 class Clock:
     """Times named phases of one step in milliseconds; waits for the device at each border."""
@@ -34,8 +36,6 @@ class Clock:
 
 
 Step = Callable[[Clock], None]
-# A step whose threads waited for a processor for more than this share of it measures its neighbours, too.
-CONTENDED_SHARE = 0.05
 _TASKS = Path("/proc/self/task")
 
 

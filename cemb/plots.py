@@ -48,7 +48,8 @@ STYLE: dict[Any, Any] = {
 
 if get_ipython() is not None:
     # In notebooks and pages figures are drawings, sharp at any size; without a date they are the same bytes.
-    set_matplotlib_formats("svg", metadata={"Date": None})
+    # No cropping, for which each figure would be drawn twice; the layout keeps everything inside.
+    set_matplotlib_formats("svg", metadata={"Date": None}, bbox_inches=None)
 
 
 def _figure(*shape: int, size: tuple[float, float] = (7, 3), **options: Any) -> tuple[Figure, Any]:

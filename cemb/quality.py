@@ -17,6 +17,7 @@ from cemb import evaluate, records
 from cemb.batches import PairBatches
 from cemb.dataset import PmiDataset
 from cemb.model import COMPRESSED_TABLES, LOSSES, TABLES, PairModel, build_compressed_model, build_model
+from cemb.rates import default_learning_rate, search_learning_rate
 from cemb.tables import num_bytes
 from cemb.train import (
     ADAM_BETAS,
@@ -24,10 +25,8 @@ from cemb.train import (
     MINI_BATCH_ADAM_BETAS,
     OPTIMIZERS,
     DivergenceError,
-    default_learning_rate,
     halve_until_stable,
     optimizer_bytes,
-    search_learning_rate,
     train_full_batch,
     train_mini_batches,
 )
@@ -264,7 +263,7 @@ def _context_shares(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[
 
 
 def rate_cases() -> list[QualityCase]:
-    """The cases whose learning rates `cemb.train` keeps, at a quarter of the full table's bytes if less."""
+    """The cases whose learning rates `cemb.rates` keeps, at a quarter of the full table's bytes if less."""
     mini_batch: dict[str, Any] = {
         "training": "mini-batch",
         "loss": "all-cells",
@@ -279,7 +278,7 @@ def rate_cases() -> list[QualityCase]:
 
 
 def search_rates(case: QualityCase, data: PmiDataset) -> records.Record:
-    """The record of `cemb.train.search_learning_rate` for a case, by its gap, from its default rate."""
+    """The record of `cemb.rates.search_learning_rate` for a case, by its gap, from its default rate."""
 
     def final_gap(rate: float) -> float:
         record, _ = measure_quality(replace(case, learning_rate=rate), data)

@@ -25,6 +25,8 @@ Record = dict[str, Any]
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
+# A step whose threads waited for a processor for more than this share of it measures its neighbours, too.
+CONTENDED_SHARE = 0.05
 KEY_PACKAGES = ("torch", "numpy", "scipy", "numba", "gensim")
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import resources
@@ -22,6 +22,7 @@ import pandas as pd
 import yaml
 
 from cemb import catalog, records, study, targets
+from cemb.rates import default_learning_rate
 from cemb.records import Record
 from cemb.study import OPTIMIZER_NAMES
 
@@ -172,16 +173,14 @@ def counting_table(found: list[Record]) -> pd.DataFrame:
     )
 
 
-def rates_table(found: list[Record], kept: Callable[[str, str, str], float]) -> pd.DataFrame:
-    """Learning rates tried, rising, with the gap of each, beside the one that the study starts with.
-
-    `kept` is `cemb.train.default_learning_rate`, which this module cannot import: it does without torch.
-    """
+def rates_table(found: list[Record]) -> pd.DataFrame:
+    """Learning rates tried, rising, with the gap of each, beside the one that the study starts with."""
+    kept = [default_learning_rate(r["table"], r["optimizer"], r["training"]) for r in found]
     return pd.DataFrame(
         {
             "table": [r["table"] for r in found],
             "optimizer": [f"{OPTIMIZER_NAMES[r['optimizer']]}, {r['training']}" for r in found],
-            "kept": [f"{kept(r['table'], r['optimizer'], r['training']):g}" for r in found],
+            "kept": [f"{rate:g}" for rate in kept],
             "rate: gap": [
                 ", ".join(
                     f"{rate:g}: {'diverges' if gap is None else _signed(gap, 3)}"
@@ -604,12 +603,16 @@ def growth_table(found: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def frontier_frame(found: list[Record]) -> pd.DataFrame:
-    """The frontier's records, a row for each method and ratio asked for: that of the median seed."""
+def _frontier_records(found: list[Record]) -> list[Record]:
     rows = [r for r in found if r["kind"] == "frontier"]
     if not rows:
         raise LookupError("no record of kind 'frontier'")
-    return pd.DataFrame(median_seeds(rows, "method", "asked_ratio"))
+    return median_seeds(rows, "method", "asked_ratio")
+
+
+def frontier_frame(found: list[Record]) -> pd.DataFrame:
+    """The frontier's records, a row for each method and ratio asked for: that of the median seed."""
+    return pd.DataFrame(_frontier_records(found))
 
 
 def frontier_table(found: list[Record]) -> tuple[pd.DataFrame, list[str]]:
@@ -731,14 +734,14 @@ def best_point(
     `budget` is ``"inference"`` or ``"training"``; `methods` are all unless given. Where none is as small,
     the ``method`` is ``"none"`` and the gap NaN.
     """
-    rows = frontier_frame(found)
-    if methods is not None:
-        rows = rows[rows.method.isin(methods)]
-    rows = rows[rows.failure.isna() & (rows[f"{budget}_ratio"] >= ratio)]
-    if rows.empty:
-        return {"method": "none", "gap": math.nan}
-    best: Record = rows.sort_values("gap", kind="stable").iloc[0].to_dict()
-    return best
+    rows = [
+        r
+        for r in _frontier_records(found)
+        if (methods is None or r["method"] in methods)
+        and r.get("failure") is None
+        and r[f"{budget}_ratio"] >= ratio
+    ]
+    return min(rows, key=lambda r: r["gap"], default={"method": "none", "gap": math.nan})
 
 
 def best_method_text(found: list[Record], budget: str, ratio: float) -> str:

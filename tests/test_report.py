@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from cemb import plots, records, report, study, targets
-from cemb.train import default_learning_rate
+from cemb.rates import default_learning_rate
 
 
 def _point(method, gap, *, ratio=4.0, seed=0, training_ratio=None, failure=None):

@@ -22,16 +22,11 @@ from cemb.quality import QualityCase, measure_quality
 from cemb.tables import ClusteredEmbedding, num_bytes
 from cemb.train import (
     ADAM_BETAS,
-    FULL_BATCH_LEARNING_RATES,
-    MINI_BATCH_LEARNING_RATES,
     OPTIMIZERS,
-    TABLE_LEARNING_RATES,
     DivergenceError,
-    default_learning_rate,
     halve_until_stable,
     make_optimizer,
     optimizer_bytes,
-    search_learning_rate,
     train_full_batch,
     train_mini_batches,
 )
@@ -152,44 +147,6 @@ def test_tables_recluster_as_often_as_the_loss_is_noted(random_matrix, monkeypat
     assert calls == [model.word_table, model.context_table] * 4
 
 
-@pytest.mark.parametrize("start", [1.0, 2**-3, 2.0**9])
-def test_the_best_rate_is_found_between_others(start):
-    asked = []
-
-    def final_loss(rate):
-        asked.append(rate)
-        return (math.log2(rate) - 3.2) ** 2
-
-    found = search_learning_rate(final_loss, start, max_trials=12)
-    assert list(found) == sorted(found) == sorted(asked)
-    rates = list(found)
-    best = min(found, key=found.get)
-    assert best == 8
-    assert best not in (rates[0], rates[-1])
-    assert {b / a for a, b in itertools.pairwise(rates)} == {2}
-    assert all(found[rate] == (math.log2(rate) - 3.2) ** 2 for rate in rates)
-    # As many trials as it took are enough, one less is not.
-    assert search_learning_rate(final_loss, start, max_trials=len(found)) == found
-    with pytest.raises(RuntimeError, match="no best learning rate within"):
-        search_learning_rate(final_loss, start, max_trials=len(found) - 1)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_rates_that_diverge_are_worst(bad):
-    found = search_learning_rate(lambda rate: bad if rate > 9 else 1 / rate, 100, factor=3)
-    assert min(found, key=found.get) == pytest.approx(100 / 27)
-    assert set(found.values()) == {math.inf, *(1 / rate for rate in found if rate < 9)}
-    with pytest.raises(RuntimeError, match="no best learning rate"):
-        search_learning_rate(lambda rate: bad, 1.0, max_trials=4)
-
-
-def test_the_search_for_a_rate_is_given_up():
-    asked = []
-    with pytest.raises(RuntimeError, match=r"no best learning rate within 0\.5 to 8: \{"):
-        search_learning_rate(lambda rate: asked.append(rate) or -rate, 1.0, max_trials=5)
-    assert asked == [1, 0.5, 2, 4, 8]
-
-
 @pytest.mark.parametrize(("optimizer", "per_value"), [("sgd", 0), ("adagrad", 4), ("adam", 8)])
 def test_bytes_of_optimizers(optimizer, per_value):
     model = small_model()
@@ -214,16 +171,6 @@ def test_bytes_of_lbfgs_are_those_of_its_state(random_matrix, monkeypatch):
     vectors = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in state.values())
     kept = sum(v.nbytes for v in vectors if torch.is_tensor(v) and v.numel() > 1)
     assert optimizer_bytes(model, "lbfgs") == kept
-
-
-def test_default_rates():
-    assert default_learning_rate("full", "adam", "full-batch") == FULL_BATCH_LEARNING_RATES["adam"]
-    assert default_learning_rate("hashed", "lbfgs", "full-batch") == FULL_BATCH_LEARNING_RATES["lbfgs"]
-    for table, rate in TABLE_LEARNING_RATES.items():
-        assert table in ("hashed", *COMPRESSED_TABLES)
-        assert default_learning_rate(table, "adam", "full-batch") == rate
-        assert default_learning_rate(table, "sgd", "full-batch") == FULL_BATCH_LEARNING_RATES["sgd"]
-        assert default_learning_rate(table, "adam", "mini-batch") == MINI_BATCH_LEARNING_RATES["adam"]
 
 
 @pytest.mark.parametrize("table", COMPRESSED_TABLES)
