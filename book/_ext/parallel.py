@@ -1,4 +1,4 @@
-"""Read and write pages on all processors: an option of Sphinx that Jupyter Book's command line lacks."""
+"""Read and write pages side by side: an option of Sphinx that Jupyter Book's command line lacks."""
 
 import os
 
@@ -12,7 +12,9 @@ def deal_out(app, env, docnames):
 
 
 def setup(app):
-    app.parallel = os.cpu_count() or 1
+    # Even where there are fewer processors: some chapters take ten times as long as others, and of few large
+    # shares the last would be worked on alone.
+    app.parallel = max(8, os.cpu_count() or 1)
     app.connect("env-before-read-docs", deal_out)
     # It numbers sections once all pages are read, and does not say that pages may be read at once.
     app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
