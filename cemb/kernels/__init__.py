@@ -1,5 +1,6 @@
 """Compiled kernels: Numba's for CPUs, Triton's for GPUs."""
 
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -8,10 +9,11 @@ def discard_outdated(folder: Path) -> None:
 
     Numba itself looks only at the file a kernel stands in, and kernels inline functions of other files.
     """
-    changed = max(path.stat().st_mtime for path in folder.glob("*.py"))
+    changed = max((path.stat().st_mtime for path in folder.glob("*.py")), default=0)
     for index in folder.glob("__pycache__/*.nbi"):
-        if index.stat().st_mtime < changed:
-            index.unlink(missing_ok=True)
+        with suppress(OSError):  # another process was first, or the folder is not ours
+            if index.stat().st_mtime < changed:
+                index.unlink()
 
 
 discard_outdated(Path(__file__).parent)
