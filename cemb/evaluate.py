@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cemb.kernels import sparse
+
 
 @dataclass(frozen=True)
 class Optimum:
@@ -79,38 +81,53 @@ def optimum(matrix: sp.csr_array, rank: int) -> Optimum:
 
 
 class SparseMatrix:
-    """A sparse matrix in column blocks, for products with tall dense matrices on torch's threads.
+    """A sparse matrix for products with tall dense ones, by `cemb.kernels.sparse`; on a GPU by torch.
 
-    A product gathers one row of the dense factor per stored cell. Blocks of 4,096 columns keep the rows
-    they gather, 1.6 MB at 100 columns, in a core's second-level cache; int32 indices are what MKL takes
-    without converting.
+    On CPUs a product is the same for any number of threads.
     """
 
     BLOCK_COLUMNS = 4096
 
     def __init__(self, matrix: sp.csr_array | sp.csc_array, device: torch.device | str | None = None):
         self.shape = matrix.shape
-        columns = sp.csc_array(matrix)
+        self._blocks: sparse.Blocks | None = None
+        self._room: sparse.Room | None = None
+        if torch.device(device or "cpu").type == "cpu":
+            self._blocks = sparse.Blocks.of(matrix, self.BLOCK_COLUMNS)
+            return
+        by_row = sp.csr_array(matrix)
         with warnings.catch_warnings():
             # torch calls CSR tensors a beta feature; what is used here is tested against dense products.
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support", category=UserWarning)
-            self.blocks = [
-                torch.sparse_csr_tensor(
-                    torch.from_numpy(block.indptr.astype(np.int32)),
-                    torch.from_numpy(block.indices.astype(np.int32)),
-                    torch.from_numpy(block.data),
-                    size=block.shape,
-                    device=device,
-                    check_invariants=False,
-                )
-                for first in range(0, matrix.shape[1], self.BLOCK_COLUMNS)
-                for block in [columns[:, first : first + self.BLOCK_COLUMNS].tocsr()]
-            ]
+            self._on_gpu = torch.sparse_csr_tensor(
+                torch.from_numpy(by_row.indptr),
+                torch.from_numpy(by_row.indices),
+                torch.from_numpy(by_row.data),
+                size=self.shape,
+                device=device,
+                check_invariants=False,
+            )
 
     def __matmul__(self, dense: Tensor) -> Tensor:
-        out = dense.new_zeros(self.shape[0], dense.shape[1])
-        for block, rows in zip(self.blocks, dense.split(self.BLOCK_COLUMNS), strict=True):
-            torch.addmm(out, block, rows, out=out)
+        """The product ``[rows, dim]`` with ``[columns, dim]`` of the matrix's type, else ValueError."""
+        if self._blocks is None:
+            product: Tensor = self._on_gpu @ dense
+            return product
+        num_rows, num_columns = self.shape
+        factor = dense.detach().contiguous().numpy()
+        dtype = self._blocks.values.dtype
+        if factor.ndim != 2 or len(factor) != num_columns or factor.dtype != dtype:
+            raise ValueError(
+                f"a matrix of {num_rows} by {num_columns} multiplies {dtype} [{num_columns}, dim], "
+                f"got {factor.dtype} {list(factor.shape)}"
+            )
+        panels = sparse.num_panels(factor.shape[1])
+        if self._room is None or len(self._room.sums) != panels:
+            self._room = sparse.Room(
+                *(torch.empty(panels, n * sparse.LANES, dtype=dense.dtype).numpy() for n in self.shape[::-1])
+            )
+        out = dense.new_empty(num_rows, factor.shape[1])
+        sparse.product(self._blocks, factor, self._room, out.numpy())
         return out
 
 

@@ -17,9 +17,11 @@ if not torch.cuda.is_available():
         pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
+import scipy.sparse as sp  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from cemb import HashedEmbedding, reference, speed  # noqa: E402
+from cemb.evaluate import AllCellsLoss  # noqa: E402
 from cemb.hashing import GOLDEN, MULTIPLIER_1, MULTIPLIER_2, FullSpec, HashSpec, PairDropout, mix  # noqa: E402
 from cemb.kernels import cuda, cuda_floors  # noqa: E402
 from cemb.measure import Clock  # noqa: E402
@@ -402,6 +404,17 @@ def test_models_train_as_on_the_cpu(table, optimizer):
     gpu_losses, gpu_weight = train("cuda")
     torch.testing.assert_close(gpu_losses, losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gpu_weight, weight, rtol=1e-3, atol=1e-5)
+
+
+@needs_gpu
+def test_the_exact_loss_is_that_of_the_cpu():
+    matrix = sp.random_array((300, 200), density=0.1, rng=0, format="csr", dtype="float32")
+    words, contexts = torch.randn(300, 20), torch.randn(200, 20)
+    found = [
+        torch.autograd.functional.vjp(AllCellsLoss(matrix, device), (words.to(device), contexts.to(device)))
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4, check_device=False)
 
 
 @needs_gpu

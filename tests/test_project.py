@@ -23,7 +23,7 @@ LAYERS = (
     ("corpus", "cooccurrence"),
     ("counting",),
     ("kernels.cpu", "kernels.cuda"),
-    ("kernels.runs", "kernels.buckets", "kernels.floors", "kernels.cuda_floors"),
+    ("kernels.runs", "kernels.buckets", "kernels.floors", "kernels.cuda_floors", "kernels.sparse"),
     ("kernels.updates",),
     ("touched",),
     ("ops", "optim"),

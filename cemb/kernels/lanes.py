@@ -236,6 +236,47 @@ def add_scaled(
 
 
 @intrinsic
+def add_gathered(
+    typing: Any, out: Any, i: Any, source: Any, columns: Any, values: Any, first: Any, last: Any
+) -> tuple[Any, Any]:
+    """``out[i + l] += Σ values[t] * source[16 * columns[t] + l]`` for all 16 lanes, t from `first` to `last`.
+
+    Even and odd terms are summed apart, so that no addition waits for the one before it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        out_type, _, source_type, columns_type, values_type, _, _ = signature.args
+        out, i, source, columns, values, first, last = arguments
+        one, two = (ir.Constant(first.type, step) for step in (1, 2))
+        before = _load(context, builder, out_type, out, i, None)
+        sums = [cgutils.alloca_once(builder, before.type) for _ in range(2)]
+        builder.store(before, sums[0])
+        builder.store(ir.Constant(before.type, [0.0] * LANES), sums[1])
+
+        def add(t: Any, total: Any) -> None:
+            column = builder.zext(builder.load(_pointer(context, builder, columns_type, columns, t)), t.type)
+            value = builder.load(_pointer(context, builder, values_type, values, t))
+            place = builder.mul(column, ir.Constant(t.type, LANES))
+            row = _load(context, builder, source_type, source, place, None)
+            # Rounded once, where the processor can.
+            fused = ("contract",)
+            term = builder.fmul(_splat(builder, value, row.type), row, flags=fused)
+            builder.store(builder.fadd(builder.load(total), term, flags=fused), total)
+
+        pairs_end = builder.sub(last, builder.and_(builder.sub(last, first), one))
+        with cgutils.for_range_slice(builder, first, pairs_end, two, inc=True) as (t, _):
+            add(t, sums[0])
+            add(builder.add(t, one), sums[1])
+        with builder.if_then(builder.icmp_signed("<", pairs_end, last)):
+            add(pairs_end, sums[0])
+        total = builder.fadd(builder.load(sums[0]), builder.load(sums[1]))
+        _store(context, builder, out_type, out, i, None, total)
+
+    ints = types.intp
+    return types.void(out, ints, source, columns, values, ints, ints), generate
+
+
+@intrinsic
 def append_scaled(
     typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, old: Any, mask: Any
 ) -> tuple[Any, Any]:
