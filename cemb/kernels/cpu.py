@@ -381,6 +381,22 @@ def _prefetch_pair(array: Any, places: Any, i: Any, table: Any) -> None:
 
 
 @njit(inline="always")
+def _find_single(
+    factors: Any, places: Any, kept: Any, factor: Any, ones: Any, table: Any, word: Any, context: Any
+) -> None:
+    """Places of the values of a pair at block size 1, ``places[side]``, and their factors, signs included."""
+    _spread(factors, kept, factor, ones)
+    for j in range(table.dim):
+        places[0, j] = np.uint32(_start(table, _mix(word + np.uint64(j))))
+    for j in range(table.dim):
+        places[1, j] = np.uint32(_start(table, _mix(context + np.uint64(j))))
+    if table.sign_mask:
+        for j in range(table.dim):
+            if (_mix(word + np.uint64(j)) ^ _mix(context + np.uint64(j))) & _ONE:
+                factors[j] = -factors[j]
+
+
+@njit(inline="always")
 def _score_single(weight: Any, factors: Any, table: Any, word: Any, context: Any) -> Any:
     """Score of a pair at block size 1: reads only, so that the loop uses vector registers."""
     total = factors.dtype.type(0)
@@ -408,6 +424,7 @@ def _pair_scores(
     for t in prange(threads):
         ones = np.ones(_LANES, scores.dtype)
         terms = np.zeros((_TILE, dim), scores.dtype)
+        pair_places = np.empty((2, dim), np.uint32)
         hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
         # Of two tiles: while one is computed, the other's blocks are on their way.
         keys, places, signs = _tile_memory(table)
@@ -422,6 +439,17 @@ def _pair_scores(
             high = min(low + _TILE, end)
             if not is_drawn:
                 _draw_rows(kept, hashes, low, high, dim, salt, threshold)
+            if _is_single(table) and weight.shape[0] > _CACHED:
+                for i in range(low, high):
+                    word = _key(table, _row(table, pairs, i, 0))
+                    context = _key(table, _row(table, pairs, i, 1))
+                    _find_single(terms[0], pair_places, kept[i], scale, ones, table, word, context)
+                    total = scores.dtype.type(0)
+                    for j in range(dim):
+                        left = lanes.value_at(weight, np.int64(pair_places[0, j]))
+                        total += terms[0, j] * left * lanes.value_at(weight, np.int64(pair_places[1, j]))
+                    scores[i] = total
+                continue
             if _is_single(table):
                 for i in range(low, high):
                     _spread(terms[i - low], kept[i], scale, ones)
@@ -485,22 +513,6 @@ def _pair_private(
         for other in range(threads - 1):
             for p in range(low, high):
                 pool[p] += private[other, p]
-
-
-@njit(inline="always")
-def _find_single(
-    factors: Any, places: Any, kept: Any, factor: Any, ones: Any, table: Any, word: Any, context: Any
-) -> None:
-    """Places of the values of a pair at block size 1, ``places[side]``, and their factors, signs included."""
-    _spread(factors, kept, factor, ones)
-    for j in range(table.dim):
-        places[0, j] = np.uint32(_start(table, _mix(word + np.uint64(j))))
-    for j in range(table.dim):
-        places[1, j] = np.uint32(_start(table, _mix(context + np.uint64(j))))
-    if table.sign_mask:
-        for j in range(table.dim):
-            if (_mix(word + np.uint64(j)) ^ _mix(context + np.uint64(j))) & _ONE:
-                factors[j] = -factors[j]
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
