@@ -62,8 +62,9 @@ def solve(products: Tensor, fixed: Tensor) -> Tensor:
         raise ValueError("the stored factor is zero; too few bytes leave no bits for its values")
     ridge = 1e-12 * gram.diagonal().mean()
     gram.diagonal().add_(ridge)
-    solved: Tensor = torch.linalg.solve(gram, products.T.double())
-    return solved.T.to(products.dtype).contiguous()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    solved: Tensor = products.double() @ inverse
+    return solved.to(products.dtype)
 
 
 def train_alternating(

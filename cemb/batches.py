@@ -8,7 +8,26 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
+from numba import njit
 from torch import Tensor
+
+
+@njit(cache=True, nogil=True)
+def _read_cells(indptr: Any, indices: Any, data: Any, rows: Any, columns: Any, out: Any) -> None:
+    """Write what a CSR matrix of sorted columns holds at each row and column; zero where no cell is stored.
+
+    scipy would look all cells over at each call, to see whether they are sorted.
+    """
+    for i in range(len(rows)):
+        column, low, high = columns[i], indptr[rows[i]], indptr[rows[i] + 1]
+        end = high
+        while low < high:
+            middle = (low + high) >> 1
+            if indices[middle] < column:
+                low = middle + 1
+            else:
+                high = middle
+        out[i] = data[low] if low < end and indices[low] == column else 0
 
 
 class PairBatches:
@@ -59,6 +78,10 @@ class PairBatches:
             )
         if matrix.nnz == 0:
             raise ValueError("the matrix stores no cell")
+        if not matrix.has_sorted_indices:
+            raise ValueError(
+                "the matrix's columns are not sorted in each row; matrix.sort_indices() does that"
+            )
         self.matrix = matrix
         self.weighted = weighted
         num_contexts = matrix.shape[1]
@@ -93,8 +116,9 @@ class PairBatches:
         pairs[len(cells) :, 1] = drawn
         values = np.empty(len(pairs), np.float32)
         values[: len(cells)] = self.matrix.data[cells]
-        if num_negative:  # scipy gives a scalar for no indices
-            values[len(cells) :] = self.matrix[tuple(pairs[len(cells) :].T)]
+        negatives = pairs[len(cells) :].T
+        matrix = self.matrix
+        _read_cells(matrix.indptr, matrix.indices, matrix.data, *negatives, values[len(cells) :])
         batch: list[npt.NDArray[Any]] = [pairs, values]
         if self.weighted:
             weights = np.full(len(pairs), self.matrix.nnz / len(cells) / self.matrix.shape[0], np.float32)

@@ -13,7 +13,7 @@ from cemb.tables import (
     MixedDimensionEmbedding,
     MultiHashEmbedding,
     QuotientRemainderEmbedding,
-    clustered,
+    kmeans,
     num_bytes,
 )
 
@@ -311,13 +311,21 @@ def test_reclustering_is_deterministic_changes_the_hash_and_lowers_the_error_of_
     assert error < make(max_samples=1000)[1] < 1.2 * error
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_nearest_centroids_are_those_of_the_definition(width):
+    vectors, centroids = torch.randn(3000, width), torch.randn(40, width)
+    distances = torch.cdist(vectors.double(), centroids.double())
+    found = distances.gather(1, kmeans.nearest(vectors, centroids).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(found, distances.amin(1), rtol=1e-4, atol=1e-6)
+
+
 def test_empty_clusters_start_anew_where_the_error_is_largest(monkeypatch):
     vectors = torch.randn(20, 3)
-    found = torch.zeros(20, dtype=torch.int64), torch.arange(20) - vectors.square().sum(1)
-    monkeypatch.setattr(clustered, "_nearest", lambda *arguments: found)
-    centroids = clustered._k_means(vectors, 4, 1, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(kmeans, "nearest", lambda *arguments: torch.zeros(20, dtype=torch.int64))
+    (start,) = kmeans.k_means(vectors, 1, 0, torch.Generator().manual_seed(0))
+    centroids = kmeans.k_means(vectors, 4, 1, torch.Generator().manual_seed(0))
     assert torch.allclose(centroids[0], vectors.mean(0), atol=1e-6)
-    assert torch.equal(centroids[1:], vectors[[19, 18, 17]])
+    assert torch.equal(centroids[1:], vectors[(vectors - start).norm(dim=1).argsort(descending=True)[:3]])
 
 
 def test_codes_are_small():

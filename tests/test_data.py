@@ -75,6 +75,10 @@ def test_batches_are_seeded_and_epochs_differ(random_matrix):
 
 
 def test_bad_batches_are_refused(random_matrix):
+    turned = random_matrix[:, ::-1]
+    turned.has_sorted_indices = False
+    with pytest.raises(ValueError, match=r"columns are not sorted in each row; matrix\.sort_indices\(\)"):
+        PairBatches(turned, 4)
     with pytest.raises(ValueError, match=r"negative_share must lie in \[0, 1\), got 1"):
         PairBatches(random_matrix, 4, negative_share=1)
     with pytest.raises(ValueError, match=r"batch_size=1 with negative_share=0\.9 leaves no stored cell"):

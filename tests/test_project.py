@@ -27,7 +27,7 @@ LAYERS = (
     ("kernels.updates",),
     ("touched",),
     ("ops", "optim"),
-    ("tables.sizes",),
+    ("tables.sizes", "tables.kmeans"),
     ("tables.full", "tables.hashed", "tables.tiered", "tables.quantized", "tables.transform_coded"),
     ("tables.lowrank", "tables.quotient", "tables.multihash", "tables.hybrid", "tables.clustered"),
     ("tables.mixed",),

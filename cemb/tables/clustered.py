@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from cemb import reference
 from cemb.hashing import HashSpec
+from cemb.tables.kmeans import k_means, nearest
 from cemb.tables.sizes import check_budget, check_sizes
 
 _CODES = (torch.uint8, torch.int16, torch.int32)
@@ -15,36 +16,6 @@ _CODES = (torch.uint8, torch.int16, torch.int32)
 
 def _code_dtype(num_clusters: int) -> torch.dtype:
     return next(dtype for dtype in _CODES if num_clusters - 1 <= torch.iinfo(dtype).max)
-
-
-def _nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the nearest centroid of each vector, and the squared distance less the vector's own norm."""
-    norms = centroids.square().sum(1)
-    chunks = vectors.split(max(1, 2**18 // len(centroids)))
-    found = [torch.addmm(norms, chunk, centroids.T, alpha=-2).min(dim=1) for chunk in chunks]
-    return torch.cat([nearest.indices for nearest in found]), torch.cat([nearest.values for nearest in found])
-
-
-def _k_means(vectors: Tensor, num_clusters: int, num_steps: int, generator: torch.Generator) -> Tensor:
-    """Centroids ``[num_clusters, width]`` of the vectors ``[n, width]`` by Lloyd's iterations.
-
-    They start at different vectors, as far as there are any. Clusters that become empty start anew at the
-    vectors which are worst served.
-    """
-    distinct: Tensor = vectors.unique(dim=0)
-    centroids = distinct[torch.randperm(len(distinct), generator=generator)[:num_clusters]]
-    if len(distinct) <= num_clusters:
-        return torch.cat((centroids, centroids[:1].expand(num_clusters - len(centroids), -1)))
-    for _ in range(num_steps):
-        codes, distances = _nearest(vectors, centroids)
-        counts = codes.bincount(minlength=num_clusters)
-        # In float64 sums over large clusters lose nothing that matters.
-        sums = torch.zeros_like(centroids, dtype=torch.float64).index_add_(0, codes, vectors.double())
-        centroids = (sums / counts.clamp(min=1).unsqueeze(1)).to(vectors.dtype)
-        empty = (counts == 0).nonzero().squeeze(1)
-        worst = (distances + vectors.square().sum(1)).topk(len(empty)).indices
-        centroids[empty] = vectors[worst]
-    return centroids
 
 
 class ClusteredEmbedding(nn.Module):
@@ -166,8 +137,8 @@ class ClusteredEmbedding(nn.Module):
         num_samples = min(self.num_embeddings, max(max_samples, self.num_clusters))
         sample = torch.randperm(self.num_embeddings, generator=generator)[:num_samples]
         for column, group in enumerate(vectors.chunk(self.num_columns, dim=1)):
-            self.centroids[column] = _k_means(group[sample], self.num_clusters, num_steps, generator)
-            self.codes[:, column] = _nearest(group, self.centroids[column])[0]
+            self.centroids[column] = k_means(group[sample], self.num_clusters, num_steps, generator)
+            self.codes[:, column] = nearest(group, self.centroids[column])
         self.helper.zero_()
         self.hash_seed.fill_(seed)
 

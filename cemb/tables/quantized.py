@@ -1,13 +1,10 @@
 """Tables made small after training: fewer bits a value, or codes into codebooks."""
 
-import warnings
-
-import numpy as np
-import scipy.cluster.vq
 import torch
 from torch import Tensor, nn
 
 from cemb.reference import check_ids
+from cemb.tables.kmeans import k_means, nearest
 
 
 class RowQuantizedEmbedding(nn.Module):
@@ -74,21 +71,12 @@ class ProductQuantizedEmbedding(nn.Module):
             raise ValueError(f"num_groups must lie in [1, {vectors.shape[1]}], got {num_groups}")
         if len(vectors) < 256:
             raise ValueError(f"256 centroids need at least 256 rows, got {len(vectors)}")
-        parts = np.array_split(vectors.numpy(), num_groups, axis=1)
-        codes = np.empty((len(vectors), num_groups), np.uint8)
-        codebooks = []
-        for group, part in enumerate(parts):
-            with warnings.catch_warnings():
-                # A centroid that lost its rows stays where it was, which is what is wanted.
-                warnings.filterwarnings("ignore", message="One of the clusters is empty")
-                centroids, _ = scipy.cluster.vq.kmeans2(
-                    part, 256, iter=10, minit="points", rng=np.random.default_rng((seed, group))
-                )
-            # kmeans2's codes are those before its last update of the centroids.
-            codebooks.append(centroids.astype(np.float16))
-            codes[:, group], _ = scipy.cluster.vq.vq(part, codebooks[-1].astype(part.dtype))
-        books = torch.from_numpy(np.concatenate(codebooks, axis=1))
-        return cls(torch.from_numpy(codes), books, [part.shape[1] for part in parts])
+        generator = torch.Generator().manual_seed(seed)
+        parts = vectors.tensor_split(num_groups, dim=1)
+        codebooks = [k_means(part, 256, 10, generator).half() for part in parts]
+        codes = [nearest(part, book.float()) for part, book in zip(parts, codebooks, strict=True)]
+        widths = [part.shape[1] for part in parts]
+        return cls(torch.stack(codes, dim=1).to(torch.uint8), torch.cat(codebooks, dim=1), widths)
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)

@@ -119,22 +119,21 @@ class TransformCodedEmbedding(nn.Module):
         flat = ids.reshape(-1).long()
         tier_of = torch.bucketize(flat, self._borders[1:], right=True)
         out = torch.empty(flat.numel(), self.embedding_dim)
+        padded = nn.functional.pad(self.codes, (0, 2))
         for tier in tier_of.unique().tolist():
             chosen = (tier_of == tier).nonzero().squeeze(1)
-            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier])
+            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier], padded)
         out *= _unscaled(self.scales[flat], self.scale_range)[:, None]
         return out.view(*ids.shape, self.embedding_dim)
 
-    def _decode(self, tier: int, rows: Tensor) -> Tensor:
+    def _decode(self, tier: int, rows: Tensor, padded: Tensor) -> Tensor:
+        """Values of these rows of a tier, from the codes' bytes and two more."""
         bits = self.bits[tier].long()
-        width = int(bits.sum())
-        positions = self._first_bits[tier] + rows[:, None] * width + torch.arange(width)
-        # Byte tensors do not shift by tensors of another type.
-        ones = (self.codes[positions >> 3].int() >> (positions & 7).int()) & 1
-        columns = torch.arange(self.embedding_dim).repeat_interleave(bits)
-        places = torch.arange(width) - (bits.cumsum(0) - bits)[columns]
-        codes = torch.zeros(len(rows), self.embedding_dim, dtype=torch.int32)
-        codes.index_add_(1, columns, ones << places.int())
+        first_bits = self._first_bits[tier] + rows[:, None] * bits.sum() + (bits.cumsum(0) - bits)
+        places = first_bits >> 3
+        # A code of at most 8 bits ends in the next byte at the latest.
+        pairs = padded[places].int() | padded[places + 1].int() << 8
+        codes = (pairs >> (first_bits & 7).int()) & (2**bits - 1)
         return self.levels.float()[codes + (2**bits - 1)] * self.deviations[tier].float()
 
 
