@@ -92,6 +92,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0 if not arguments.targets or check_targets(found) else 1
 
 
+def _compile(arguments: argparse.Namespace) -> None:
+    from cemb.precompile import precompile
+
+    precompile()
+
+
 def _corpora(arguments: argparse.Namespace) -> None:
     from cemb.catalog import CORPORA
 
@@ -408,6 +414,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, default=None, help="of torch and the kernels")
     bench.add_argument("--repeats", type=int, default=5, help="timed steps a turn")
     bench.add_argument("--rounds", type=int, default=3, help="turns")
+
+    command("compile", _compile, "compile the kernels for this machine beforehand; a minute or two, once")
 
     command("corpora", _corpora, "list the corpora that have a name, with their licences")
 

@@ -9,9 +9,12 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -85,7 +88,6 @@ def _quality_runs(seeds: list[int], mini_batch: dict[str, dict[str, Any]], **set
     ]
     pools += [(f"hashed-{POOL_SIZES[0]}", {"table": "hashed", "pool_size": POOL_SIZES[0]})]
     pools = [(name, {**pool, "training": "full-batch"}) for name, pool in pools]
-    # The longest first, so that none is left running alone at the end.
     cases: list[tuple[str, str, dict[str, Any]]] = [
         (o, "full-mini-batch", {"table": "full-fused", **MINI_BATCH, "seeds": seeds, **mini_batch.get(o, {})})
         for o in OPTIMIZERS
@@ -238,9 +240,10 @@ def study_runs(grid: str = "default", corpus: str = catalog.DEFAULT_CORPUS) -> l
     runs = [
         Run("pmi", "Data: the PMI matrix", "pmi.ipynb", pmi),
         *_speed_runs(repeats, **speed),
+        # The longest first, so that none is left running alone at the end.
         *_frontier_runs(ratios, seeds, **frontier_settings),
-        *_quality_runs(seeds, mini_batch, **quality),
         *_mini_batch_runs(tables, mini_batch_ratios, seeds, **quality),
+        *_quality_runs(seeds, mini_batch, **quality),
         *_growth_runs(vocabularies, seeds, rows, **quality),
     ]
     if grid == "smoke":
@@ -393,9 +396,9 @@ def _minutes(seconds: float) -> str:
 def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str], None] = print) -> None:
     """Bring runs up to date, doing only those that are not.
 
-    Timed runs go first, one at a time with nothing beside them, after the data they share a cache with;
-    then the others, `workers` at a time (by default one per processor, at most 4, a thread each). Stops at
-    the first failure, keeping what is finished.
+    The data go first, then the runs that nobody times, `workers` at a time (by default one per processor, at
+    most 4, a thread each), and beside them the timed runs' kernels are compiled. Timed runs go last, one at a
+    time with nothing beside them. Stops at the first failure, keeping what is finished.
     """
     todo = [run for run in runs if staleness(run)]
     for run in todo:
@@ -428,26 +431,56 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
         )
 
     parallel = workers or min(os.cpu_count() or 1, 4)
-    serial = [run for run in todo if run.is_timed or run.notebook == "pmi.ipynb"]
-    others = [run for run in todo if run not in serial]
-    for position, run in enumerate(serial):
-        _, took = timed_execute(run)
-        report(run, took, [*serial[position + 1 :], *others], parallel)
-    # Kernels started from here on keep to a thread each. A setting inside them would not do: the pools of
-    # threads that libraries made beforehand go on spinning.
-    os.environ.update(dict.fromkeys(_THREAD_SETTINGS, "1"))
-    with ThreadPoolExecutor(parallel) as pool:
+    data = [run for run in todo if run.notebook == "pmi.ipynb"]
+    timed = [run for run in todo if run.is_timed]
+    others = [run for run in todo if run not in data and run not in timed]
+
+    def one_by_one(now: list[Run], later: list[Run]) -> None:
+        for position, run in enumerate(now):
+            _, took = timed_execute(run)
+            report(run, took, [*now[position + 1 :], *later], parallel)
+
+    one_by_one(data, [*others, *timed])
+    with _single_threads(), ThreadPoolExecutor(parallel) as pool:
+        compiling = pool.submit(_compile_kernels) if others and timed else None
         pending = {pool.submit(timed_execute, run): run for run in others}
         try:
             while pending:
                 finished, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in finished:
                     pending.pop(future)
-                    report(*future.result(), list(pending.values()), parallel)
+                    report(*future.result(), [*pending.values(), *timed], parallel)
         except BaseException:
             for future in pending:
                 future.cancel()
             raise
+        if compiling:
+            compiling.result()
+    one_by_one(timed, [])
+
+
+@contextmanager
+def _single_threads() -> Iterator[None]:
+    """Kernels started meanwhile keep to a thread each.
+
+    A setting inside them would not do: the pools of threads that libraries made beforehand go on spinning.
+    """
+    before = {name: os.environ.get(name) for name in _THREAD_SETTINGS}
+    os.environ.update(dict.fromkeys(_THREAD_SETTINGS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _compile_kernels() -> None:
+    # What is wrong, if anything is, the run that needs them will say.
+    command = [sys.executable, "-m", "cemb", "compile"]
+    subprocess.run(command, cwd=records.ROOT, check=False, capture_output=True)
 
 
 def current_records(runs: list[Run]) -> list[records.Record]:

@@ -37,7 +37,7 @@ LAYERS = (
     ("rivals", "quality"),
     ("frontier",),
     ("speed",),
-    ("bench", "counting_bench"),
+    ("bench", "counting_bench", "precompile"),
     ("study", "plots"),
     ("tour",),
     ("report",),

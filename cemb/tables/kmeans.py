@@ -1,4 +1,4 @@
-"""k-means (Lloyd, "Least squares quantization in PCM", 1982), for tables whose rows are codes of centroids."""
+"""k-means (Lloyd, "Least squares quantization in PCM", 1982), for tables that store codes of centroids."""
 
 import torch
 from torch import Tensor
