@@ -7,6 +7,7 @@ an interrupted study goes on where it stopped. Runs are published whole, by one 
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -389,6 +390,12 @@ def execute(run: Run) -> Path:
     return target
 
 
+def _num_tables(run: Run) -> int:
+    """Tables that a run measures, if it says so: its methods at its ratios, with its seeds."""
+    lists = (run.parameters.get(name, [None]) for name in ("methods", "compression_ratios", "seeds"))
+    return math.prod(map(len, lists))
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
@@ -409,7 +416,8 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     say(f"{len(todo)} of {len(runs)} runs to do")
     os.environ["TQDM_DISABLE"] = "1"  # for the kernels: bars would litter the pages
     began = time.perf_counter()
-    seconds: dict[str, list[float]] = {}
+    # Of each notebook, what its runs took and how many tables they measured.
+    spent: dict[str, tuple[float, int]] = {}
     done = 0
 
     def timed_execute(run: Run) -> tuple[Run, float]:
@@ -420,11 +428,13 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     def report(run: Run, took: float, left: list[Run], parallel: int) -> None:
         nonlocal done
         done += 1
-        seconds.setdefault(run.notebook, []).append(took)
-        every = [s for values in seconds.values() for s in values]
-        per_run = {name: sum(values) / len(values) for name, values in seconds.items()}
-        mean = sum(every) / len(every)
-        remaining = sum(per_run.get(r.notebook, mean) / (1 if r.is_timed else parallel) for r in left)
+        seconds, tables = spent.get(run.notebook, (0.0, 0))
+        spent[run.notebook] = seconds + took, tables + _num_tables(run)
+        totals = [sum(column) for column in zip(*spent.values(), strict=True)]
+        remaining = 0.0
+        for other in left:
+            seconds, tables = spent.get(other.notebook, totals)
+            remaining += seconds / tables * _num_tables(other) / (1 if other.is_timed else parallel)
         say(
             f"[{done}/{len(todo)}] {run.name} took {_minutes(took)}; "
             f"{_minutes(time.perf_counter() - began)} so far, about {_minutes(remaining)} left"

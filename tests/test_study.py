@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import chain
 
@@ -161,6 +162,37 @@ study.run_study([study.Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "n
     kept = nbformat.read(tmp_path / "results" / "local" / "failed" / "bad.ipynb", as_version=4)
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
     assert not list((tmp_path / "results" / "local" / "runs").iterdir())
+
+
+def test_runs_come_in_their_order_and_timed_ones_alone(tmp_path, monkeypatch):
+    events, lock = [], threading.Lock()
+    monkeypatch.setenv("CEMB_RESULTS", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+
+    def pretend(run):
+        with lock:
+            events.append(("begin", run.name, os.environ["OMP_NUM_THREADS"], "MKL_NUM_THREADS" in os.environ))
+        time.sleep(0.01)
+        with lock:
+            events.append(("end", run.name))
+
+    monkeypatch.setattr(study, "execute", pretend)
+    monkeypatch.setattr(study, "_compile_kernels", lambda: pretend(study.Run("compile", "", "", {})))
+    runs = study.study_runs()
+    said = []
+    study.run_study(runs, workers=2, say=said.append)
+    begun = [event[1:] for event in events if event[0] == "begin"]
+    timed = [run.name for run in runs if run.is_timed]
+    assert begun[0] == ("pmi", "2", False)
+    assert events[1] == ("end", "pmi")
+    assert begun[1][0] == "compile"
+    assert begun[-len(timed) :] == [(name, "2", False) for name in timed]
+    assert {name for name, *_ in begun} == {run.name for run in runs} | {"compile"}
+    assert {event[1:] for event in begun[1 : -len(timed)]} == {("1", True)}
+    alone = events[-2 * len(timed) :]
+    assert [event[0] for event in alone] == ["begin", "end"] * len(timed)
+    assert said[-1].startswith(f"[{len(runs)}/{len(runs)}] growth-speed took")
 
 
 def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):

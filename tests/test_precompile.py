@@ -1,0 +1,27 @@
+from numba.core.dispatcher import Dispatcher
+
+from cemb import speed
+from cemb.kernels import buckets, cpu, runs, sparse, updates
+from cemb.measure import Clock
+from cemb.precompile import precompile
+
+
+def _compiled():
+    kernels = (
+        (f"{module.__name__}.{name}", value)
+        for module in (buckets, cpu, runs, sparse, updates)
+        for name, value in vars(module).items()
+    )
+    return {name: set(value.signatures) for name, value in kernels if isinstance(value, Dispatcher)}
+
+
+def test_the_steps_of_a_study_find_their_kernels_compiled():
+    precompile()
+    before = _compiled()
+    assert before["cemb.kernels.cpu._pair_scores"] and before["cemb.kernels.sparse._product"]
+    sizes = {"num_embeddings": 3000, "embedding_dim": 100, "batch_size": 300}
+    for optimizer in speed.OPTIMIZERS:
+        for pool_size in (262_144, 5_000_000):
+            for case in speed.comparison_cases(optimizer, pool_size, (1, 25), eager=False, **sizes):
+                speed.Timed(case)(Clock())
+    assert _compiled() == before
