@@ -369,6 +369,16 @@ def test_an_interrupted_directory_leaves_nothing(tmp_path):
     assert (tmp_path / "out" / "whole").read_text() == "whole"
 
 
+def test_imports_are_found_inside_every_kind_of_statement():
+    heads = ["if x:", "while x:", "for i in x:", "with x:", "def f():", "async def f():", "class C:"]
+    heads += ["if x:\n    pass\nelse:", "if x:\n    pass\nelif y:", "for i in x:\n    pass\nelse:"]
+    heads += ["try:\n    pass\nexcept E:", "try:\n    pass\nexcept* E:", "try:\n    pass\nfinally:"]
+    heads += ["try:\n    pass\nexcept E:\n    pass\nelse:", "match x:\n  case 1:\n    pass\n  case _:"]
+    for head in heads:
+        assert records.imported_modules(f"{head}\n    from cemb import csr") == {"cemb.csr"}, head
+    assert records.imported_modules("def f():\n  if x:\n    with y: import cemb.pmi") == {"cemb.pmi"}
+
+
 def test_code_hash_follows_imports(monkeypatch, tmp_path):
     source = "from cemb import corpus, records\nfrom cemb.pmi import pmi_matrix\nimport numpy"
     assert records.imported_modules(source) == {"cemb.corpus", "cemb.records", "cemb.pmi"}

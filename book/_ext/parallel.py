@@ -2,20 +2,24 @@
 
 import os
 
+from nbclient import NotebookClient
 from sphinx.util.parallel import make_chunks
 
 
 def deal_out(app, env, docnames):
-    """Chapters run code and run pages do not: spread them over the chunks of pages read at once."""
+    """Chapters run code and run pages do not: spread them over the chunks of pages read at once, to come first."""
+    docnames.sort(key=lambda name: name.startswith("runs/"))
     chunks = len(make_chunks(docnames, app.parallel))
     docnames[:] = [name for first in range(chunks) for name in docnames[first::chunks]]
 
 
 def setup(app):
-    # Even where there are fewer processors: some chapters take ten times as long as others, and of few large
-    # shares the last would be worked on alone.
-    app.parallel = max(8, os.cpu_count() or 1)
+    # Even where there are fewer processors: some chapters take ten times as long as others, and those that
+    # start late would be worked on alone at the end.
+    app.parallel = max(16, os.cpu_count() or 1)
     app.connect("env-before-read-docs", deal_out)
+    # A chapter's output is there when its kernel is told to stop; waiting for it to tidy up takes a second.
+    NotebookClient.shutdown_kernel.default_value = "immediate"
     # It numbers sections once all pages are read, and does not say that pages may be read at once.
     app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
     return {"parallel_read_safe": True, "parallel_write_safe": True}
