@@ -1,22 +1,23 @@
 """Read and write pages side by side: an option of Sphinx that Jupyter Book's command line lacks."""
 
 import os
+from pathlib import Path
 
 from nbclient import NotebookClient
 from sphinx.util.parallel import make_chunks
 
 
 def deal_out(app, env, docnames):
-    """Chapters run code and run pages do not: spread them over the chunks of pages read at once, to come first."""
-    docnames.sort(key=lambda name: name.startswith("runs/"))
+    """Spread chapters, which run code, over the chunks of pages read at once: long ones first, runs last."""
+    docnames.sort(key=lambda name: (name.startswith("runs/"), -Path(env.doc2path(name)).stat().st_size))
     chunks = len(make_chunks(docnames, app.parallel))
     docnames[:] = [name for first in range(chunks) for name in docnames[first::chunks]]
 
 
 def setup(app):
-    # Even where there are fewer processors: some chapters take ten times as long as others, and those that
-    # start late would be worked on alone at the end.
-    app.parallel = max(16, os.cpu_count() or 1)
+    # Even where there are fewer processors: some chapters take ten times as long as others, and of few large
+    # shares the last would be worked on alone.
+    app.parallel = max(8, os.cpu_count() or 1)
     app.connect("env-before-read-docs", deal_out)
     # A chapter's output is there when its kernel is told to stop; waiting for it to tidy up takes a second.
     NotebookClient.shutdown_kernel.default_value = "immediate"
