@@ -440,6 +440,7 @@ def _pair_scores(
             if not is_drawn:
                 _draw_rows(kept, hashes, low, high, dim, salt, threshold)
             if _is_single(table) and weight.shape[0] > _CACHED:
+                # Places first, for the reason that `_find_row` gives.
                 for i in range(low, high):
                     word = _key(table, _row(table, pairs, i, 0))
                     context = _key(table, _row(table, pairs, i, 1))

@@ -119,20 +119,21 @@ class TransformCodedEmbedding(nn.Module):
         flat = ids.reshape(-1).long()
         tier_of = torch.bucketize(flat, self._borders[1:], right=True)
         out = torch.empty(flat.numel(), self.embedding_dim)
-        padded = nn.functional.pad(self.codes, (0, 2))
         for tier in tier_of.unique().tolist():
             chosen = (tier_of == tier).nonzero().squeeze(1)
-            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier], padded)
+            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier])
         out *= _unscaled(self.scales[flat], self.scale_range)[:, None]
         return out.view(*ids.shape, self.embedding_dim)
 
-    def _decode(self, tier: int, rows: Tensor, padded: Tensor) -> Tensor:
-        """Values of these rows of a tier, from the codes' bytes and two more."""
+    def _decode(self, tier: int, rows: Tensor) -> Tensor:
         bits = self.bits[tier].long()
+        if not bits.any():
+            return torch.zeros(len(rows), self.embedding_dim)
         first_bits = self._first_bits[tier] + rows[:, None] * bits.sum() + (bits.cumsum(0) - bits)
-        places = first_bits >> 3
-        # A code of at most 8 bits ends in the next byte at the latest.
-        pairs = padded[places].int() | padded[places + 1].int() << 8
+        # A code of at most 8 bits ends in the next byte at the latest. After the last there is none.
+        first = (first_bits >> 3).clamp(max=len(self.codes) - 1)
+        second = (first + 1).clamp(max=len(self.codes) - 1)
+        pairs = self.codes[first].int() | self.codes[second].int() << 8
         codes = (pairs >> (first_bits & 7).int()) & (2**bits - 1)
         return self.levels.float()[codes + (2**bits - 1)] * self.deviations[tier].float()
 
