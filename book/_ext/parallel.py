@@ -1,10 +1,32 @@
 """Read and write pages side by side: an option of Sphinx that Jupyter Book's command line lacks."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
 from nbclient import NotebookClient
 from sphinx.util.parallel import make_chunks
+
+# Kernels started by several processes at once may be given one TCP port. One of them dies then, and whoever
+# started it waits for ever. So they are started one after the other, until each has its ports.
+_starting = multiprocessing.Lock()
+_start, _connect = NotebookClient.async_start_new_kernel, NotebookClient.async_start_new_kernel_client
+
+
+async def start_alone(client, **options):
+    _starting.acquire()
+    try:
+        await _start(client, **options)
+    except BaseException:
+        _starting.release()
+        raise
+
+
+async def connect(client):
+    try:
+        return await _connect(client)
+    finally:
+        _starting.release()
 
 
 def deal_out(app, env, docnames):
@@ -19,6 +41,8 @@ def setup(app):
     # shares the last would be worked on alone.
     app.parallel = max(8, os.cpu_count() or 1)
     app.connect("env-before-read-docs", deal_out)
+    NotebookClient.async_start_new_kernel = start_alone
+    NotebookClient.async_start_new_kernel_client = connect
     # A chapter's output is there when its kernel is told to stop; waiting for it to tidy up takes a second.
     NotebookClient.shutdown_kernel.default_value = "immediate"
     # It numbers sections once all pages are read, and does not say that pages may be read at once.
