@@ -169,6 +169,7 @@ def test_runs_come_in_their_order_and_timed_ones_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CEMB_RESULTS", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as the study sets it, and not for the tests after this one
 
     def pretend(run):
         with lock:
