@@ -4,11 +4,16 @@ import torch
 from torch import Tensor
 
 
+def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
+    """Number of the nearest of the rising `levels` to each of the values, of any shape."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+
+
 def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
     """Number ``[n]`` of the nearest of the centroids ``[clusters, width]`` to each vector ``[n, width]``."""
     if vectors.shape[1] == 1:
         rising, order = centroids[:, 0].sort()
-        return order[torch.bucketize(vectors[:, 0].contiguous(), (rising[1:] + rising[:-1]) / 2)]
+        return order[nearest_level(vectors[:, 0].contiguous(), rising)]
     norms = centroids.square().sum(1)
     chunks = vectors.split(max(1, 2**18 // len(centroids)))  # distances that stay in cache
     return torch.cat([torch.addmm(norms, chunk, centroids.T, alpha=-2).argmin(dim=1) for chunk in chunks])

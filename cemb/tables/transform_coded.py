@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cemb.reference import check_ids
+from cemb.tables.kmeans import nearest_level
 from cemb.tables.sizes import check_budget
 
 MAX_BITS = 8
@@ -41,10 +42,6 @@ def lloyd_levels(values: Tensor, bits: int, iterations: int = 30) -> Tensor:
         means = (sums[borders[1:]] - sums[borders[:-1]]) / sizes.clamp(min=1)
         levels = torch.where(sizes > 0, means.to(values.dtype), levels)
     return levels
-
-
-def _nearest(values: Tensor, levels: Tensor) -> Tensor:
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
 
 
 @dataclass
@@ -160,7 +157,7 @@ def _encode(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
             if b:
                 columns = own_bits == b
                 own_levels = levels[2**b - 1 : 2 ** (b + 1) - 1].float()
-                codes[:, columns] = _nearest(tier[:, columns].contiguous(), own_levels).int()
+                codes[:, columns] = nearest_level(tier[:, columns].contiguous(), own_levels).int()
         columns = torch.arange(len(own_bits)).repeat_interleave(own_bits)
         places = torch.arange(len(columns)) - (own_bits.cumsum(0) - own_bits)[columns]
         packed.append(((codes[:, columns] >> places.int()) & 1).to(torch.uint8).flatten())
@@ -195,7 +192,7 @@ def allocate_bits(sides: list[tuple[Tensor, Tensor]], max_bytes: int) -> list[Te
         errors = [sample.square().mean()]
         for b in range(1, MAX_BITS + 1):
             levels = lloyd_levels(sample, b)
-            errors.append((sample - levels[_nearest(sample, levels)]).square().mean())
+            errors.append((sample - levels[nearest_level(sample, levels)]).square().mean())
         # Each further bit must save less than the one before, or the greedy order would not exist.
         saved = (torch.stack(errors[:-1]) - torch.stack(errors[1:])).cummin(dim=0).values
         rows = np.diff(tier_borders(len(vectors))).tolist()
