@@ -58,9 +58,10 @@ def stage(runs: list[study.Run], found: list[dict], source: Path) -> None:
         )
         page = source / "runs" / f"reference-{name}.md"
         page.write_text(provenance.reference_page(machine, kind, measured), encoding="utf-8")
+    whole = report.completed(found)
     for kind in ("pmi", "speed", "quality", "frontier"):
-        (source / "data" / f"{kind}.csv").write_text(report.csv_text(found, kind), encoding="utf-8")
-    (source / "assets" / "records.js").write_text(report.explorer_data(found), encoding="utf-8")
+        (source / "data" / f"{kind}.csv").write_text(report.csv_text(whole, kind), encoding="utf-8")
+    (source / "assets" / "records.js").write_text(report.explorer_data(whole), encoding="utf-8")
 
 
 def stage_run(run: study.Run, found: list[dict], page: Path) -> None:

@@ -40,10 +40,10 @@ def without_noise(record: dict) -> dict:
 
 
 def extended(kept: list[dict], new: list[dict]) -> list[dict]:
-    """Records, those of the new ones' runs replaced, in the study's order; of other runs last."""
+    """Records, those of the new ones' runs replaced, in the full grid's order; of other runs last."""
     renewed = {record["run"] for record in new}
     found = [*(record for record in kept if record["run"] not in renewed), *new]
-    places = {run.name: place for place, run in enumerate(report.book_runs())}
+    places = {run.name: place for place, run in enumerate(study.study_runs("full"))}
     return sorted(found, key=lambda record: places.get(record["run"], len(places)))
 
 

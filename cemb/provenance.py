@@ -4,6 +4,7 @@ import functools
 import os
 import shlex
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,13 @@ def published() -> Iterator[tuple[str, str, list[records.Record]]]:
                 yield folder.name, kind, records.read(path)
 
 
-def label(source: str, kind: str | None = None) -> str:
-    """The target, on the page of a run or of a reference machine's file, that numbers link to."""
-    return f"provenance-{source}" + (f"-{kind}" if kind else "")
+def label(source: str, *parts: str) -> str:
+    """The target that numbers link to.
+
+    It heads where numbers come from: on the page of a run, on that of a reference machine's file (machine,
+    kind), or there, what is said of one run (machine, kind, run).
+    """
+    return "-".join(("provenance", source, *parts))
 
 
 def glue(name: str, value: object, source: Mapping[str, Any] | str | None) -> None:
@@ -77,7 +82,8 @@ def glue(name: str, value: object, source: Mapping[str, Any] | str | None) -> No
         name: What ``{glue:text}`` calls it.
         value: What is shown.
         source: The record of the study, or the `label` of the run or file, that it was measured in; None for
-            what was not measured, such as settings, sizes and names. A record without a run stands for none.
+            what was not measured, such as settings, sizes and names. A record without a run stands for none;
+            one with a ``reference`` is of the study of that machine.
     """
     import IPython
 
@@ -86,7 +92,11 @@ def glue(name: str, value: object, source: Mapping[str, Any] | str | None) -> No
     if isinstance(source, str):
         metadata["provenance"] = source
     elif source is not None and "run" in source:
-        metadata["provenance"] = label(source["run"])
+        machine = source.get("reference")
+        if isinstance(machine, str):  # NaN in a frame where only others have one
+            metadata["provenance"] = label(machine, "records", source["run"])
+        else:
+            metadata["provenance"] = label(source["run"])
     IPython.display.display(data, raw=True, metadata=metadata)
 
 
@@ -178,10 +188,20 @@ def reference_page(machine: str, kind: str, found: list[records.Record]) -> str:
             *_facts(found, measurement.command, code),
             "",
             f"All fields of its {len(found)} records: {{download}}`../data/{machine}-{kind}.jsonl`.",
+            *_runs(machine, kind, found),
             *_repeats(found),
             "",
         ]
     )
+
+
+def _runs(machine: str, kind: str, found: list[records.Record]) -> list[str]:
+    """A paragraph for each run of a study's records, with the command that runs it again."""
+    lines = []
+    for run, number in Counter(record["run"] for record in found if "run" in record).items():
+        command = f"{MEASUREMENTS[kind].command} --run {run}"
+        lines += ["", f"({label(machine, kind, run)})=", f"{run}, {number} record(s): `{command}`"]
+    return ["", "Its runs, and what runs each again:", *lines] if lines else []
 
 
 def _reached_files(module: str) -> list[str]:

@@ -43,6 +43,66 @@ def load() -> list[Record]:
     return study.current_records(book_runs())
 
 
+# What two records of a matrix have the same if the matrices are.
+_MATRIX = (
+    *("corpus_fingerprint", "min_count", "max_vocab", "window_size", "distance_weighting"),
+    *("subsample_threshold", "context_smoothing", "num_negative", "top_k", "rank"),
+    *("num_words", "num_stored_cells"),
+)
+# What tells the records of training and of the frontier apart.
+_TRAINED = ("run", "table", "method", "asked_ratio", "singular_value_power", "seed")
+
+
+def _record_key(record: Record) -> tuple[object, ...]:
+    return tuple(record.get(name) for name in _TRAINED)
+
+
+def whole_study(found: list[Record]) -> list[Record]:
+    """The records of one machine that has the most of the study: `found`, or those of a reference machine.
+
+    That is the one measured last of those that factorized the same matrix, if it has runs or seeds of
+    training that `found` lacks. Its records have its name as ``reference``.
+    """
+    own = {_record_key(record) for record in found}
+    for name, there in references("records"):
+        matrices = [
+            [record.get(field) for field in _MATRIX]
+            for record in (pick(found, kind="pmi"), pick(there, kind="pmi"))
+        ]
+        if matrices[0] == matrices[1] and not own.issuperset(map(_record_key, _trainings(there))):
+            return [{**record, "reference": name} for record in there]
+    return found
+
+
+def _trainings(found: list[Record]) -> list[Record]:
+    return [record for record in found if record["kind"] in ("quality", "frontier")]
+
+
+def completed(found: list[Record]) -> list[Record]:
+    """`found`, and what training it lacks of `whole_study`, in that one's order.
+
+    So pages of a small study on the reference's corpus have the seeds, tables and ratios of the full one:
+    gaps and scores do not depend on the machine, but for what `cemb.compare` allows. Records of speed are
+    not added.
+    """
+    trained = {_record_key(record): record for record in _trainings(found)}
+    rest = [record for record in found if _record_key(record) not in trained]
+    whole = {_record_key(record): record for record in _trainings(whole_study(found))}
+    return [*rest, *{**whole, **trained}.values()]
+
+
+def sources_text(found: list[Record]) -> str:
+    """How many of `completed` records of training are of which machine, in words."""
+    trainings = _trainings(found)
+    published = [record["reference"] for record in trainings if "reference" in record]
+    if not published:
+        return f"All {len(trainings)} records of training are of this machine"
+    return (
+        f"Of {len(trainings)} records of training, {len(trainings) - len(published)} are of this machine, "
+        f"the others of the reference machine {published[0]}, which ran the full study"
+    )
+
+
 def pick(found: list[Record], **wanted: object) -> Record:
     """The one record with these fields. LookupError, naming them, if there is none or more than one."""
     matching = [r for r in found if all(r.get(name) == value for name, value in wanted.items())]
@@ -433,7 +493,8 @@ def compression_name(record: Record) -> str:
     if record["table"] == "sgns":
         return f"word2vec, {record['num_epochs']} epochs"
     if record["table"] in ("full", "full-fused"):
-        return "full table"
+        passes = record.get("num_epochs") if record.get("training") == "mini-batch" else None
+        return f"full table, {passes} pass{'es' if passes > 1 else ''}" if passes else "full table"
     if record["compression_ratio"] == 1:
         return "hashed, same size"
     return f"hashed, {record['compression_ratio']:.3g}× smaller"
@@ -456,10 +517,12 @@ def median_seeds(found: list[Record], *names: str) -> list[Record]:
 
 
 def _trained(found: list[Record], part: str = "quality") -> list[Record]:
-    """Quality records of trained tables from one part of the study, which is how its runs' names begin."""
-    return [
-        r for r in found if r["kind"] == "quality" and r.get("training") and r["run"].startswith(f"{part}-")
-    ]
+    """Quality records of trained tables from one part of the study, which is how its runs' names begin.
+
+    The full table's one pass of mini-batches belongs to two parts.
+    """
+    names = (f"{part}-", *(["mini-batch-full"] if part == "quality" else []))
+    return [r for r in found if r["kind"] == "quality" and r.get("training") and r["run"].startswith(names)]
 
 
 def quality_frame(found: list[Record]) -> pd.DataFrame:
@@ -467,8 +530,13 @@ def quality_frame(found: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(median_seeds(_trained(found), "run"))
 
 
-def gap_text(record: Record, digits: int = 3) -> str:
-    """A gap, with the range over seeds if there were several; or how the run failed."""
+NOT_MEASURED = "(not measured)"
+
+
+def gap_text(record: Record | None, digits: int = 3) -> str:
+    """A gap, with the range over seeds if there were several; how the run failed, or that there was none."""
+    if record is None:
+        return NOT_MEASURED
     if pd.isna(record["gap"]):
         return "none" if pd.isna(record.get("failure")) else "failed"
     text = _signed(record["gap"], digits)
@@ -522,9 +590,20 @@ def analogies_text(record: Record) -> str:
     return f"{record['analogies_score']:.1f} / {record['analogies_mul_score']:.1f}"
 
 
+def seconds_text(record: Record, digits: int = 1) -> str:
+    """The seconds of a record's training; with a star if they are a reference machine's."""
+    return f"{record['train_s']:.{digits}f}" + ("*" if isinstance(record.get("reference"), str) else "")
+
+
 def seconds_to_gap(history: list[Record], gap: float) -> float | None:
     """Seconds until a history's gap is at most `gap`, or None if it never is."""
     return next((entry["seconds"] for entry in history if entry["gap"] <= gap), None)
+
+
+def best_mini_batch(found: list[Record]) -> Record:
+    """The record of a full table trained on mini-batches by Adam in the most passes."""
+    rows = [r for r in _trained(found) if r["training"] == "mini-batch" and r["optimizer"] == "adam"]
+    return max(median_seeds(rows, "run"), key=lambda r: r["num_epochs"])
 
 
 def time_table(found: list[Record], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0.01)) -> pd.DataFrame:
@@ -543,15 +622,8 @@ def time_table(found: list[Record], gaps: tuple[float, ...] = (0.5, 0.1, 0.05, 0
 
 
 def mini_batch_table(found: list[Record]) -> pd.DataFrame:
-    """Tables in fewer bytes after mini-batches, beside the same tables after full batches; none if not run.
-
-    The full table's row is of as many passes.
-    """
+    """Tables after one pass of mini-batches, beside the same tables after full batches; none if not run."""
     rows = _trained(found, "mini-batch")
-    if rows and all(r["table"] != "full-fused" for r in rows):
-        passes = rows[0]["num_epochs"]
-        whole = [r for r in _trained(found) if r["training"] == "mini-batch" and r["optimizer"] == "adam"]
-        rows = [*(r for r in whole if r["num_epochs"] == passes), *rows]
     exact = [r for r in found if r["kind"] == "frontier"]
     table = []
     for record in median_seeds(rows, "run"):
@@ -565,7 +637,7 @@ def mini_batch_table(found: list[Record]) -> pd.DataFrame:
                 "gap, mini-batches": gap_text(record),
                 "gap, full batches": gap_text(median_seeds(same, "method")[0]) if same else "not measured",
                 "WordSim-353": score_text(record, "wordsim353"),
-                "seconds": f"{record['train_s']:.0f}",
+                "seconds": seconds_text(record, 0),
             }
         )
     return pd.DataFrame(table)
@@ -627,7 +699,7 @@ def frontier_table(found: list[Record]) -> tuple[pd.DataFrame, list[str]]:
             "× in training": [f"{r['training_ratio']:.1f}" for r in rows],
             "gap": [gap_text(r) for r in rows],
             "WordSim-353": [score_text(r, "wordsim353") for r in rows],
-            "seconds": [f"{r['train_s']:.1f}" for r in rows],
+            "seconds": [seconds_text(r) for r in rows],
         }
     )
     return table, [f"{r['method']} at {r['asked_ratio']:g}: {r['failure']}" for r in failed]
@@ -642,8 +714,7 @@ def point(found: list[Record], method: str, ratio: float | None = None) -> Recor
 
 def point_text(found: list[Record], method: str, ratio: float | None = None, digits: int = 3) -> str:
     """The gap of `point`, or that it is not measured."""
-    record = point(found, method, ratio)
-    return "(not measured)" if record is None else gap_text(record, digits)
+    return gap_text(point(found, method, ratio), digits)
 
 
 TRIVIAL = "lower rank, then int8"
@@ -653,7 +724,7 @@ def beats_trivial(found: list[Record], ratio: float) -> str:
     """Names of the methods with a smaller gap than the trivial one's, by gap, at a ratio asked for."""
     trivial = point(found, TRIVIAL, ratio)
     if trivial is None:
-        return "(not measured)"
+        return NOT_MEASURED
     rows = frontier_frame(found)
     rows = rows[(rows.asked_ratio == ratio) & (rows.gap < trivial["gap"])].sort_values("gap")
     names = [r["method"] + (" (a tie)" if gaps_tie(r, trivial) else "") for r in rows.to_dict("records")]
@@ -669,7 +740,7 @@ def costliest_rounding(found: list[Record]) -> Record | None:
 def rounding_cost(found: list[Record]) -> str:
     """The most that rounding a trained table to int8 added to its gap."""
     record = costliest_rounding(found)
-    return "(not measured)" if record is None else f"{record['gap'] - record['float32_gap']:.4f}"
+    return NOT_MEASURED if record is None else f"{record['gap'] - record['float32_gap']:.4f}"
 
 
 def best_rounded_point(found: list[Record], ratio: float) -> Record | None:
@@ -684,14 +755,14 @@ def best_rounded(found: list[Record], ratio: float) -> str:
     """The table of `best_rounded_point`, and its gap."""
     best = best_rounded_point(found, ratio)
     if best is None:
-        return "(not measured)"
+        return NOT_MEASURED
     return f"{best['method'].removesuffix(', then int8')}, {gap_text(best)}"
 
 
 def growth_texts(found: list[Record]) -> dict[str, str]:
     """What the growth of a pool's rows costs in time and memory, in words; by name, for the book's text."""
     names = ("fewest", "most", "block_1", "block_25", "hashed_mib", "full_gib")
-    texts = dict.fromkeys(names, "(not measured)")
+    texts = dict.fromkeys(names, NOT_MEASURED)
     speed = growth_speed(found)
     if speed.empty:
         return texts
@@ -777,8 +848,10 @@ def decisions(found: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def score_text(record: Record, name: str) -> str:
+def score_text(record: Record | None, name: str) -> str:
     """A similarity score with its bootstrap interval."""
+    if record is None:
+        return NOT_MEASURED
     if pd.isna(record.get(f"{name}_score")):
         return "no pairs"
     score, low, high = (_signed(record[f"{name}_{field}"]) for field in ("score", "low", "high"))
@@ -792,8 +865,8 @@ def _signed(value: float, digits: int = 0) -> str:
 
 def quality_record(
     found: list[Record], optimizer: str, training: str = "full-batch", **size: object
-) -> Record:
-    """A quality record: of the full table, or of the ``compression_ratio`` or ``pool_size`` given."""
+) -> Record | None:
+    """A quality record: of the full table, a ``compression_ratio`` or a ``pool_size``; None if not run."""
     if not size:
         name = f"quality-{optimizer}-full-{training}"
     elif "compression_ratio" in size:
@@ -801,22 +874,26 @@ def quality_record(
     else:
         name = f"quality-{optimizer}-hashed-{size['pool_size']}-{training}"
     matching = [r for r in found if r["kind"] == "quality" and r["run"] == name]
-    if not matching:
-        raise LookupError(f"no quality record of run {name!r}")
-    return median_seeds(matching, "run")[0]
+    return median_seeds(matching, "run")[0] if matching else None
 
 
-def best_quality(found: list[Record], **size: Any) -> Record:
-    """The full-batch quality record with the smallest gap over the optimizers."""
-    runs = [quality_record(found, o, **size) for o in study.OPTIMIZERS]
-    return min((r for r in runs if r["gap"] is not None), key=lambda r: r["gap"])
+def _by_optimizer(found: list[Record], size: dict[str, Any]) -> list[Record]:
+    runs = [quality_record(found, optimizer, **size) for optimizer in study.OPTIMIZERS]
+    return [r for r in runs if r is not None and r["gap"] is not None]
+
+
+def best_quality(found: list[Record], **size: Any) -> Record | None:
+    """The full-batch quality record with the smallest gap over the optimizers; None if none was run."""
+    return min(_by_optimizer(found, size), key=lambda r: r["gap"], default=None)
 
 
 def best_optimizer_text(found: list[Record], **size: Any) -> str:
     """The optimizer of `best_quality`, and those whose gap is tied with it."""
     best = best_quality(found, **size)
-    runs = [quality_record(found, o, **size) for o in study.OPTIMIZERS if o != best["optimizer"]]
-    tied = [OPTIMIZER_NAMES[r["optimizer"]] for r in runs if r["gap"] is not None and gaps_tie(best, r)]
+    if best is None:
+        return NOT_MEASURED
+    others = [r for r in _by_optimizer(found, size) if r["run"] != best["run"]]
+    tied = [OPTIMIZER_NAMES[r["optimizer"]] for r in others if gaps_tie(best, r)]
     return _with_ties(OPTIMIZER_NAMES[best["optimizer"]], tied)
 
 
@@ -877,8 +954,10 @@ def show(
     )
 
 
-def closed_share(record: Record) -> str:
+def closed_share(record: Record | None) -> str:
     """How much of the way from predicting zero to the optimum a quality record went, in per cent."""
+    if record is None:
+        return NOT_MEASURED
     return f"{100 * (1 - record['gap']):.1f}%"
 
 

@@ -79,8 +79,12 @@ def test_every_published_file_has_a_page_and_a_command_that_parses():
         assert page.startswith(f"({provenance.label(machine, kind)})=\n# {machine}: ")
         assert measured[0]["device_name"] in page
         assert f"../data/{machine}-{kind}.jsonl" in page
-        (command,) = re.findall(r"`(python -m cemb [^`]*)`", page)
+        command, *others = re.findall(r"`(python -m cemb [^`]*)`", page)
         parsed = command_line._parser().parse_args(shlex.split(command)[3:])
+        runs = list(dict.fromkeys(record["run"] for record in measured if "run" in record))
+        assert others == [f"{command} --run {run}" for run in runs]
+        for run in runs:
+            assert page.count(f"({provenance.label(machine, kind, run)})=\n{run}, ") == 1
         if kind != "records":
             assert parsed.out == f"results/local/{kind}.jsonl"
 

@@ -141,7 +141,7 @@ def trained(found):
         _trained("quality-adam-full-full-batch", "full", 0.003, num_words=9000, inference_bytes=400),
         _trained(f"quality-adam-hashed-{POOL}-full-batch", "hashed", 0.8, num_words=9000),
         _trained("quality-sgd-full-full-batch", "full", 0.1, optimizer="sgd"),
-        _trained("quality-adam-full-mini-batch", "full-fused", 0.3, inference_bytes=400, **mini),
+        _trained("mini-batch-full", "full-fused", 0.3, inference_bytes=400, **mini),
         *(_trained("mini-batch-hashed-4-times", "hashed", gap, seed=gap, **mini) for gap in (0.7, 0.6, 0.65)),
         _trained("mini-batch-clustered-4-times", "clustered", None, failure="diverged", **mini),
         _trained("growth-full-1000", "full", 0.002),
@@ -154,11 +154,12 @@ def test_mini_batches_stand_beside_full_batches_of_the_same_bytes(trained):
     assert list(table.index) == ["full", "hashed", "clustered"]
     assert list(table["gap, mini-batches"]) == ["0.300", "0.650 (0.600 to 0.700)", "failed"]
     assert list(table["gap, full batches"]) == ["0.003", "0.610", "not measured"]
-    # With a full table's own run of as many passes, the quality study's is left out.
-    own = _trained("mini-batch-full", "full-fused", 0.25, inference_bytes=400, training="mini-batch")
-    table = report.mini_batch_table([*trained, own])
-    assert list(table.table) == ["hashed", "clustered", "full"]
     assert report.mini_batch_table(trained[:8]).empty
+    assert report.best_mini_batch(trained)["run"] == "mini-batch-full"
+    longer = _trained("quality-adam-full-mini-batch", "full-fused", 0.2, training="mini-batch", num_epochs=8)
+    assert report.best_mini_batch([*trained, longer])["gap"] == 0.2
+    names = list(report.quality_table([*trained, longer], "mini-batch").table)
+    assert names == ["full table, 1 pass", "full table, 8 passes"]
 
 
 def test_growth_ends_with_the_whole_vocabulary(trained):
@@ -471,6 +472,81 @@ def test_the_tour_is_launched_from_where_the_source_is():
     assert "(https://colab.research.google.com/github/someone/cemb/blob/HEAD/notebooks/tour.ipynb)" in text
     assert "http" not in report.launch(None)
     assert (ROOT / "notebooks" / "tour.ipynb").exists()
+
+
+@pytest.fixture
+def published():
+    return report.reference("records")
+
+
+def _of_the_default_grid(found):
+    """The records of a full study that a default one has: of its runs, methods, ratios and seeds."""
+    runs = {run.name: run.parameters for run in study.study_runs()}
+
+    def is_there(record):
+        asked = runs.get(record["run"])
+        return (
+            asked is not None
+            and record.get("table") != "sgns"
+            and (record.get("seed") or 0) in asked.get("seeds", [0])
+            and record.get("method") in asked.get("methods", [record.get("method")])
+            and record.get("asked_ratio")
+            in (None, *asked.get("compression_ratios", [record.get("asked_ratio")]))
+        )
+
+    return [record for record in found if is_there(record)]
+
+
+def test_a_default_study_is_completed_with_what_the_reference_trained(published):
+    name, whole = published
+    own = _of_the_default_grid(whole)
+    assert 50 < len(own) < len(whole) / 2
+    found = report.completed(own)
+    added = [record for record in found if record not in own]
+    assert len(added) == len(found) - len(own)
+    assert {record["reference"] for record in added} == {name}
+    assert {record["kind"] for record in added} == {"quality", "frontier"}
+    # Each once, and every one.
+    trained = [json.dumps(r, sort_keys=True) for r in whole if r["kind"] in ("quality", "frontier")]
+    there = [{k: v for k, v in r.items() if k != "reference"} for r in found]
+    there = [json.dumps(r, sort_keys=True) for r in there if r["kind"] in ("quality", "frontier")]
+    assert sorted(there) == sorted(trained)
+    assert report.whole_study(own) == [{**record, "reference": name} for record in whole]
+    # So the pages say the same of it as of the whole study, but for what they call the median's seconds.
+    for table in (report.same_bytes_table, report.decisions, report.growth_table):
+        assert table(found).equals(table(whole))
+    assert report.beats_trivial(found, 16) == report.beats_trivial(whole, 16)
+    assert report.best_optimizer_text(found, compression_ratio=16) != report.NOT_MEASURED
+    assert report.sources_text(found).startswith(f"Of {len(trained)} records of training, ")
+    assert name in report.sources_text(found)
+    stars = report.frontier_table(found)[0].seconds.str.endswith("*")
+    assert 0 < stars.sum() < len(stars)
+
+
+def _by_kind(found):
+    """The records of each kind, in order."""
+    return {kind: [r for r in found if r["kind"] == kind] for kind in {r["kind"] for r in found}}
+
+
+def test_a_whole_study_and_one_of_another_matrix_stay_as_they_are(published):
+    _, whole = published
+    assert report.whole_study(whole) == whole
+    assert _by_kind(report.completed(whole)) == _by_kind(whole)
+    assert "all" in report.sources_text(whole).lower()
+    other = _of_the_default_grid(whole)
+    other = [{**r, "num_stored_cells": 7} if r["kind"] == "pmi" else r for r in other]
+    assert report.whole_study(other) == other
+    assert _by_kind(report.completed(other)) == _by_kind(other)
+
+
+def test_what_was_not_run_is_said(published):
+    own = _of_the_default_grid(published[1])
+    assert report.best_quality(own, compression_ratio=16) is None
+    assert report.best_quality(own, compression_ratio=4)["gap"] < 1
+    missing = report.quality_record(own, "adam", compression_ratio=1)
+    texts = [report.gap_text(missing), report.score_text(missing, "wordsim353"), report.closed_share(missing)]
+    texts += [report.best_optimizer_text(own, compression_ratio=16), report.point_text(own, "hybrid", 4)]
+    assert texts == [report.NOT_MEASURED] * 5
 
 
 def test_the_explorer_has_every_record():

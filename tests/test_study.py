@@ -49,13 +49,33 @@ def test_the_default_grid_covers_the_question():
             for p in quality
             if p["optimizer"] == optimizer and "weight_power" not in p
         ]
-        assert sizes == [
-            ("full", None, None),
-            ("hashed", 1, None),
-            ("hashed", 4, None),
-            ("hashed", 16, None),
-            ("hashed", None, 262_144),
-        ]
+        assert sizes == [("full", None, None), ("hashed", 4, None), ("hashed", None, 262_144)]
+    assert {"mini-batch-full", "quality-adam-hashed-4-times-weighted", "growth-speed"} <= {
+        r.name for r in runs
+    }
+
+
+def test_the_full_grid_has_every_size_with_every_optimizer():
+    for run in (parameters := {r.name: r.parameters for r in study.study_runs("full")}):
+        assert "seeds" not in parameters[run] or parameters[run]["seeds"] == [0, 1, 2]
+    sizes = ["full", *(f"hashed-{ratio}-times" for ratio in (1, 4, 16)), "hashed-262144"]
+    wanted = {f"quality-{o}-{size}-full-batch" for o in ("sgd", "adagrad", "adam") for size in sizes}
+    wanted |= {f"quality-{o}-full-mini-batch" for o in ("sgd", "adagrad", "adam")}
+    wanted |= {f"quality-adam-{size}-weighted" for size in sizes[:-1]}
+    assert wanted <= set(parameters)
+
+
+def test_runs_of_the_default_grid_are_runs_of_the_full_one():
+    full = {run.name: run for run in study.study_runs("full")}
+    for run in study.study_runs():
+        whole = full[run.name].parameters
+        for name, value in run.parameters.items():
+            if name in ("methods", "compression_ratios", "seeds"):
+                assert set(value) <= set(whole[name]), (run.name, name)
+            else:
+                assert value == whole[name], (run.name, name)
+        if run.notebook != "pmi.ipynb":  # which trains word2vec, too
+            assert set(run.parameters) == set(whole), run.name
 
 
 def test_the_frontier_has_every_method_once():
@@ -132,7 +152,7 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
 
 
 def test_missing_records_are_named():
-    with pytest.raises(FileNotFoundError, match=r"41 of 41 runs are missing or stale:\n  pmi: never run"):
+    with pytest.raises(FileNotFoundError, match=r"25 of 25 runs are missing or stale:\n  pmi: never run"):
         study.current_records(study.study_runs())
 
 
@@ -229,7 +249,7 @@ def test_smoke_records(smoke, monkeypatch):
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "pmi": 1,
         "limits": 1,
-        "quality": 29,
+        "quality": 30,
         "speed": 38,
         "frontier": 21,
     }
@@ -245,14 +265,14 @@ def test_smoke_records(smoke, monkeypatch):
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
         report.pick(found, table="robe")
     rows = list(csv.DictReader(io.StringIO(report.csv_text(found, "quality"))))
-    assert len(rows) == 29
+    assert len(rows) == 30
     trained = next(row for row in rows if row["training"] == "full-batch")
     assert json.loads(trained["history"])[0]["step"] == 0
 
 
 def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
     pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) >= 39
+    assert len(pages) >= 40
     for page in pages:
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:
@@ -267,5 +287,5 @@ def test_a_page_without_its_records_fails_the_build(tmp_path):
     command = [sys.executable, "book/build.py", "--build-dir", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "41 of 41 runs are missing or stale" in done.stderr
+    assert "25 of 25 runs are missing or stale" in done.stderr
     assert not (tmp_path / "_build").exists()

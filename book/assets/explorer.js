@@ -11,19 +11,19 @@
     },
     quality: {
       title: "quality",
-      filters: ["optimizer", "table", "training", "pool_size", "block_size", "batch_size", "seed"],
+      filters: ["optimizer", "table", "training", "pool_size", "block_size", "batch_size", "seed", "reference"],
       axes: ["inference_ratio", "gap"],
       group: "table",
       columns: ["run", "table", "optimizer", "training", "seed", "inference_ratio", "gap", "wordsim353_score",
-        "train_s"],
+        "train_s", "reference"],
     },
     frontier: {
       title: "frontier",
-      filters: ["method", "optimizer", "training", "pool_size", "block_size", "batch_size", "seed"],
+      filters: ["method", "optimizer", "training", "pool_size", "block_size", "batch_size", "seed", "reference"],
       axes: ["inference_ratio", "gap"],
       group: "method",
       columns: ["run", "method", "optimizer", "seed", "inference_ratio", "training_ratio", "gap",
-        "wordsim353_score"],
+        "wordsim353_score", "reference"],
     },
   };
   const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a8a00", "#888888"];
@@ -99,6 +99,12 @@
   }
 
   const cell = (row, name) => (name in state.place ? row[state.place[name]] : "");
+
+  // A run of this study has a page; a reference machine's records have one together.
+  const page = (row) => {
+    const reference = cell(row, "reference");
+    return `runs/${reference ? `reference-${reference}-records` : cell(row, "run")}.html`;
+  };
 
   function selection() {
     const text = state.text.toLowerCase();
@@ -211,7 +217,7 @@
       const path = mark(shape, x.at(point.x), y.at(point.y), colour, svg);
       path.classList.add("point");
       path.addEventListener("pointerenter", () => choose(point.row));
-      path.addEventListener("click", () => window.location.assign(`runs/${cell(point.row, "run")}.html`));
+      path.addEventListener("click", () => window.location.assign(page(point.row)));
     }
     return usable;
   }
@@ -224,9 +230,8 @@
         list.append(element("div", {}, element("dt", {}, name), element("dd", {}, cell(row, name))));
       }
     }
-    const run = cell(row, "run");
     panel.replaceChildren(element("p", {}, "One record, of the run ",
-      element("a", { href: `runs/${run}.html` }, run)), list);
+      element("a", { href: page(row) }, cell(row, "run"))), list);
   }
 
   function legend(points, holder) {
@@ -263,7 +268,7 @@
       const line = element("tr", {});
       for (const name of columns) {
         const text = cell(row, name);
-        const content = name === "run" ? element("a", { href: `runs/${text}.html` }, text) : shown(text);
+        const content = name === "run" ? element("a", { href: page(row) }, text) : shown(text);
         line.append(element("td", isNumber(text) ? { class: "number" } : {}, content));
       }
       line.addEventListener("pointerenter", () => choose(row));
