@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from cemb import study
+
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "build" / "test"
 
@@ -19,6 +21,21 @@ def zipf_text(num_tokens=60_000, num_words=600, seed=0):
     words += ["king", "queen", "water", "car", "tiger", "cat", "money", "cash", "physics", "proton"]
     shares = 1 / np.arange(1, len(words) + 1)
     return " ".join(rng.choice(words, num_tokens, p=shares / shares.sum()))
+
+
+def of_the_default_grid(found):
+    """The records of a full study that a default one has: of its runs, methods, ratios and seeds."""
+    runs = {run.name: run.parameters for run in study.study_runs()}
+    lists = {"method": "methods", "asked_ratio": "compression_ratios", "seed": "seeds"}
+
+    def is_there(record):
+        asked = runs.get(record["run"])
+        return asked is not None and all(
+            record.get(name) is None or record[name] in asked.get(values, [record[name]])
+            for name, values in lists.items()
+        )
+
+    return [record for record in found if record.get("table") != "sgns" and is_there(record)]
 
 
 @pytest.fixture

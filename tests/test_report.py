@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, of_the_default_grid
 
 from cemb import plots, records, report, study, targets
 from cemb.rates import default_learning_rate
@@ -479,27 +479,9 @@ def published():
     return report.reference("records")
 
 
-def _of_the_default_grid(found):
-    """The records of a full study that a default one has: of its runs, methods, ratios and seeds."""
-    runs = {run.name: run.parameters for run in study.study_runs()}
-
-    def is_there(record):
-        asked = runs.get(record["run"])
-        return (
-            asked is not None
-            and record.get("table") != "sgns"
-            and (record.get("seed") or 0) in asked.get("seeds", [0])
-            and record.get("method") in asked.get("methods", [record.get("method")])
-            and record.get("asked_ratio")
-            in (None, *asked.get("compression_ratios", [record.get("asked_ratio")]))
-        )
-
-    return [record for record in found if is_there(record)]
-
-
 def test_a_default_study_is_completed_with_what_the_reference_trained(published):
     name, whole = published
-    own = _of_the_default_grid(whole)
+    own = of_the_default_grid(whole)
     assert 50 < len(own) < len(whole) / 2
     found = report.completed(own)
     added = [record for record in found if record not in own]
@@ -533,14 +515,14 @@ def test_a_whole_study_and_one_of_another_matrix_stay_as_they_are(published):
     assert report.whole_study(whole) == whole
     assert _by_kind(report.completed(whole)) == _by_kind(whole)
     assert "all" in report.sources_text(whole).lower()
-    other = _of_the_default_grid(whole)
+    other = of_the_default_grid(whole)
     other = [{**r, "num_stored_cells": 7} if r["kind"] == "pmi" else r for r in other]
     assert report.whole_study(other) == other
     assert _by_kind(report.completed(other)) == _by_kind(other)
 
 
 def test_what_was_not_run_is_said(published):
-    own = _of_the_default_grid(published[1])
+    own = of_the_default_grid(published[1])
     assert report.best_quality(own, compression_ratio=16) is None
     assert report.best_quality(own, compression_ratio=4)["gap"] < 1
     missing = report.quality_record(own, "adam", compression_ratio=1)
