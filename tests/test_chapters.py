@@ -1,4 +1,4 @@
-"""Chapters on a default study, whose rest is the reference's, and on a text of one's own, whose rest is missing."""
+"""Chapters on a default study: with the rest from the reference, and on a text of one's own, without it."""
 
 import re
 
