@@ -393,37 +393,38 @@ def times_figure(ratios: pd.DataFrame) -> Figure:
     machines = list(dict.fromkeys(ratios.machine))
     colours = {**plots.PHASE_COLOURS, "total": "#000000"}
     # Not in `cemb.plots`, which every notebook reaches: an edit there makes all of the study stale.
-    with plt.rc_context(plots.STYLE):
-        figure, panels = plt.subplots(
-            1, len(machines), sharey=True, squeeze=False, figsize=(9, 1.2 + 0.2 * len(rows))
-        )
-        for machine, axes in zip(machines, panels[0], strict=True):
-            for phase, colour in colours.items():
-                own = ratios[(ratios.phase == phase) & (ratios.machine == machine)]
-                places = [rows.index(key) for key in zip(own.run, own.record, strict=True)]
-                # The ratio of medians may lie outside of what the bootstrap draws.
-                error = np.maximum([own.value - own.low, own.high - own.value], 0)
-                axes.errorbar(
-                    own.value,
-                    places,
-                    xerr=error if phase == "total" else None,
-                    fmt="o" if phase == "total" else "|",
-                    color=colour,
-                    markersize=5,
-                    label=phase,
-                    linestyle="none",
-                )
-            axes.axvline(1, color=plots.GREY, linewidth=1)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            low, high = axes.get_xlim()
-            labelled = "25" if high < 100 * low else ""  # beyond two decades there is no room for more
-            axes.xaxis.set_minor_formatter(
-                lambda value, _, labelled=labelled: f"{value:g}" if f"{value:e}"[0] in labelled else ""
+    # Beyond this function, for drawings get their bytes when they are saved.
+    plt.rcParams.update(plots.STYLE)
+    figure, panels = plt.subplots(
+        1, len(machines), sharey=True, squeeze=False, figsize=(9, 1.2 + 0.2 * len(rows))
+    )
+    for machine, axes in zip(machines, panels[0], strict=True):
+        for phase, colour in colours.items():
+            own = ratios[(ratios.phase == phase) & (ratios.machine == machine)]
+            places = [rows.index(key) for key in zip(own.run, own.record, strict=True)]
+            # The ratio of medians may lie outside of what the bootstrap draws.
+            error = np.maximum([own.value - own.low, own.high - own.value], 0)
+            axes.errorbar(
+                own.value,
+                places,
+                xerr=error if phase == "total" else None,
+                fmt="o" if phase == "total" else "|",
+                color=colour,
+                markersize=5,
+                label=phase,
+                linestyle="none",
             )
-            axes.set(xlabel=f"time here ÷ time of\n{machine}")
-        names = [f"{run}: {record}" for run, record in rows]
-        panels[0, 0].set_yticks(range(len(rows)), names, fontsize=7)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper right")
-        return figure
+        axes.axvline(1, color=plots.GREY, linewidth=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        low, high = axes.get_xlim()
+        labelled = "25" if high < 100 * low else ""  # beyond two decades there is no room for more
+        axes.xaxis.set_minor_formatter(
+            lambda value, _, labelled=labelled: f"{value:g}" if f"{value:e}"[0] in labelled else ""
+        )
+        axes.set(xlabel=f"time here ÷ time of\n{machine}")
+    names = [f"{run}: {record}" for run, record in rows]
+    panels[0, 0].set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper right")
+    return figure

@@ -534,14 +534,15 @@ NOT_MEASURED = "(not measured)"
 
 
 def gap_text(record: Record | None, digits: int = 3) -> str:
-    """A gap, with the range over seeds if there were several; how the run failed, or that there was none."""
+    """A gap, with the range over seeds if it shows; how the run failed, or that there was none."""
     if record is None:
         return NOT_MEASURED
     if pd.isna(record["gap"]):
         return "none" if pd.isna(record.get("failure")) else "failed"
     text = _signed(record["gap"], digits)
     if record.get("num_seeds", 1) > 1:
-        text += f" ({_signed(record['gap_low'], digits)} to {_signed(record['gap_high'], digits)})"
+        low, high = (_signed(record[name], digits) for name in ("gap_low", "gap_high"))
+        text += f" ({low} to {high})" if (low, high) != (text, text) else ""
     return text
 
 

@@ -1,7 +1,9 @@
 """One machine's records beside another's: what matches, what does not, ratios of times."""
 
+import io
 import math
 
+import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
@@ -188,6 +190,17 @@ def test_ratios_are_drawn_on_a_logarithmic_axis():
         "speed-sgd-4: hashed, pool 4, block 1, 10 rows"
     ]
     plt.close(figure)
+
+
+def test_the_same_drawing_gives_the_same_bytes():
+    ratios = compare.time_ratios([_compare([_timed(30.0)], [_timed(10.0)])])
+    with plt.rc_context(rc=matplotlib.rcParamsDefault):  # whatever other tests have set
+        figure = compare.times_figure(ratios)
+        drawings = [io.BytesIO(), io.BytesIO()]
+        for drawing in drawings:
+            figure.savefig(drawing, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    assert drawings[0].getvalue() == drawings[1].getvalue()
 
 
 def test_a_reference_matches_itself_and_not_its_altered_copy():

@@ -1,50 +1,73 @@
-"""Read and write pages side by side: an option of Sphinx that Jupyter Book's command line lacks."""
+"""Read and write pages side by side, in a kernel for each process: Jupyter Book has no option for it."""
 
+import itertools
 import multiprocessing
+import multiprocessing.util
 import os
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from sphinx.util.parallel import make_chunks
 
 # Kernels started by several processes at once may be given one TCP port. One of them dies then, and whoever
 # started it waits for ever. So they are started one after the other, until each has its ports.
 _starting = multiprocessing.Lock()
-_start, _connect = NotebookClient.async_start_new_kernel, NotebookClient.async_start_new_kernel_client
+_setup = NotebookClient.async_setup_kernel
+_kernel = None  # of this process
 
 
-async def start_alone(client, **options):
-    _starting.acquire()
+@asynccontextmanager
+async def setup_kernel(client, **options):
+    """Let the chapters that a process reads share a kernel: what they import takes longer than what they do.
+
+    Each finds it without the names of those before; what they drew, the kernel has closed.
+    """
+    global _kernel
+    if _kernel is None or not await ensure_async(_kernel.is_alive()):
+        client.create_kernel_manager()
+        with _starting:
+            await client.async_start_new_kernel(**options)
+            await client.async_start_new_kernel_client()
+        _kernel = client.km
+        # What such a process ends with; it does not come to `atexit`.
+        end = run_sync(_kernel.shutdown_kernel)
+        multiprocessing.util.Finalize(None, end, kwargs={"now": True}, exitpriority=0)
+    else:
+        client.km = _kernel
+        await client.async_start_new_kernel_client()
+        await client.kc.execute_interactive("%reset -f", silent=True)
     try:
-        await _start(client, **options)
-    except BaseException:
-        _starting.release()
-        raise
-
-
-async def connect(client):
-    try:
-        return await _connect(client)
+        async with _setup(client, cleanup_kc=False):
+            yield
     finally:
-        _starting.release()
+        client.kc.stop_channels()
+
+
+def cost(page):
+    """What pages compare by: those that need torch take longest, then long chapters, finished runs least."""
+    text = page.read_text(encoding="utf-8")
+    is_chapter = page.suffix == ".md"
+    return is_chapter and ("import torch" in text or "automodule" in text), is_chapter, len(text)
 
 
 def deal_out(app, env, docnames):
-    """Spread chapters, which run code, over the chunks of pages read at once: long ones first, runs last."""
-    docnames.sort(key=lambda name: (name.startswith("runs/"), -Path(env.doc2path(name)).stat().st_size))
-    chunks = len(make_chunks(docnames, app.parallel))
-    docnames[:] = [name for first in range(chunks) for name in docnames[first::chunks]]
+    """Spread pages over the chunks that are read at once, so that none is left with the long ones."""
+    sizes = [len(chunk) for chunk in make_chunks(docnames, app.parallel)]
+    shares = [[] for _ in sizes]
+    for name in sorted(docnames, key=lambda name: cost(Path(env.doc2path(name))), reverse=True):
+        open_shares = (share for share, size in zip(shares, sizes, strict=True) if len(share) < size)
+        min(open_shares, key=len).append(name)
+    docnames[:] = itertools.chain(*shares)
 
 
 def setup(app):
     # Even where there are fewer processors: some chapters take ten times as long as others, and of few large
-    # shares the last would be worked on alone.
-    app.parallel = max(8, os.cpu_count() or 1)
+    # shares the last would be worked on alone. Of more, each starts a kernel.
+    app.parallel = max(4, os.cpu_count() or 1)
     app.connect("env-before-read-docs", deal_out)
-    NotebookClient.async_start_new_kernel = start_alone
-    NotebookClient.async_start_new_kernel_client = connect
-    # A chapter's output is there when its kernel is told to stop; waiting for it to tidy up takes a second.
-    NotebookClient.shutdown_kernel.default_value = "immediate"
+    NotebookClient.async_setup_kernel = setup_kernel
     # It numbers sections once all pages are read, and does not say that pages may be read at once.
     app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
     return {"parallel_read_safe": True, "parallel_write_safe": True}
