@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import scipy.sparse.linalg
-import scipy.stats
+import scipy.special
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -145,6 +145,8 @@ class _AllCells(torch.autograd.Function):
         fitted = matrix @ contexts
         loss: Tensor = squared_norm - 2 * torch.linalg.vecdot(words, fitted).sum(dtype=torch.float64)
         loss += torch.sum(word_gram.double() * context_gram.double())
+        if not any(ctx.needs_input_grad):
+            return loss
         word_grad = fitted.addmm_(words, context_gram, beta=-2, alpha=2)
         context_grad = (transposed @ words).addmm_(contexts, word_gram, beta=-2, alpha=2)
         ctx.save_for_backward(word_grad, context_grad)
@@ -241,6 +243,29 @@ def normalized(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return vectors / np.where(lengths > 0, lengths, 1)
 
 
+def _centred_ranks(values: npt.NDArray[Any], samples: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Ranks in each row of ``values[samples]``, those of equal values averaged, less their mean.
+
+    Counting serves where rows are drawn from the same few values, and needs none of `scipy.stats`, which
+    takes a second to import.
+    """
+    distinct, places = np.unique(values, return_inverse=True)
+    places = places[samples]
+    counts = np.stack([np.bincount(row, minlength=len(distinct)) for row in places])
+    by_value: npt.NDArray[np.float64] = counts.cumsum(axis=1) - (counts - 1) / 2 - (samples.shape[1] + 1) / 2
+    return np.take_along_axis(by_value, places, axis=1)
+
+
+def _correlations(
+    left: npt.NDArray[Any], right: npt.NDArray[Any], samples: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """Spearman's rank correlation in each row of resampled pairs; NaN where one side does not vary."""
+    ranks, others = (_centred_ranks(values, samples) for values in (left, right))
+    spread = np.sqrt(np.square(ranks).sum(axis=1) * np.square(others).sum(axis=1))
+    found: npt.NDArray[np.float64] = (ranks * others).sum(axis=1) / np.where(spread > 0, spread, np.nan)
+    return found
+
+
 SIMILARITY_SETS = {"wordsim353": "wordsim353.tsv", "simlex999": "simlex999.txt"}
 
 
@@ -276,18 +301,12 @@ def similarity(
     left, right, human = (np.array(column) for column in zip(*known, strict=True))
     unit = normalized(vectors)
     cosines = np.einsum("ij,ij->i", unit[left], unit[right])
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    samples = rng.integers(len(known), size=(num_bootstrap, len(known)))
-    human_ranks = scipy.stats.rankdata(human[samples], axis=1)
-    cosine_ranks = scipy.stats.rankdata(cosines[samples], axis=1)
-    human_ranks -= human_ranks.mean(axis=1, keepdims=True)
-    cosine_ranks -= cosine_ranks.mean(axis=1, keepdims=True)
-    spread = np.sqrt(np.square(human_ranks).sum(1) * np.square(cosine_ranks).sum(1))
     if np.ptp(cosines) == 0:  # there is no correlation with what does not vary
         return {"score": math.nan, "low": math.nan, "high": math.nan, **result}
-    resampled = (human_ranks * cosine_ranks).sum(1) / np.where(spread > 0, spread, np.nan)
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    score = scipy.stats.spearmanr(human, cosines).statistic
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    samples = rng.integers(len(known), size=(num_bootstrap, len(known)))
+    low, high = np.nanpercentile(_correlations(human, cosines, samples), [2.5, 97.5])
+    (score,) = _correlations(human, cosines, np.arange(len(known))[None])
     return {"score": 100 * float(score), "low": 100 * float(low), "high": 100 * float(high), **result}
 
 
@@ -330,8 +349,9 @@ def analogies(
             sums[asked] = products[asked] = -np.inf
             added += sums.argmax() == answer
             multiplied += products.argmax() == answer
-    # The quantiles of resampling the questions without end.
-    low, high = scipy.stats.binom.ppf([0.025, 0.975], len(known), added / len(known))
+    # The quantiles of resampling the questions without end, which is a binomial distribution's.
+    at_most = scipy.special.bdtr(np.arange(len(known) + 1), len(known), added / len(known))
+    low, high = np.searchsorted(at_most, [0.025, 0.975])
     counts = {"score": added, "mul_score": multiplied, "low": low, "high": high}
     return {name: 100 * float(count) / len(known) for name, count in counts.items()} | result
 

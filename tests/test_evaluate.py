@@ -167,6 +167,16 @@ def test_similarity_equals_scipys_and_lies_in_its_interval(wordsim):
     assert 0.7 < (found["high"] - found["low"]) / (100 * 2 * 1.96 / math.sqrt(353)) < 1.3
 
 
+@pytest.mark.parametrize("num_values", [1, 3, 200])
+def test_ranks_of_resampled_values_equal_scipys(num_values):
+    rng = np.random.default_rng(2)
+    values = rng.choice(rng.normal(size=num_values), 90)
+    samples = rng.integers(90, size=(30, 90))
+    expected = scipy.stats.rankdata(values[samples], axis=1)
+    expected -= expected.mean(axis=1, keepdims=True)
+    np.testing.assert_array_equal(evaluate._centred_ranks(values, samples), expected)
+
+
 def test_similarity_of_vectors_in_one_direction_is_nan(wordsim):
     _, words = wordsim
     found = evaluate.similarity(np.ones((len(words), 1), np.float32), words, "wordsim353")
@@ -229,6 +239,8 @@ def test_analogies_equal_the_formulas_word_by_word(noisy_capitals, batch_size):
     assert found["questions"] == len(questions)
     for name, count in right.items():
         assert found[name] == pytest.approx(100 * count / len(questions))
+    counts = scipy.stats.binom.ppf([0.025, 0.975], len(questions), right["score"] / len(questions))
+    assert [found["low"], found["high"]] == pytest.approx(list(100 * counts / len(questions)))
     assert 10 < found["score"] != found["mul_score"] < 90
     answers = np.arange(len(questions)) < right["score"]
     samples = np.random.default_rng(0).choice(answers, (4000, len(questions))).mean(axis=1)
