@@ -115,6 +115,13 @@ def code_hash(source: str) -> str:
 
     Whole files count, comments too: simple, and never wrong in the direction that matters.
     """
+    files = ((path, path.stat()) for path in sorted(PACKAGE.rglob("*.py")))
+    return _code_hash(source, tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files))
+
+
+# A study's runs are of few notebooks, so most of their hashes are the same.
+@functools.lru_cache(maxsize=64)
+def _code_hash(source: str, files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256(source.encode())
     for name in sorted(reached_modules(source)):
         digest.update(name.encode() + module_path(name).read_bytes())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cemb import kernels, ops, reference
+from cemb import kernels, ops, records, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
 from cemb.kernels import cpu, runs
 
@@ -453,11 +453,25 @@ def test_backends():
 
 
 def test_kernels_compiled_from_earlier_sources_are_discarded(tmp_path):
-    compiled = tmp_path / "__pycache__"
-    compiled.mkdir()
-    ages = {tmp_path / "a.py": 1, compiled / "b.nbi": 2, tmp_path / "lanes.py": 3, compiled / "c.nbi": 4}
+    folders = [tmp_path / "kernels", tmp_path]
+    own, above = compiled = [folder / "__pycache__" for folder in folders]
+    for folder in compiled:
+        folder.mkdir(parents=True)
+    sources = [tmp_path / "kernels" / "lanes.py", tmp_path / "hashing.py"]
+    ages = dict(zip(sources, (1, 3), strict=True))
+    ages |= {own / "a.nbi": 2, own / "b.nbi": 4, above / "c.nbi": 2, above / "d.nbi": 4}
     for path, age in ages.items():
         path.touch()
         os.utime(path, (age, age))
-    kernels.discard_outdated(tmp_path)
-    assert [path for path in ages if not path.exists()] == [compiled / "b.nbi"]
+    kernels.discard_outdated(sources, folders)
+    assert [path for path in ages if not path.exists()] == [own / "a.nbi", above / "c.nbi"]
+
+
+def test_what_kernels_inline_is_looked_at():
+    """Modules of cemb that those with kernels import, of which a kernel may inline a function."""
+    package = records.PACKAGE
+    with_kernels = [path for path in package.rglob("*.py") if "njit" in path.read_text(encoding="utf-8")]
+    assert {path.parent for path in with_kernels} == {package, package / "kernels"}
+    imported = {name for path in with_kernels for name in records.imported_modules(path.read_text())}
+    holding = {records.module_path(name) for name in imported} & {*with_kernels, package / "hashing.py"}
+    assert {package / "kernels" / "lanes.py", package / "cooccurrence.py"} <= holding <= set(kernels.SOURCES)

@@ -1,19 +1,25 @@
 """Compiled kernels: Numba's for CPUs, Triton's for GPUs."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 
-def discard_outdated(folder: Path) -> None:
-    """Remove what Numba has compiled from earlier sources in `folder`.
+def discard_outdated(sources: Iterable[Path], folders: Iterable[Path]) -> None:
+    """Remove what Numba compiled in `folders` before the newest of `sources` was written.
 
     Numba itself looks only at the file a kernel stands in, and kernels inline functions of other files.
     """
-    changed = max((path.stat().st_mtime for path in folder.glob("*.py")), default=0)
-    for index in folder.glob("__pycache__/*.nbi"):
-        with suppress(OSError):  # another process was first, or the folder is not ours
-            if index.stat().st_mtime < changed:
-                index.unlink()
+    changed = max((path.stat().st_mtime for path in sources), default=0)
+    for folder in folders:
+        for index in folder.glob("__pycache__/*.nbi"):
+            with suppress(OSError):  # another process was first, or the folder is not ours
+                if index.stat().st_mtime < changed:
+                    index.unlink()
 
 
-discard_outdated(Path(__file__).parent)
+_HERE = Path(__file__).parent
+# Modules above this folder have kernels, too, which inline functions of it and of each other.
+_ABOVE = ("cooccurrence.py", "counting.py", "hashing.py", "pmi.py")
+SOURCES = [*_HERE.glob("*.py"), *(_HERE.parent / name for name in _ABOVE)]
+discard_outdated(SOURCES, (_HERE, _HERE.parent))
