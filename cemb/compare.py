@@ -106,21 +106,6 @@ def _asked_by_key(found: list[Record]) -> dict[str, Record]:
     return side
 
 
-def record_name(record: Record) -> str:
-    """What a record is of, in its run: a speed case, a method at a ratio, a table; and its seed."""
-    name = record.get("label") or record.get("method") or record.get("table") or record["kind"]
-    parts = [str(name)]
-    if record.get("num_embeddings") is not None:
-        parts.append(f"{record['num_embeddings']:,} rows")
-    if record.get("asked_ratio") is not None:
-        parts.append(f"{record['asked_ratio']:g}×")
-    if record.get("singular_value_power") is not None:
-        parts.append(f"power {record['singular_value_power']:g}")
-    if record.get("seed"):
-        parts.append(f"seed {record['seed']}")
-    return ", ".join(parts)
-
-
 @dataclass(frozen=True)
 class Check:
     """One value that must match.
@@ -197,7 +182,7 @@ class Comparison:
         for here, there in self.pairs:
             ours, theirs = _must_match(here), _must_match(there)
             for name in ours.keys() & theirs.keys():
-                found.append(_check(here["run"], record_name(here), name, ours[name], theirs[name]))
+                found.append(_check(here["run"], report.record_name(here), name, ours[name], theirs[name]))
         return sorted(found, key=lambda check: (check.run, check.record, check.name))
 
 
@@ -328,7 +313,7 @@ def time_ratios(found: list[Comparison]) -> pd.DataFrame:
                     {
                         "machine": comparison.name,
                         "run": here["run"],
-                        "record": record_name(here),
+                        "record": report.record_name(here),
                         "phase": phase,
                         "value": ratio.value,
                         "low": ratio.low,

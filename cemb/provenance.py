@@ -11,8 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from cemb import catalog, records, study
-from cemb.compare import record_name
+from cemb import catalog, records, report, study
 
 VERSIONS = ("python_version", *(f"{package}_version" for package in records.KEY_PACKAGES))
 
@@ -143,7 +142,8 @@ def _repeats(found: list[records.Record]) -> list[str]:
         for name, unit in (("total_ms_repeats", "ms"), ("count_s_repeats", "s")):
             if name not in record:
                 continue
-            parts = [record.get("optimizer"), record_name(record), record.get("ids"), record.get("case")]
+            title = report.record_name(record)
+            parts = [record.get("optimizer"), title, record.get("ids"), record.get("case")]
             if record.get("thp_mem_alloc_enable") == "1":
                 parts.append("huge pages")
             what = ", ".join(filter(None, parts))

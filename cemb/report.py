@@ -485,6 +485,21 @@ def speed_table(found: list[Record]) -> pd.DataFrame:
     )
 
 
+def record_name(record: Record) -> str:
+    """What a record is of, in its run: a speed case, a method at a ratio, a table; and its seed."""
+    name = record.get("label") or record.get("method") or record.get("table") or record["kind"]
+    parts = [str(name)]
+    if record.get("num_embeddings") is not None:
+        parts.append(f"{record['num_embeddings']:,} rows")
+    if record.get("asked_ratio") is not None:
+        parts.append(f"{record['asked_ratio']:g}×")
+    if record.get("singular_value_power") is not None:
+        parts.append(f"power {record['singular_value_power']:g}")
+    if record.get("seed"):
+        parts.append(f"seed {record['seed']}")
+    return ", ".join(parts)
+
+
 def compression_name(record: Record) -> str:
     """How a quality record's table is named in the book."""
     if record["table"] == "svd":

@@ -220,7 +220,7 @@ def test_a_reference_matches_itself_and_not_its_altered_copy():
 
 def test_record_names_tell_the_records_of_a_run_apart():
     for name, found in report.references("records"):
-        names = [(record["run"], compare.record_name(record)) for record in found]
+        names = [(record["run"], report.record_name(record)) for record in found]
         assert len(set(names)) == len(names), name
 
 
