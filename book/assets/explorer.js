@@ -100,10 +100,11 @@
 
   const cell = (row, name) => (name in state.place ? row[state.place[name]] : "");
 
-  // A run of this study has a page; a reference machine's records have one together.
+  // A run of this study has a page; those of a reference machine have one together.
   const page = (row) => {
-    const reference = cell(row, "reference");
-    return `runs/${reference ? `reference-${reference}-records` : cell(row, "run")}.html`;
+    const [run, reference] = [cell(row, "run"), cell(row, "reference")];
+    const name = `${reference}-records`;
+    return `runs/${reference ? `reference-${name}.html#provenance-${name}-${run}` : `${run}.html`}`;
   };
 
   function selection() {
