@@ -47,6 +47,8 @@ async def setup_kernel(client, **options):
 
 def cost(page):
     """How long a page takes to read, in code cells: importing torch takes as long as ten."""
+    if page.suffix != ".md":  # a run, which is not run again
+        return 0
     text = page.read_text(encoding="utf-8")
     return text.count("{code-cell}") + 10 * ("import torch" in text or "automodule" in text)
 
@@ -58,9 +60,9 @@ def deal_out(app, env, docnames):
     shares = [[] for _ in sizes]
     totals = [0] * len(sizes)
     for name in sorted(docnames, key=costs.get, reverse=True):
-        places = range(min(app.parallel, len(sizes)) if costs[name] else len(sizes))
-        room = [place for place in places if len(shares[place]) < sizes[place]]
-        place = min(room, key=totals.__getitem__)
+        room = [place for place, size in enumerate(sizes) if len(shares[place]) < size]
+        from_start = [place for place in room if place < app.parallel] if costs[name] else []
+        place = min(from_start or room, key=totals.__getitem__)
         shares[place].append(name)
         totals[place] += costs[name]
     docnames[:] = itertools.chain(*shares)
