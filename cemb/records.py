@@ -119,7 +119,7 @@ def code_hash(source: str) -> str:
     return _code_hash(source, tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in files))
 
 
-# A study's runs are of few notebooks, so most of their hashes are the same.
+# A study's runs are of few notebooks, so most of their hashes are the same. `files` is for the cache alone.
 @functools.lru_cache(maxsize=64)
 def _code_hash(source: str, files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256(source.encode())

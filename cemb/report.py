@@ -49,12 +49,21 @@ _MATRIX = (
     *("subsample_threshold", "context_smoothing", "num_negative", "top_k", "rank"),
     *("num_words", "num_stored_cells"),
 )
-# What tells the records of training and of the frontier apart.
-_TRAINED = ("run", "table", "method", "asked_ratio", "singular_value_power", "seed")
 
 
-def _record_key(record: Record) -> tuple[object, ...]:
-    return tuple(record.get(name) for name in _TRAINED)
+def _matrix(found: list[Record]) -> list[object]:
+    record = pick(found, kind="pmi")
+    return [record.get(name) for name in _MATRIX]
+
+
+def _trainings(found: list[Record]) -> dict[tuple[object, ...], Record]:
+    """Records of training and of what was made of it, by what tells them apart."""
+    names = ("run", "table", "method", "asked_ratio", "singular_value_power", "seed")
+    return {
+        tuple(record.get(name) for name in names): record
+        for record in found
+        if record["kind"] in ("quality", "frontier")
+    }
 
 
 def whole_study(found: list[Record]) -> list[Record]:
@@ -63,19 +72,11 @@ def whole_study(found: list[Record]) -> list[Record]:
     That is the one measured last of those that factorized the same matrix, if it has runs or seeds of
     training that `found` lacks. Its records have its name as ``reference``.
     """
-    own = {_record_key(record) for record in found}
+    matrix, own = _matrix(found), _trainings(found).keys()
     for name, there in references("records"):
-        matrices = [
-            [record.get(field) for field in _MATRIX]
-            for record in (pick(found, kind="pmi"), pick(there, kind="pmi"))
-        ]
-        if matrices[0] == matrices[1] and not own.issuperset(map(_record_key, _trainings(there))):
+        if _matrix(there) == matrix and _trainings(there).keys() - own:
             return [{**record, "reference": name} for record in there]
     return found
-
-
-def _trainings(found: list[Record]) -> list[Record]:
-    return [record for record in found if record["kind"] in ("quality", "frontier")]
 
 
 def completed(found: list[Record]) -> list[Record]:
@@ -85,15 +86,13 @@ def completed(found: list[Record]) -> list[Record]:
     gaps and scores do not depend on the machine, but for what `cemb.compare` allows. Records of speed are
     not added.
     """
-    trained = {_record_key(record): record for record in _trainings(found)}
-    rest = [record for record in found if _record_key(record) not in trained]
-    whole = {_record_key(record): record for record in _trainings(whole_study(found))}
-    return [*rest, *{**whole, **trained}.values()]
+    others = [record for record in found if record["kind"] not in ("quality", "frontier")]
+    return [*others, *(_trainings(whole_study(found)) | _trainings(found)).values()]
 
 
 def sources_text(found: list[Record]) -> str:
     """How many of `completed` records of training are of which machine, in words."""
-    trainings = _trainings(found)
+    trainings = _trainings(found).values()
     published = [record["reference"] for record in trainings if "reference" in record]
     if not published:
         return f"All {len(trainings)} records of training are of this machine"
@@ -536,7 +535,7 @@ def _trained(found: list[Record], part: str = "quality") -> list[Record]:
 
     The full table's one pass of mini-batches belongs to two parts.
     """
-    names = (f"{part}-", *(["mini-batch-full"] if part == "quality" else []))
+    names = (f"{part}-", "mini-batch-full") if part == "quality" else f"{part}-"
     return [r for r in found if r["kind"] == "quality" and r.get("training") and r["run"].startswith(names)]
 
 

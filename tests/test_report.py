@@ -514,7 +514,7 @@ def test_a_whole_study_and_one_of_another_matrix_stay_as_they_are(published):
     _, whole = published
     assert report.whole_study(whole) == whole
     assert _by_kind(report.completed(whole)) == _by_kind(whole)
-    assert "all" in report.sources_text(whole).lower()
+    assert re.fullmatch(r"All \d+ records of training are of this machine", report.sources_text(whole))
     other = of_the_default_grid(whole)
     other = [{**r, "num_stored_cells": 7} if r["kind"] == "pmi" else r for r in other]
     assert report.whole_study(other) == other
