@@ -69,10 +69,9 @@ def _select(
     columns: npt.NDArray[Any],
     values: npt.NDArray[np.float64],
     positive: bool,
-    top_k: int,
     row_cells: npt.NDArray[np.int64],
 ) -> int:
-    """Move the cells that are kept to the front; returns their number. top_k is 0 for all."""
+    """Move the cells that are kept to the front; returns their number."""
     found = 0
     for row in range(indptr.shape[0] - 1):
         before = found
@@ -80,20 +79,32 @@ def _select(
             if not positive or values[k] > 0:
                 columns[found], values[found] = columns[k], values[k]
                 found += 1
-        if 0 < top_k < found - before:
-            smallest = np.partition(values[before:found], found - before - top_k)[found - before - top_k]
-            ties = top_k
-            for k in range(before, found):
-                ties -= values[k] > smallest
-            end = before
-            for k in range(before, found):
-                if values[k] > smallest or (values[k] == smallest and ties > 0):
-                    ties -= values[k] == smallest
-                    columns[end], values[end] = columns[k], values[k]
-                    end += 1
-            found = end
         row_cells[row] = found - before
     return found
+
+
+# Apart from `_select`, since `np.partition` takes seconds to compile.
+@njit(nogil=True, cache=True)
+def _keep_largest(
+    columns: npt.NDArray[Any], values: npt.NDArray[np.float64], top_k: int, row_cells: npt.NDArray[np.int64]
+) -> int:
+    """Move the `top_k` largest cells of each row to the front; returns their number."""
+    start = end = 0
+    for row in range(row_cells.shape[0]):
+        stop = start + row_cells[row]
+        before, smallest, ties = end, -np.inf, row_cells[row]
+        if row_cells[row] > top_k:
+            smallest = np.partition(values[start:stop], stop - start - top_k)[stop - start - top_k]
+            ties = top_k
+            for k in range(start, stop):
+                ties -= values[k] > smallest
+        for k in range(start, stop):
+            if values[k] > smallest or (values[k] == smallest and ties > 0):
+                ties -= values[k] == smallest
+                columns[end], values[end] = columns[k], values[k]
+                end += 1
+        start, row_cells[row] = stop, end - before
+    return end
 
 
 def _pmi_block(
@@ -110,7 +121,9 @@ def _pmi_block(
     values -= context_logs[counts.indices]
     values += constant
     columns, row_cells = counts.indices.copy(), np.zeros(counts.shape[0], np.int64)
-    found = _select(counts.indptr, columns, values, options.positive, options.top_k or 0, row_cells)
+    found = _select(counts.indptr, columns, values, options.positive, row_cells)
+    if options.top_k:
+        found = _keep_largest(columns, values, options.top_k, row_cells)
     return row_cells, columns[:found], values[:found].astype(np.float32)
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -411,9 +411,9 @@ def _minutes(seconds: float) -> str:
 def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str], None] = print) -> None:
     """Bring runs up to date, doing only those that are not.
 
-    The data go first, then the runs that nobody times, `workers` at a time (by default one per processor, at
-    most 4, a thread each), and beside them the timed runs' kernels are compiled. Timed runs go last, one at a
-    time with nothing beside them. Stops at the first failure, keeping what is finished.
+    The data go first, then the other runs that nobody times, `workers` at a time (by default one per
+    processor, at most 4, a thread each), and beside all of these the timed runs' kernels are compiled. Timed
+    runs go last, one at a time and alone. Stops at the first failure, keeping what is finished.
     """
     todo = [run for run in runs if staleness(run)]
     for run in todo:
@@ -458,22 +458,23 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
             _, took = timed_execute(run)
             report(run, took, [*now[position + 1 :], *later], parallel)
 
-    one_by_one(data, [*others, *timed])
-    with _single_threads(), ThreadPoolExecutor(parallel) as pool:
-        compiling = pool.submit(_compile_kernels) if others and timed else None
-        pending = {pool.submit(timed_execute, run): run for run in others}
-        try:
-            while pending:
-                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    pending.pop(future)
-                    report(*future.result(), [*pending.values(), *timed], parallel)
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            raise
-        if compiling:
-            compiling.result()
+    def side_by_side() -> None:
+        with _single_threads(), ThreadPoolExecutor(parallel) as pool:
+            pending = {pool.submit(timed_execute, run): run for run in others}
+            try:
+                while pending:
+                    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        pending.pop(future)
+                        report(*future.result(), [*pending.values(), *timed], parallel)
+            except BaseException:
+                for future in pending:
+                    future.cancel()
+                raise
+
+    with _kernels_compiling() if timed and (data or others) else nullcontext():
+        one_by_one(data, [*others, *timed])
+        side_by_side()
     one_by_one(timed, [])
 
 
@@ -495,10 +496,23 @@ def _single_threads() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _compile_kernels() -> None:
-    # What is wrong, if anything is, the run that needs them will say.
+@contextmanager
+def _kernels_compiling() -> Iterator[None]:
+    """Kernels are compiled meanwhile, on a thread, and are at the end.
+
+    What is wrong, if anything is, the run that needs them will say.
+    """
     command = [sys.executable, "-m", "cemb", "compile"]
-    subprocess.run(command, cwd=records.ROOT, check=False, capture_output=True)
+    environment = {**os.environ, **dict.fromkeys(_THREAD_SETTINGS, "1")}
+    nowhere = subprocess.DEVNULL
+    with subprocess.Popen(
+        command, cwd=records.ROOT, env=environment, stdout=nowhere, stderr=nowhere
+    ) as process:
+        try:
+            yield
+        except BaseException:
+            process.kill()
+            raise
 
 
 def current_records(runs: list[Run]) -> list[records.Record]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from itertools import chain
 
 import nbformat
@@ -217,18 +218,25 @@ def test_runs_come_in_their_order_and_timed_ones_alone(tmp_path, monkeypatch):
         with lock:
             events.append(("end", run.name))
 
+    @contextmanager
+    def compiling():
+        events.append(("compiling",))
+        yield
+        events.append(("compiled",))
+
     monkeypatch.setattr(study, "execute", pretend)
-    monkeypatch.setattr(study, "_compile_kernels", lambda: pretend(study.Run("compile", "", "", {})))
+    monkeypatch.setattr(study, "_kernels_compiling", compiling)
     runs = study.study_runs()
     said = []
     study.run_study(runs, workers=2, say=said.append)
     begun = [event[1:] for event in events if event[0] == "begin"]
     timed = [run.name for run in runs if run.is_timed]
     assert begun[0] == ("pmi", "2", False)
-    assert events[1] == ("end", "pmi")
-    assert begun[1][0] == "compile"
+    assert events[0] == ("compiling",)
+    assert events[2] == ("end", "pmi")
+    assert events[-2 * len(timed) - 1] == ("compiled",)
     assert begun[-len(timed) :] == [(name, "2", False) for name in timed]
-    assert {name for name, *_ in begun} == {run.name for run in runs} | {"compile"}
+    assert {name for name, *_ in begun} == {run.name for run in runs}
     assert {event[1:] for event in begun[1 : -len(timed)]} == {("1", True)}
     alone = events[-2 * len(timed) :]
     assert [event[0] for event in alone] == ["begin", "end"] * len(timed)

@@ -7,6 +7,10 @@ layers may not all be entered by two threads at once (`workqueue` aborts), so la
 Integers of the hash are uint64 throughout: Numba promotes uint32 arithmetic to uint64 and mixed signed
 arithmetic to float64, either of which would send indices wild.
 
+Numba compiles what stands inside a `prange` twice, so in large kernels a thread's share of the work is a
+function of its own. It takes numpy's error model, which `prange` implies: tests for zero divisors would keep
+loops from vector registers. A share's `t` is made int64, since Numba types it in two ways.
+
 Kernels work on tiles of pairs: all places of a tile are found and prefetched before any is used, and
 scratch memory written in one loop is read in a later one, since a load that spans earlier stores waits
 for them.
@@ -407,8 +411,9 @@ def _score_single(weight: Any, factors: Any, table: Any, word: Any, context: Any
     return total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
-def _pair_scores(
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def _pair_scores_share(
+    t: Any,
     weight: Any,
     pairs: Any,
     kept: Any,
@@ -421,65 +426,83 @@ def _pair_scores(
     table: Any,
 ) -> None:
     n, dim = pairs.shape[0], table.dim
-    for t in prange(threads):
-        ones = np.ones(_LANES, scores.dtype)
-        terms = np.zeros((_TILE, dim), scores.dtype)
-        pair_places = np.empty((2, dim), np.uint32)
-        hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
-        # Of two tiles: while one is computed, the other's blocks are on their way.
-        keys, places, signs = _tile_memory(table)
-        _, next_places, next_signs = _tile_memory(table)
-        begin, end = n * t // threads, n * (t + 1) // threads
-        if not _is_single(table):
-            high = min(begin + _TILE, end)
-            _find(table, pairs, begin, high, keys, next_places, next_signs)
-            for i in range(high - begin):
-                _prefetch_pair(weight, next_places, i, table)
-        for low in range(begin, end, _TILE):
-            high = min(low + _TILE, end)
-            if not is_drawn:
-                _draw_rows(kept, hashes, low, high, dim, salt, threshold)
-            if _is_single(table) and weight.shape[0] > _CACHED:
-                # Places first, for the reason that `_find_row` gives.
-                for i in range(low, high):
-                    word = _key(table, _row(table, pairs, i, 0))
-                    context = _key(table, _row(table, pairs, i, 1))
-                    _find_single(terms[0], pair_places, kept[i], scale, ones, table, word, context)
-                    total = scores.dtype.type(0)
-                    for j in range(dim):
-                        left = lanes.value_at(weight, np.int64(pair_places[0, j]))
-                        total += terms[0, j] * left * lanes.value_at(weight, np.int64(pair_places[1, j]))
-                    scores[i] = total
-                continue
-            if _is_single(table):
-                for i in range(low, high):
-                    _spread(terms[i - low], kept[i], scale, ones)
-                for i in range(low, high):
-                    word = _key(table, _row(table, pairs, i, 0))
-                    context = _key(table, _row(table, pairs, i, 1))
-                    scores[i] = _score_single(weight, terms[i - low], table, word, context)
-                continue
-            places, next_places, signs, next_signs = next_places, places, next_signs, signs
-            following = min(high + _TILE, end)
-            _find(table, pairs, high, following, keys, next_places, next_signs)
-            for i in range(high - low):
-                if high + i < following:
-                    _prefetch_pair(weight, next_places, i, table)
-                for b in range(table.num_blocks):
-                    word, context = places[0, b, i], places[1, b, i]
-                    first, length = b * table.block_size, _block_length(table, b)
-                    factor = scale * (signs[0, b, i] * signs[1, b, i])
-                    for k in range(0, length, _LANES):
-                        mask = _mask(length - k)
-                        bits = lanes.bits_from(kept[low + i], first + k) & mask
-                        lanes.multiply(
-                            terms[i], first + k, weight, word + k, weight, context + k, factor, bits, mask
-                        )
-            for i in range(high - low):
+    ones = np.ones(_LANES, scores.dtype)
+    terms = np.zeros((_TILE, dim), scores.dtype)
+    pair_places = np.empty((2, dim), np.uint32)
+    hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
+    # Of two tiles: while one is computed, the other's blocks are on their way.
+    keys, places, signs = _tile_memory(table)
+    _, next_places, next_signs = _tile_memory(table)
+    begin, end = n * t // threads, n * (t + 1) // threads
+    if not _is_single(table):
+        high = min(begin + _TILE, end)
+        _find(table, pairs, begin, high, keys, next_places, next_signs)
+        for i in range(high - begin):
+            _prefetch_pair(weight, next_places, i, table)
+    for low in range(begin, end, _TILE):
+        high = min(low + _TILE, end)
+        if not is_drawn:
+            _draw_rows(kept, hashes, low, high, dim, salt, threshold)
+        if _is_single(table) and weight.shape[0] > _CACHED:
+            # Places first, for the reason that `_find_row` gives.
+            for i in range(low, high):
+                word = _key(table, _row(table, pairs, i, 0))
+                context = _key(table, _row(table, pairs, i, 1))
+                _find_single(terms[0], pair_places, kept[i], scale, ones, table, word, context)
                 total = scores.dtype.type(0)
                 for j in range(dim):
-                    total += terms[i, j]
-                scores[low + i] = total
+                    left = lanes.value_at(weight, np.int64(pair_places[0, j]))
+                    total += terms[0, j] * left * lanes.value_at(weight, np.int64(pair_places[1, j]))
+                scores[i] = total
+            continue
+        if _is_single(table):
+            for i in range(low, high):
+                _spread(terms[i - low], kept[i], scale, ones)
+            for i in range(low, high):
+                word = _key(table, _row(table, pairs, i, 0))
+                context = _key(table, _row(table, pairs, i, 1))
+                scores[i] = _score_single(weight, terms[i - low], table, word, context)
+            continue
+        places, next_places, signs, next_signs = next_places, places, next_signs, signs
+        following = min(high + _TILE, end)
+        _find(table, pairs, high, following, keys, next_places, next_signs)
+        for i in range(high - low):
+            if high + i < following:
+                _prefetch_pair(weight, next_places, i, table)
+            for b in range(table.num_blocks):
+                word, context = places[0, b, i], places[1, b, i]
+                first, length = b * table.block_size, _block_length(table, b)
+                factor = scale * (signs[0, b, i] * signs[1, b, i])
+                for k in range(0, length, _LANES):
+                    mask = _mask(length - k)
+                    bits = lanes.bits_from(kept[low + i], first + k) & mask
+                    lanes.multiply(
+                        terms[i], first + k, weight, word + k, weight, context + k, factor, bits, mask
+                    )
+        for i in range(high - low):
+            total = scores.dtype.type(0)
+            for j in range(dim):
+                total += terms[i, j]
+            scores[low + i] = total
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _pair_scores(
+    weight: Any,
+    pairs: Any,
+    kept: Any,
+    scores: Any,
+    scale: Any,
+    threads: Any,
+    is_drawn: Any,
+    salt: Any,
+    threshold: Any,
+    table: Any,
+) -> None:
+    for t in prange(threads):
+        _pair_scores_share(
+            np.int64(t), weight, pairs, kept, scores, scale, threads, is_drawn, salt, threshold, table
+        )
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)

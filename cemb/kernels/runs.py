@@ -81,6 +81,66 @@ def _share(n: Any, t: Any, threads: Any) -> tuple[Any, Any]:
     return min(tiles * t // threads * cpu._TILE, n), min(tiles * (t + 1) // threads * cpu._TILE, n)
 
 
+@njit(nogil=True, error_model="numpy")
+def _mark_share(t: Any, pairs: Any, cell_bits: Any, planes: Any, table: Any) -> None:
+    """Mark in a plane of the thread's own the cells that blocks of its pairs start in."""
+    marks = planes[t]
+    marks[:] = 0
+    keys, places, signs = cpu._tile_memory(table)
+    begin, end = _share(pairs.shape[0], t, planes.shape[0])
+    for low in range(begin, end, cpu._TILE):
+        tile = min(cpu._TILE, end - low)
+        cpu._find(table, pairs, low, low + tile, keys, places, signs)
+        for side in range(2):
+            for b in range(table.num_blocks):
+                for i in range(tile):
+                    row = cpu._row(table, pairs, low + i, side)
+                    cell = _cell(table, cell_bits, row, places[side, b, i])
+                    shift = 2 * (cell % _MARKS_PER_WORD)
+                    old = np.int64(marks[cell // _MARKS_PER_WORD])
+                    one_before = (old >> shift) & 1
+                    marks[cell // _MARKS_PER_WORD] = np.uint16(old | (1 << (shift + one_before)))
+
+
+@njit(nogil=True, error_model="numpy")
+def _list_share(
+    t: Any,
+    pairs: Any,
+    is_whole: Any,
+    cell_bits: Any,
+    marks: Any,
+    alone: Any,
+    listed: Any,
+    num_listed: Any,
+    table: Any,
+) -> None:
+    blocks = table.num_blocks
+    block_bits = _num_bits(blocks)
+    # Of the cells where a block that overlaps one could start, all marks but that of the one itself.
+    reach = 0 if table.num_starts == 0 else _MARGIN
+    others = ((1 << (4 * reach + 2)) - 1) ^ (1 << (2 * reach))
+    keys, places, signs = cpu._tile_memory(table)
+    found = listed[t]
+    count: Any = 0
+    begin, end = _share(pairs.shape[0], t, listed.shape[0])
+    for low in range(begin, end, cpu._TILE):
+        tile = min(cpu._TILE, end - low)
+        cpu._find(table, pairs, low, low + tile, keys, places, signs)
+        for side in range(2):
+            for b in range(blocks):
+                for i in range(tile):
+                    row, place = cpu._row(table, pairs, low + i, side), places[side, b, i]
+                    cell = _cell(table, cell_bits, row, place)
+                    is_alone = lanes.bits_from(marks, 2 * (cell - reach)) & others == 0
+                    is_listed = np.int64(is_whole | (not is_alone))
+                    alone[low + i, side, b] = 1 - is_listed
+                    code = ((2 * (low + i) + side) << block_bits) | b
+                    start = row if table.num_starts == 0 else place
+                    found[count] = (np.uint64(start) << cpu._S32) | np.uint64(code)
+                    count += is_listed
+    num_listed[t] = count
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def _separate(
     pairs: Any,
@@ -93,61 +153,19 @@ def _separate(
     table: Any,
 ) -> None:
     """Say in `alone` which blocks overlap no other, and list the rest: where they start, and their codes."""
-    n, blocks = pairs.shape[0], table.num_blocks
     threads, words = planes.shape
-    block_bits = _num_bits(blocks)
-    # Of the cells where a block that overlaps one could start, all marks but that of the one itself.
-    reach = 0 if table.num_starts == 0 else _MARGIN
-    others = ((1 << (4 * reach + 2)) - 1) ^ (1 << (2 * reach))
+    if not is_whole:
+        for t in prange(threads):
+            _mark_share(np.int64(t), pairs, cell_bits, planes, table)
+        for t in prange(threads):
+            for w in range(words * t // threads, words * (t + 1) // threads):
+                merged = planes[0, w]
+                for other in range(1, threads):
+                    both = merged & planes[other, w] & _LOWER_BITS
+                    merged |= planes[other, w] | np.uint16(both << 1)
+                planes[0, w] = merged
     for t in prange(threads):
-        marks = planes[t]
-        keys, places, signs = cpu._tile_memory(table)
-        begin, end = _share(n, t, threads)
-        if is_whole:
-            end = begin
-        else:
-            marks[:] = 0
-        for low in range(begin, end, cpu._TILE):
-            tile = min(cpu._TILE, end - low)
-            cpu._find(table, pairs, low, low + tile, keys, places, signs)
-            for side in range(2):
-                for b in range(blocks):
-                    for i in range(tile):
-                        row = cpu._row(table, pairs, low + i, side)
-                        cell = _cell(table, cell_bits, row, places[side, b, i])
-                        shift = 2 * (cell % _MARKS_PER_WORD)
-                        old = np.int64(marks[cell // _MARKS_PER_WORD])
-                        one_before = (old >> shift) & 1
-                        marks[cell // _MARKS_PER_WORD] = np.uint16(old | (1 << (shift + one_before)))
-    for t in prange(threads):
-        for w in range(words * t // threads, words * (t + 1) // threads):
-            merged = planes[0, w]
-            for other in range(1, threads):
-                both = merged & planes[other, w] & _LOWER_BITS
-                merged |= planes[other, w] | np.uint16(both << 1)
-            planes[0, w] = merged
-    for t in prange(threads):
-        marks = planes[0]
-        keys, places, signs = cpu._tile_memory(table)
-        found = listed[t]
-        count: Any = 0
-        begin, end = _share(n, t, threads)
-        for low in range(begin, end, cpu._TILE):
-            tile = min(cpu._TILE, end - low)
-            cpu._find(table, pairs, low, low + tile, keys, places, signs)
-            for side in range(2):
-                for b in range(blocks):
-                    for i in range(tile):
-                        row, place = cpu._row(table, pairs, low + i, side), places[side, b, i]
-                        cell = _cell(table, cell_bits, row, place)
-                        is_alone = lanes.bits_from(marks, 2 * (cell - reach)) & others == 0
-                        is_listed = np.int64(is_whole | (not is_alone))
-                        alone[low + i, side, b] = 1 - is_listed
-                        code = ((2 * (low + i) + side) << block_bits) | b
-                        start = row if table.num_starts == 0 else place
-                        found[count] = (np.uint64(start) << cpu._S32) | np.uint64(code)
-                        count += is_listed
-        num_listed[t] = count
+        _list_share(np.int64(t), pairs, is_whole, cell_bits, planes[0], alone, listed, num_listed, table)
 
 
 @njit(inline="always")
@@ -157,8 +175,9 @@ def _decode(entry: Any, block_bits: Any) -> tuple[Any, Any, Any]:
     return code >> (block_bits + 1), (code >> block_bits) & 1, code & ((1 << block_bits) - 1)
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _sum_listed(
+@njit(nogil=True, error_model="numpy", fastmath=cpu._FAST)
+def _sum_listed_share(
+    t: Any,
     weight: Any,
     pairs: Any,
     kept: Any,
@@ -181,72 +200,102 @@ def _sum_listed(
     # Blocks that reach into a slice from before it keep their order too.
     reach = np.int64(0 if table.num_starts == 0 else table.block_size - 1)
     threads = counts.shape[0]
-    for t in prange(threads):
-        low_unit, high_unit = units * t // threads, units * (t + 1) // threads
-        low_end, high_end = low_unit * unit, high_unit * unit
-        sorted_keys, spare = keys[t, 0], keys[t, 1]
-        tile_keys = np.zeros((2, cpu._TILE), np.uint64)
-        # Of two tiles: while one is computed, the other's partners are on their way.
-        places, next_places = np.empty((2, cpu._TILE), np.int64), np.empty((2, cpu._TILE), np.int64)
-        signs, next_signs = np.ones((2, cpu._TILE), np.int64), np.ones((2, cpu._TILE), np.int64)
-        last_length = cpu._block_length(table, blocks - 1)
-        count: Any = 0
-        for lister in range(threads):
-            for x in range(num_listed[lister]):
-                entry = listed[lister, x]
-                start = np.int64(entry >> cpu._S32)
-                b = np.int64(entry & np.uint64((1 << block_bits) - 1))
-                length = last_length if b == blocks - 1 else table.block_size
-                relative = start - low_unit + reach
-                sorted_keys[count] = (np.uint64(relative) << cpu._S32) | (entry & np.uint64(0xFFFFFFFF))
-                count += np.int64((start < high_unit) & (start + (length if unit == 1 else 1) > low_unit))
-        sorted_keys = _sort(sorted_keys, spare, count, _num_bits(high_unit - low_unit + reach))
-        starts, offsets = all_starts[t], all_offsets[t]
-        used = values.shape[0] * t // threads
-        run, end, base = 0, np.int64(-1), np.int64(0)
-        for low in range(-cpu._TILE, count, cpu._TILE):
-            places, next_places, signs, next_signs = next_places, places, next_signs, signs
-            tile, following = min(cpu._TILE, count - low) if low >= 0 else 0, min(low + 2 * cpu._TILE, count)
-            for x in range(low + cpu._TILE, following):
-                i, side, b = _decode(sorted_keys[x], block_bits)
-                for other in range(2):  # the block itself, and its partner; a full table has but block 0
-                    row = cpu._row(table, pairs, i, side ^ other)
-                    tile_keys[other, x - low - cpu._TILE] = cpu._key(table, row) + np.uint64(b)
-            for other in range(2):
-                cpu._hash_tile(tile_keys[other], 0, next_places[other], next_signs[other], table)
-            for x in range(cpu._TILE):
-                if low + cpu._TILE + x < following:
-                    cpu._prefetch_run(weight, next_places[1, x], table.block_size)
-                if x >= tile:
-                    continue
-                i, side, b = _decode(sorted_keys[low + x], block_bits)
-                place, partner = places[0, x], places[1, x]
-                length = last_length if b == blocks - 1 else table.block_size
-                begin = max(0, low_end - place)
-                first, length = b * table.block_size + begin, min(length, high_end - place) - begin
-                place, partner = place + begin, partner + begin
-                is_new = place > end
-                starts[run], offsets[run] = place, used
-                base = used - place if is_new else base
-                run += is_new
-                overlap = 0 if is_new else end - place
-                factor = factors[i] * (signs[0, x] * signs[1, x])
-                for k in range(0, length, cpu._LANES):
-                    mask = cpu._mask(length - k)
-                    bits = lanes.bits_from(kept[i], first + k) & mask
-                    if overlap > k:
-                        old = cpu._mask(overlap - k) & mask
-                        lanes.append_scaled(
-                            values, base + place + k, weight, partner + k, factor, bits, old, mask
-                        )
-                    else:  # no load, which would wait for the store before
-                        lanes.append_scaled(
-                            values, base + place + k, weight, partner + k, factor, bits, 0, mask
-                        )
-                end = max(end, place + length)
-                used = base + end
-        offsets[run] = used
-        counts[t] = run
+    low_unit, high_unit = units * t // threads, units * (t + 1) // threads
+    low_end, high_end = low_unit * unit, high_unit * unit
+    sorted_keys, spare = keys[t, 0], keys[t, 1]
+    tile_keys = np.zeros((2, cpu._TILE), np.uint64)
+    # Of two tiles: while one is computed, the other's partners are on their way.
+    places, next_places = np.empty((2, cpu._TILE), np.int64), np.empty((2, cpu._TILE), np.int64)
+    signs, next_signs = np.ones((2, cpu._TILE), np.int64), np.ones((2, cpu._TILE), np.int64)
+    last_length = cpu._block_length(table, blocks - 1)
+    count: Any = 0
+    for lister in range(threads):
+        for x in range(num_listed[lister]):
+            entry = listed[lister, x]
+            start = np.int64(entry >> cpu._S32)
+            b = np.int64(entry & np.uint64((1 << block_bits) - 1))
+            length = last_length if b == blocks - 1 else table.block_size
+            relative = start - low_unit + reach
+            sorted_keys[count] = (np.uint64(relative) << cpu._S32) | (entry & np.uint64(0xFFFFFFFF))
+            count += np.int64((start < high_unit) & (start + (length if unit == 1 else 1) > low_unit))
+    sorted_keys = _sort(sorted_keys, spare, count, _num_bits(high_unit - low_unit + reach))
+    starts, offsets = all_starts[t], all_offsets[t]
+    used = values.shape[0] * t // threads
+    run, end, base = 0, np.int64(-1), np.int64(0)
+    for low in range(-cpu._TILE, count, cpu._TILE):
+        places, next_places, signs, next_signs = next_places, places, next_signs, signs
+        tile, following = min(cpu._TILE, count - low) if low >= 0 else 0, min(low + 2 * cpu._TILE, count)
+        for x in range(low + cpu._TILE, following):
+            i, side, b = _decode(sorted_keys[x], block_bits)
+            for other in range(2):  # the block itself, and its partner; a full table has but block 0
+                row = cpu._row(table, pairs, i, side ^ other)
+                tile_keys[other, x - low - cpu._TILE] = cpu._key(table, row) + np.uint64(b)
+        for other in range(2):
+            cpu._hash_tile(tile_keys[other], 0, next_places[other], next_signs[other], table)
+        for x in range(cpu._TILE):
+            if low + cpu._TILE + x < following:
+                cpu._prefetch_run(weight, next_places[1, x], table.block_size)
+            if x >= tile:
+                continue
+            i, side, b = _decode(sorted_keys[low + x], block_bits)
+            place, partner = places[0, x], places[1, x]
+            length = last_length if b == blocks - 1 else table.block_size
+            begin = max(0, low_end - place)
+            first, length = b * table.block_size + begin, min(length, high_end - place) - begin
+            place, partner = place + begin, partner + begin
+            is_new = place > end
+            starts[run], offsets[run] = place, used
+            base = used - place if is_new else base
+            run += is_new
+            overlap = 0 if is_new else end - place
+            factor = factors[i] * (signs[0, x] * signs[1, x])
+            for k in range(0, length, cpu._LANES):
+                mask = cpu._mask(length - k)
+                bits = lanes.bits_from(kept[i], first + k) & mask
+                if overlap > k:
+                    old = cpu._mask(overlap - k) & mask
+                    lanes.append_scaled(
+                        values, base + place + k, weight, partner + k, factor, bits, old, mask
+                    )
+                else:  # no load, which would wait for the store before
+                    lanes.append_scaled(values, base + place + k, weight, partner + k, factor, bits, 0, mask)
+            end = max(end, place + length)
+            used = base + end
+    offsets[run] = used
+    counts[t] = run
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _sum_listed(
+    weight: Any,
+    pairs: Any,
+    kept: Any,
+    factors: Any,
+    listed: Any,
+    num_listed: Any,
+    values: Any,
+    all_starts: Any,
+    all_offsets: Any,
+    counts: Any,
+    keys: Any,
+    table: Any,
+) -> None:
+    for t in prange(counts.shape[0]):
+        _sum_listed_share(
+            np.int64(t),
+            weight,
+            pairs,
+            kept,
+            factors,
+            listed,
+            num_listed,
+            values,
+            all_starts,
+            all_offsets,
+            counts,
+            keys,
+            table,
+        )
 
 
 class Room(NamedTuple):

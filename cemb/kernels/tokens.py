@@ -97,6 +97,14 @@ def _is_closing(data: Any, start: Any, stop: Any) -> bool:
     return True
 
 
+@njit(nogil=True)
+def _widened(values: Any, size: int) -> Any:
+    wider = np.empty(size, values.dtype)
+    for i in range(values.shape[0]):  # a slice's assignment takes seconds to compile
+        wider[i] = values[i]
+    return wider
+
+
 @njit(cache=True, nogil=True)
 def scan(
     data: npt.NDArray[np.uint8], borders: int
@@ -180,12 +188,9 @@ def scan(
                 if entry < 0:
                     if num_entries == capacity:
                         capacity *= 2
-                        wider_ends, wider_hashes = np.empty(capacity, np.int64), np.empty(capacity, np.uint64)
-                        wider_counts = np.empty(capacity, np.int64)
-                        wider_ends[:num_entries] = key_ends
-                        wider_hashes[:num_entries] = hashes
-                        wider_counts[:num_entries] = counts
-                        key_ends, hashes, counts = wider_ends, wider_hashes, wider_counts
+                        key_ends = _widened(key_ends, capacity)
+                        hashes = _widened(hashes, capacity)
+                        counts = _widened(counts, capacity)
                         slots = rehash(hashes, num_entries, 2 * capacity)
                         slot = _place(h, slots.shape[0] - 1)
                         while slots[slot] != 0:

@@ -168,6 +168,47 @@ def _apply_slice(
             weights[x] -= rate * moves[x]
 
 
+@njit(nogil=True, error_model="numpy")
+def _update_runs_share(
+    t: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    constants: Any,
+    values: Any,
+    starts_of: Any,
+    offsets_of: Any,
+    counts: Any,
+) -> None:
+    piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
+    scratch = np.empty((3, _TILE), weight.dtype)
+    starts, offsets, end = starts_of[t], offsets_of[t], counts[t]
+    run, done, first = 0, np.int64(0), offsets[0]
+    while run < end:
+        pieces, total, run, done = _pieces(starts, offsets, run, done, end, piece_starts, piece_ends)
+        _prefetch(weight, piece_starts, piece_ends, pieces)
+        if rule != SGD:
+            _prefetch(first_state, piece_starts, piece_ends, pieces)
+        if rule == ADAM:
+            _prefetch(second_state, piece_starts, piece_ends, pieces)
+        _apply(
+            rule,
+            constants,
+            weight,
+            first_state,
+            second_state,
+            values,
+            first,
+            piece_starts,
+            piece_ends,
+            pieces,
+            total,
+            scratch,
+        )
+        first += total
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def _update_runs(
     weight: Any,
@@ -181,32 +222,18 @@ def _update_runs(
     counts: Any,
 ) -> None:
     for t in prange(counts.shape[0]):
-        piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
-        scratch = np.empty((3, _TILE), weight.dtype)
-        starts, offsets, end = starts_of[t], offsets_of[t], counts[t]
-        run, done, first = 0, np.int64(0), offsets[0]
-        while run < end:
-            pieces, total, run, done = _pieces(starts, offsets, run, done, end, piece_starts, piece_ends)
-            _prefetch(weight, piece_starts, piece_ends, pieces)
-            if rule != SGD:
-                _prefetch(first_state, piece_starts, piece_ends, pieces)
-            if rule == ADAM:
-                _prefetch(second_state, piece_starts, piece_ends, pieces)
-            _apply(
-                rule,
-                constants,
-                weight,
-                first_state,
-                second_state,
-                values,
-                first,
-                piece_starts,
-                piece_ends,
-                pieces,
-                total,
-                scratch,
-            )
-            first += total
+        _update_runs_share(
+            np.int64(t),
+            weight,
+            first_state,
+            second_state,
+            rule,
+            constants,
+            values,
+            starts_of,
+            offsets_of,
+            counts,
+        )
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -256,6 +283,77 @@ def _prefetch_states(
         cpu._prefetch_pair(second_state, places, i, table)
 
 
+@njit(nogil=True, error_model="numpy")
+def _update_alone_share(
+    t: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    constants: Any,
+    pairs: Any,
+    kept: Any,
+    factors: Any,
+    alone: Any,
+    threads: Any,
+    table: Any,
+) -> None:
+    n, blocks = pairs.shape[0], table.num_blocks
+    values, scratch = np.empty(_GROUP * 2 * table.dim, weight.dtype), np.empty((3, 1), weight.dtype)
+    if rule != SGD:
+        scratch = np.empty((3, _GROUP * 2 * table.dim), weight.dtype)
+    piece_starts, piece_ends = (
+        np.empty(_GROUP * 2 * blocks, np.int64),
+        np.empty(_GROUP * 2 * blocks, np.int64),
+    )
+    # Of two tiles: while one is computed, the other's blocks are on their way.
+    keys, places, signs = cpu._tile_memory(table)
+    _, next_places, next_signs = cpu._tile_memory(table)
+    begin, end = n * t // threads, n * (t + 1) // threads
+    high = min(begin + cpu._TILE, end)
+    cpu._find(table, pairs, begin, high, keys, next_places, next_signs)
+    for i in range(high - begin):
+        _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
+    for low in range(begin, end, cpu._TILE):
+        high = min(low + cpu._TILE, end)
+        places, next_places, signs, next_signs = next_places, places, next_signs, signs
+        following = min(high + cpu._TILE, end)
+        cpu._find(table, pairs, high, following, keys, next_places, next_signs)
+        for group in range(0, high - low, _GROUP):
+            pieces = total = 0
+            for i in range(group, min(group + _GROUP, high - low)):
+                if high + i < following:
+                    _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
+                for b in range(blocks):
+                    first, length = b * table.block_size, cpu._block_length(table, b)
+                    factor = factors[low + i] * (signs[0, b, i] * signs[1, b, i])
+                    for side in range(2):
+                        place, partner = places[side, b, i], places[1 - side, b, i]
+                        if not alone[low + i, side, b]:
+                            continue
+                        for k in range(0, length, _LANES):
+                            mask = cpu._mask(length - k)
+                            bits = lanes.bits_from(kept[low + i], first + k) & mask
+                            lanes.append_scaled(values, total + k, weight, partner + k, factor, bits, 0, mask)
+                        total += length
+                        piece_starts[pieces], piece_ends[pieces] = place, total
+                        pieces += 1
+            _apply(
+                rule,
+                constants,
+                weight,
+                first_state,
+                second_state,
+                values,
+                0,
+                piece_starts,
+                piece_ends,
+                pieces,
+                total,
+                scratch,
+            )
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def _update_alone(
     weight: Any,
@@ -270,63 +368,21 @@ def _update_alone(
     threads: Any,
     table: Any,
 ) -> None:
-    n, blocks = pairs.shape[0], table.num_blocks
     for t in prange(threads):
-        values, scratch = np.empty(_GROUP * 2 * table.dim, weight.dtype), np.empty((3, 1), weight.dtype)
-        if rule != SGD:
-            scratch = np.empty((3, _GROUP * 2 * table.dim), weight.dtype)
-        piece_starts, piece_ends = (
-            np.empty(_GROUP * 2 * blocks, np.int64),
-            np.empty(_GROUP * 2 * blocks, np.int64),
+        _update_alone_share(
+            np.int64(t),
+            weight,
+            first_state,
+            second_state,
+            rule,
+            constants,
+            pairs,
+            kept,
+            factors,
+            alone,
+            threads,
+            table,
         )
-        # Of two tiles: while one is computed, the other's blocks are on their way.
-        keys, places, signs = cpu._tile_memory(table)
-        _, next_places, next_signs = cpu._tile_memory(table)
-        begin, end = n * t // threads, n * (t + 1) // threads
-        high = min(begin + cpu._TILE, end)
-        cpu._find(table, pairs, begin, high, keys, next_places, next_signs)
-        for i in range(high - begin):
-            _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
-        for low in range(begin, end, cpu._TILE):
-            high = min(low + cpu._TILE, end)
-            places, next_places, signs, next_signs = next_places, places, next_signs, signs
-            following = min(high + cpu._TILE, end)
-            cpu._find(table, pairs, high, following, keys, next_places, next_signs)
-            for group in range(0, high - low, _GROUP):
-                pieces = total = 0
-                for i in range(group, min(group + _GROUP, high - low)):
-                    if high + i < following:
-                        _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
-                    for b in range(blocks):
-                        first, length = b * table.block_size, cpu._block_length(table, b)
-                        factor = factors[low + i] * (signs[0, b, i] * signs[1, b, i])
-                        for side in range(2):
-                            place, partner = places[side, b, i], places[1 - side, b, i]
-                            if not alone[low + i, side, b]:
-                                continue
-                            for k in range(0, length, _LANES):
-                                mask = cpu._mask(length - k)
-                                bits = lanes.bits_from(kept[low + i], first + k) & mask
-                                lanes.append_scaled(
-                                    values, total + k, weight, partner + k, factor, bits, 0, mask
-                                )
-                            total += length
-                            piece_starts[pieces], piece_ends[pieces] = place, total
-                            pieces += 1
-                _apply(
-                    rule,
-                    constants,
-                    weight,
-                    first_state,
-                    second_state,
-                    values,
-                    0,
-                    piece_starts,
-                    piece_ends,
-                    pieces,
-                    total,
-                    scratch,
-                )
 
 
 class Rule(NamedTuple):
