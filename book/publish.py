@@ -23,9 +23,15 @@ ANSWER = re.compile(r"(?<=<!-- answer -->\n).*?(?=<!-- /answer -->)", re.DOTALL)
 
 
 def renewed_readme(readme: str, name: str, found: list[dict]) -> str:
-    """The README with its answer written anew from the records of the reference machine `name`."""
+    """The README with its answer written anew from the records of the reference machine `name`.
+
+    Raises ValueError if these leave part of the answer open, as those of the default grid do.
+    """
+    answer = report.readme_answer(found)
+    if report.NOT_MEASURED in answer:
+        raise ValueError("the README's answer is of the full grid; PROFILE=full make study runs it")
     picture = f"![Step time, hashed over full table, in 2021 and now](results/reference/{name}/answer.svg)"
-    return ANSWER.sub(lambda _: f"{report.readme_answer(found)}\n\n{picture}\n", readme)
+    return ANSWER.sub(lambda _: f"{answer}\n\n{picture}\n", readme)
 
 
 def without_noise(record: dict) -> dict:
@@ -63,6 +69,7 @@ def main() -> int:
             found = extended(records.read(folder / "records.jsonl"), study.current_records(runs))
         else:
             found = report.load()
+        readme = renewed_readme(README.read_text(encoding="utf-8"), name, found)
     except (OSError, ValueError) as error:
         print(f"nothing to publish: {error}", file=sys.stderr)
         return 1
@@ -73,7 +80,7 @@ def main() -> int:
     figure = plots.answer(report.answer_frame(found))
     figure.savefig(folder / "answer.svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)
-    records.write_atomic(README, renewed_readme(README.read_text(encoding="utf-8"), name, found))
+    records.write_atomic(README, readme)
     print(f"{len(found)} records in {folder.relative_to(records.ROOT)}; README renewed")
     return 0
 

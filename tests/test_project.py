@@ -11,7 +11,7 @@ from itertools import chain
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, of_the_default_grid
 
 from cemb import records, report
 
@@ -178,6 +178,8 @@ def test_readme_says_what_the_reference_records_say(publish):
     (name,) = re.findall(r"results/reference/([a-z0-9-]+)/answer\.svg", readme)
     found = records.read(ROOT / "results" / "reference" / name / "records.jsonl")
     assert publish.renewed_readme(readme, name, found) == readme
+    with pytest.raises(ValueError, match="the README's answer is of the full grid"):
+        publish.renewed_readme(readme, name, of_the_default_grid(found))
 
 
 # A measurement as it would be typed: digits with a unit, or a span of time in words.
