@@ -200,7 +200,8 @@ def _runs(machine: str, kind: str, found: list[records.Record]) -> list[str]:
     lines = []
     for run, number in Counter(record["run"] for record in found if "run" in record).items():
         command = f"{MEASUREMENTS[kind].command} --run {run}"
-        lines += ["", f"({label(machine, kind, run)})=", f"{run}, {number} record(s): `{command}`"]
+        records_text = f"{number} record{'s' if number > 1 else ''}"
+        lines += ["", f"({label(machine, kind, run)})=", f"{run}, {records_text}: `{command}`"]
     return ["", "Its runs, and what runs each again:", *lines] if lines else []
 
 
