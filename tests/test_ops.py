@@ -269,6 +269,7 @@ def test_bad_vectors_are_refused():
 PAIR_SPECS = [
     *SPECS,
     HashSpec(500, 100, 2**20, block_size=25, signed=True),
+    HashSpec(500, 101, 2**20, signed=True),
     FullSpec(63, 100),
     FullSpec(9, 1),
 ]

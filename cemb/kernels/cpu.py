@@ -17,6 +17,7 @@ for them.
 """
 
 import threading
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -35,8 +36,21 @@ _ONE = np.uint64(1)
 _LANES = lanes.LANES
 _TILE = 32
 
-# A pool of so many values stays in a core's cache and need not be prefetched.
-_CACHED = 2**19
+# Blocks of a pool of so many values come soon enough without being asked for.
+_NEAR = 2**19
+
+
+def _second_level_cache() -> int:
+    """Bytes of a core's second-level cache, where Linux says so; else those of many."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text(encoding="ascii")
+        return 1024 * int(size.strip().removesuffix("K"))
+    except (OSError, ValueError):
+        return 2**20
+
+
+# A pool of so many values stays in a core's own cache.
+_CACHED = min(_second_level_cache() // 4, _NEAR)
 
 # Up to this pool size each thread adds into a pool of its own (16 MiB in float32, near the last-level
 # cache); above it, clearing and summing private pools costs more than locating every block once per thread.
@@ -377,8 +391,8 @@ def _find(table: Any, pairs: Any, low: Any, high: Any, keys: Any, places: Any, s
 
 @njit(inline="always")
 def _prefetch_pair(array: Any, places: Any, i: Any, table: Any) -> None:
-    """Ask for all blocks of pair `i` of a tile, unless the array is in cache anyway."""
-    if array.shape[0] > _CACHED:
+    """Ask for all blocks of pair `i` of a tile, unless the array is near anyway."""
+    if array.shape[0] > _NEAR:
         for side in range(2):
             for b in range(table.num_blocks):
                 _prefetch_run(array, places[side, b, i], _block_length(table, b))
