@@ -243,6 +243,22 @@ def test_runs_come_in_their_order_and_timed_ones_alone(tmp_path, monkeypatch):
     assert said[-1].startswith(f"[{len(runs)}/{len(runs)}] growth-speed took")
 
 
+def test_compiling_beside_a_study_keeps_to_a_thread_and_stops_with_it(tmp_path, monkeypatch):
+    python, started, finished = (tmp_path / name for name in ("python", "started", "finished"))
+    python.write_text(
+        f'#!/bin/sh\necho "$OMP_NUM_THREADS $*" > {started}.new\nmv {started}.new {started}\n'
+        f"sleep 5\ntouch {finished}\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(RuntimeError, match="a run failed"), study._kernels_compiling():
+        while not started.exists():
+            time.sleep(0.01)
+        raise RuntimeError("a run failed")
+    assert started.read_text() == "1 -m cemb compile\n"
+    assert not finished.exists()
+
+
 def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):
     environment = {**smoke, "CEMB_RESULTS": str(tmp_path / "results")}
     command = [sys.executable, "-m", "cemb", "study", "--grid", "smoke", "--corpus", smoke["CORPUS"]]
