@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from cemb.kernels import updates
+from cemb.kernels import rules, updates
 from cemb.touched import TouchedGradient, advise_huge_pages
 
 
@@ -78,7 +78,7 @@ class _Touched(torch.optim.Optimizer):
     def _initial(self, group: dict[str, Any]) -> float:
         return 0.0
 
-    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
+    def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -95,8 +95,8 @@ class SGD(_Touched):
     def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3) -> None:
         super().__init__(parameters, {"lr": lr})
 
-    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
-        return updates.Rule(updates.SGD, group["lr"])
+    def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
+        return rules.Rule(rules.SGD, group["lr"])
 
 
 class Adagrad(_Touched):
@@ -118,8 +118,8 @@ class Adagrad(_Touched):
         initial: float = group["initial_accumulator_value"]
         return initial
 
-    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
-        return updates.Rule(updates.ADAGRAD, group["lr"], group["eps"])
+    def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
+        return rules.Rule(rules.ADAGRAD, group["lr"], group["eps"])
 
 
 class LazyAdam(_Touched):
@@ -141,7 +141,7 @@ class LazyAdam(_Touched):
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
 
-    def _rule(self, group: dict[str, Any], step: int) -> updates.Rule:
+    def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
         beta1, beta2 = group["betas"]
         step_size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        return updates.Rule(updates.ADAM, step_size, group["eps"], beta1, beta2)
+        return rules.Rule(rules.ADAM, step_size, group["eps"], beta1, beta2)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import buckets, cpu, runs, updates
+from cemb.kernels import buckets, cpu, rules, runs, updates
 
 _HUGE_PAGES_FROM = 2**24  # bytes
 
@@ -113,7 +113,7 @@ class TouchedGradient:
         """Add the gradient, with respect to `weight`, to a dense one."""
         if self.is_empty or self._geometry is None:
             return
-        rule = updates.Rule(updates.SGD, -1.0)
+        rule = rules.Rule(rules.SGD, -1.0)
         spec, context_offset = self._geometry
         if isinstance(spec, HashSpec) and cpu.is_single(spec):
             pairs, kept, factors, values = self._batch()
@@ -126,9 +126,7 @@ class TouchedGradient:
         self._room = runs.pair_runs(weight, pairs, kept, factors, spec, context_offset, self._room)
         updates.update_runs(dense, (), rule, self._room.runs)
 
-    def update(
-        self, weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: updates.Rule
-    ) -> None:
+    def update(self, weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule) -> None:
         """Update weights and an optimizer's states by `rule`, and forget the gradient."""
         batch = self._batch()
         assert self._geometry is not None
@@ -145,7 +143,9 @@ class TouchedGradient:
             self._room = runs.pair_runs(
                 weight, pairs, kept, factors, spec, context_offset, self._room, is_whole=False
             )
-            alone = self._room.alone
-            updates.update_alone(weight, states, rule, pairs, kept, factors, alone, spec, context_offset)
+            overlapping = self._room.overlapping
+            updates.update_alone(
+                weight, states, rule, pairs, kept, factors, overlapping, spec, context_offset
+            )
             updates.update_runs(weight, states, rule, self._room.runs)
         self.clear()

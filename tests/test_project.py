@@ -22,7 +22,7 @@ LAYERS = (
     ("reference", "kernels", "kernels.lanes", "kernels.tokens", "pmi"),
     ("corpus", "cooccurrence"),
     ("counting",),
-    ("kernels.cpu", "kernels.cuda"),
+    ("kernels.cpu", "kernels.cuda", "kernels.rules"),
     ("kernels.runs", "kernels.buckets", "kernels.floors", "kernels.cuda_floors", "kernels.sparse"),
     ("kernels.updates",),
     ("touched",),

@@ -11,9 +11,10 @@ Numba compiles what stands inside a `prange` twice, so in large kernels a thread
 function of its own. It takes numpy's error model, which `prange` implies: tests for zero divisors would keep
 loops from vector registers. A share's `t` is made int64, since Numba types it in two ways.
 
-Kernels work on tiles of pairs: all places of a tile are found and prefetched before any is used, and
-scratch memory written in one loop is read in a later one, since a load that spans earlier stores waits
-for them.
+Kernels work on tiles of pairs: all places of a tile are found before any is used, and scratch memory written
+in one loop is read in a later one, since a load that spans earlier stores waits for them. Blocks are asked
+for a few pairs ahead, one as one is used: a processor has but so many lines on their way, and all of a tile's
+at once would keep it waiting.
 """
 
 import threading
@@ -35,6 +36,8 @@ _S27, _S30, _S31, _S32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(
 _ONE = np.uint64(1)
 _LANES = lanes.LANES
 _TILE = 32
+_RING = 2 * _TILE - 1  # of the memory of two tiles, what wraps a slot
+_AHEAD = 6  # pairs whose blocks are on their way
 
 # Blocks of a pool of so many values come soon enough without being asked for.
 _NEAR = 2**19
@@ -370,32 +373,44 @@ def _hash_tile(keys: Any, b: Any, places: Any, signs: Any, table: Any) -> None:
 
 @njit(inline="always")
 def _tile_memory(table: Any) -> tuple[Any, Any, Any]:
-    """Keys ``[side, _TILE]`` of pairs, and places and signs ``[side, block, _TILE]`` of their blocks."""
+    """Keys ``[side, _TILE]`` of pairs, and places and signs ``[side, block, 2 * _TILE]`` of their blocks.
+
+    It is of two tiles: while one is computed, the other's places are there to be asked for.
+    """
     return (
         np.zeros((2, _TILE), np.uint64),
-        np.empty((2, table.num_blocks, _TILE), np.int64),
-        np.ones((2, table.num_blocks, _TILE), np.int64),
+        np.empty((2, table.num_blocks, 2 * _TILE), np.int64),
+        np.ones((2, table.num_blocks, 2 * _TILE), np.int64),
     )
 
 
 @njit(inline="always")
-def _find(table: Any, pairs: Any, low: Any, high: Any, keys: Any, places: Any, signs: Any) -> None:
-    """Write the places and signs of all blocks of the pairs from `low` to `high`."""
+def _find(table: Any, pairs: Any, low: Any, high: Any, keys: Any, places: Any, signs: Any, slot: Any) -> None:
+    """Write the places and signs of all blocks of the pairs from `low` to `high`, from `slot` on."""
     for i in range(low, high):
         keys[0, i - low] = _key(table, _row(table, pairs, i, 0))
         keys[1, i - low] = _key(table, _row(table, pairs, i, 1))
     for side in range(2):
         for b in range(table.num_blocks):
-            _hash_tile(keys[side], b, places[side, b], signs[side, b], table)
+            tile_places, tile_signs = places[side, b], signs[side, b]
+            _hash_tile(
+                keys[side], b, tile_places[slot : slot + _TILE], tile_signs[slot : slot + _TILE], table
+            )
 
 
 @njit(inline="always")
-def _prefetch_pair(array: Any, places: Any, i: Any, table: Any) -> None:
-    """Ask for all blocks of pair `i` of a tile, unless the array is near anyway."""
+def _prefetch_block(array: Any, places: Any, b: Any, slot: Any, table: Any) -> None:
+    """Ask for block `b` of both sides of the pair in a slot, unless the array is near anyway."""
     if array.shape[0] > _NEAR:
         for side in range(2):
-            for b in range(table.num_blocks):
-                _prefetch_run(array, places[side, b, i], _block_length(table, b))
+            _prefetch_run(array, places[side, b, slot], _block_length(table, b))
+
+
+@njit(inline="always")
+def _prefetch_pair(array: Any, places: Any, slot: Any, table: Any) -> None:
+    """Ask for all blocks of the pair in a slot, unless the array is near anyway."""
+    for b in range(table.num_blocks):
+        _prefetch_block(array, places, b, slot, table)
 
 
 @njit(inline="always")
@@ -444,15 +459,10 @@ def _pair_scores_share(
     terms = np.zeros((_TILE, dim), scores.dtype)
     pair_places = np.empty((2, dim), np.uint32)
     hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
-    # Of two tiles: while one is computed, the other's blocks are on their way.
     keys, places, signs = _tile_memory(table)
-    _, next_places, next_signs = _tile_memory(table)
     begin, end = n * t // threads, n * (t + 1) // threads
     if not _is_single(table):
-        high = min(begin + _TILE, end)
-        _find(table, pairs, begin, high, keys, next_places, next_signs)
-        for i in range(high - begin):
-            _prefetch_pair(weight, next_places, i, table)
+        _find(table, pairs, begin, min(begin + _TILE, end), keys, places, signs, 0)
     for low in range(begin, end, _TILE):
         high = min(low + _TILE, end)
         if not is_drawn:
@@ -477,16 +487,16 @@ def _pair_scores_share(
                 context = _key(table, _row(table, pairs, i, 1))
                 scores[i] = _score_single(weight, terms[i - low], table, word, context)
             continue
-        places, next_places, signs, next_signs = next_places, places, next_signs, signs
-        following = min(high + _TILE, end)
-        _find(table, pairs, high, following, keys, next_places, next_signs)
+        slot = (low - begin) & _RING
+        _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
         for i in range(high - low):
-            if high + i < following:
-                _prefetch_pair(weight, next_places, i, table)
+            here, ahead, is_ahead = slot + i, (slot + i + _AHEAD) & _RING, low + i + _AHEAD < end
             for b in range(table.num_blocks):
-                word, context = places[0, b, i], places[1, b, i]
+                if is_ahead:
+                    _prefetch_block(weight, places, b, ahead, table)
+                word, context = places[0, b, here], places[1, b, here]
                 first, length = b * table.block_size, _block_length(table, b)
-                factor = scale * (signs[0, b, i] * signs[1, b, i])
+                factor = scale * (signs[0, b, here] * signs[1, b, here])
                 for k in range(0, length, _LANES):
                     mask = _mask(length - k)
                     bits = lanes.bits_from(kept[low + i], first + k) & mask
@@ -533,7 +543,7 @@ def _pair_private(
         end = n * (t + 1) // threads
         for low in range(n * t // threads, end, _TILE):
             high = min(low + _TILE, end)
-            _find(table, pairs, low, high, keys, places, signs)
+            _find(table, pairs, low, high, keys, places, signs, 0)
             for i in range(high - low):
                 _prefetch_pair(weight, places, i, table)
             for i in range(high - low):
@@ -627,7 +637,7 @@ def _pair_owned(
         found = np.empty((2 * _TILE * table.num_blocks + 1, 3), np.int64)
         for low in range(0, n, _TILE):
             high = min(low + _TILE, n)
-            _find(table, pairs, low, high, keys, places, signs)
+            _find(table, pairs, low, high, keys, places, signs, 0)
             for i in range(high - low):
                 _prefetch_pair(weight, places, i, table)
             count: Any = 0

@@ -53,12 +53,29 @@ def _on_lanes(context: Any, builder: Any, mask: Any, generate: Callable[[Any], N
     if _has_masked_access(context):
         generate(_bits(builder, mask))
         return
-    is_full = builder.icmp_unsigned("==", mask, ir.Constant(mask.type, (1 << LANES) - 1))
-    with builder.if_else(is_full, likely=True) as (full, partial):
+    with builder.if_else(_is_full(builder, mask), likely=True) as (full, partial):
         with full:
             generate(None)
         with partial:
             generate(_bits(builder, mask))
+
+
+def _is_full(builder: Any, mask: Any) -> Any:
+    return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, (1 << LANES) - 1))
+
+
+def _on_two(context: Any, builder: Any, a: Any, b: Any, generate: Callable[[Any, Any, Any], None]) -> None:
+    """As `_on_lanes` for two masks; `generate` is given the lanes of each, and those of either."""
+    a_bits, b_bits = _bits(builder, a), _bits(builder, b)
+    either = builder.or_(a_bits, b_bits)
+    if _has_masked_access(context):
+        generate(a_bits, b_bits, either)
+        return
+    with builder.if_else(_is_full(builder, builder.and_(a, b)), likely=True) as (full, partial):
+        with full:
+            generate(None, None, None)
+        with partial:
+            generate(a_bits, b_bits, either)
 
 
 def _load(
@@ -116,20 +133,33 @@ def _store(
         builder.call(function, [value, pointer, ir.Constant(_I32, align), bits])
     else:
         count = builder.ctpop(builder.bitcast(bits, _I16))
+
+        def has(width: int) -> Any:
+            return builder.icmp_unsigned(
+                "!=", builder.and_(count, ir.Constant(_I16, width)), ir.Constant(_I16, 0)
+            )
+
+        with builder.if_then(has(LANES)):
+            builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
         width = LANES // 2
         while width:
             # Where the count has this bit, the next `width` lanes are written; what follows moves down.
-            has = builder.icmp_unsigned(
-                "!=", builder.and_(count, ir.Constant(_I16, width)), ir.Constant(_I16, 0)
-            )
+            is_next = has(width)
             low, high = _part(builder, value, 0, width), _part(builder, value, width, width)
-            with builder.if_then(has):
+            with builder.if_then(is_next):
                 builder.store(low, builder.bitcast(pointer, low.type.as_pointer()), align=align)
             pointer = builder.gep(
-                pointer, [builder.select(has, ir.Constant(_I32, width), ir.Constant(_I32, 0))]
+                pointer, [builder.select(is_next, ir.Constant(_I32, width), ir.Constant(_I32, 0))]
             )
-            value = builder.select(has, high, low)
+            value = builder.select(is_next, high, low)
             width //= 2
+
+
+def _root(builder: Any, vector: Any) -> Any:
+    """Square roots of the lanes."""
+    name = f"llvm.sqrt.v{LANES}{_SUFFIX[str(vector.type.element)]}"
+    kind = ir.FunctionType(vector.type, [vector.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [vector])
 
 
 def _scaled(

@@ -1,174 +1,41 @@
 """Numba kernels of optimizers that visit only what a gradient touches, see `cemb.kernels.runs`, or all of a
-pool in order, see `cemb.kernels.buckets`.
-
-What is touched comes in pieces: the gradient of several is laid out in a row, so arithmetic is done on a
-tile of them at once; only weights and state are gathered and scattered.
+pool in order, see `cemb.kernels.buckets`. The arithmetic is that of `cemb.kernels.rules`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
 from cemb import hashing
-from cemb.kernels import buckets, cpu, lanes, runs
-
-SGD, ADAGRAD, ADAM = range(3)
+from cemb.kernels import buckets, cpu, lanes, rules, runs
 
 _LANES = lanes.LANES
-_TILE = 1024  # values
-_GROUP = 8  # pairs whose blocks are updated together
+_PAGE = 1024  # values of float32; hardware prefetches no further
+_AHEAD = 16  # runs on their way
 
 
 @njit(inline="always")
-def _pieces(
-    starts: Any, offsets: Any, run: Any, done: Any, end: Any, piece_starts: Any, piece_ends: Any
-) -> tuple[Any, Any, Any, Any]:
-    """Cut a tile from the runs: pieces with their starts, and their ends within the tile.
-
-    `done` is how many values of `run` earlier tiles had. Returns the number of pieces, the number of
-    values, and the next run and done.
-    """
-    pieces = total = 0
-    while run < end and total < _TILE and pieces < piece_starts.shape[0]:
-        left = offsets[run + 1] - offsets[run] - done
-        length = min(left, _TILE - total)
-        piece_starts[pieces] = starts[run] + done
-        total += length
-        piece_ends[pieces] = total
-        pieces += 1
-        if length == left:
-            run, done = run + 1, 0
-        else:
-            done += length
-    return pieces, total, run, done
-
-
-@njit(inline="always")
-def _prefetch(array: Any, piece_starts: Any, piece_ends: Any, pieces: Any) -> None:
-    before = 0
-    for p in range(pieces):
-        cpu._prefetch_run(array, piece_starts[p], piece_ends[p] - before)
-        before = piece_ends[p]
-
-
-@njit(inline="always")
-def _gather(array: Any, piece_starts: Any, piece_ends: Any, pieces: Any, scratch: Any, one: Any) -> None:
-    before = 0
-    for p in range(pieces):
-        length = piece_ends[p] - before
-        for k in range(0, length, _LANES):
-            lanes.scale(scratch, before + k, array, piece_starts[p] + k, one, cpu._mask(length - k))
-        before = piece_ends[p]
-
-
-@njit(inline="always")
-def _scatter(scratch: Any, piece_starts: Any, piece_ends: Any, pieces: Any, array: Any, one: Any) -> None:
-    before = 0
-    for p in range(pieces):
-        length = piece_ends[p] - before
-        for k in range(0, length, _LANES):
-            lanes.scale(array, piece_starts[p] + k, scratch, before + k, one, cpu._mask(length - k))
-        before = piece_ends[p]
-
-
-@njit(inline="always")
-def _add(
-    scratch: Any, first: Any, piece_starts: Any, piece_ends: Any, pieces: Any, array: Any, factor: Any
-) -> None:
-    before = 0
-    for p in range(pieces):
-        length = piece_ends[p] - before
-        for k in range(0, length, _LANES):
-            mask = cpu._mask(length - k)
-            lanes.add_scaled(array, piece_starts[p] + k, scratch, first + before + k, factor, mask, mask)
-        before = piece_ends[p]
-
-
-@njit(inline="always")
-def _advance(
-    rule: Any, constants: Any, values: Any, first: Any, moves: Any, means: Any, squares: Any, total: Any
-) -> None:
-    """Advance states by a gradient ``values[first:first + total]``; `moves` is what the rate multiplies."""
-    one = values.dtype.type(1)
-    _, eps, beta1, beta2 = constants
-    if rule == ADAGRAD:
-        for x in range(total):
-            value = values[first + x]
-            squares[x] += value * value
-            moves[x] = value / (np.sqrt(squares[x]) + eps)
-    else:
-        for x in range(total):
-            value = values[first + x]
-            means[x] += (one - beta1) * (value - means[x])
-            squares[x] += (one - beta2) * (value * value - squares[x])
-            moves[x] = means[x] / (np.sqrt(squares[x]) + eps)
-
-
-@njit(inline="always")
-def _apply(
-    rule: Any,
-    constants: Any,
-    weight: Any,
-    first_state: Any,
-    second_state: Any,
-    values: Any,
-    first: Any,
-    piece_starts: Any,
-    piece_ends: Any,
-    pieces: Any,
-    total: Any,
-    scratch: Any,
-) -> None:
-    """Update the pieces with their gradient ``values[first:first + total]``."""
-    one, rate = weight.dtype.type(1), constants[0]
-    if rule == SGD:
-        _add(values, first, piece_starts, piece_ends, pieces, weight, -rate)
-        return
-    moves, means, squares = scratch[0], scratch[1], scratch[2]
-    if rule == ADAGRAD:
-        _gather(first_state, piece_starts, piece_ends, pieces, squares, one)
-        _advance(rule, constants, values, first, moves, means, squares, total)
-        _scatter(squares, piece_starts, piece_ends, pieces, first_state, one)
-    else:
-        _gather(first_state, piece_starts, piece_ends, pieces, means, one)
-        _gather(second_state, piece_starts, piece_ends, pieces, squares, one)
-        _advance(rule, constants, values, first, moves, means, squares, total)
-        _scatter(means, piece_starts, piece_ends, pieces, first_state, one)
-        _scatter(squares, piece_starts, piece_ends, pieces, second_state, one)
-    _add(moves, 0, piece_starts, piece_ends, pieces, weight, -rate)
-
-
-@njit(inline="always")
-def _apply_slice(
-    rule: Any, constants: Any, weight: Any, first_state: Any, second_state: Any, values: Any, moves: Any
+def _update_slice(
+    rule: Any, constants: Any, weight: Any, first_state: Any, second_state: Any, values: Any
 ) -> None:
     """Update consecutive weights with their gradient."""
-    rate = constants[0]
-    for low in range(0, values.shape[0], _TILE):
-        high = min(low + _TILE, values.shape[0])
-        # Hardware prefetches no further than a page, which is a tile of float32.
-        cpu._prefetch_run(weight, high, _TILE)
-        if rule != SGD:
-            cpu._prefetch_run(first_state, high, _TILE)
-        if rule == ADAM:
-            cpu._prefetch_run(second_state, high, _TILE)
-        weights, gradient = weight[low:high], values[low:high]
-        if rule == SGD:
-            for x in range(weights.shape[0]):
-                weights[x] -= rate * gradient[x]
-            continue
-        # Adagrad has but squares.
-        means = first_state[low:high]
-        squares = means if rule == ADAGRAD else second_state[low:high]
-        _advance(rule, constants, gradient, 0, moves, means, squares, weights.shape[0])
-        for x in range(weights.shape[0]):
-            weights[x] -= rate * moves[x]
+    n = values.shape[0]
+    for low in range(0, n, _PAGE):
+        high = min(low + _PAGE, n)
+        cpu._prefetch_run(weight, high, _PAGE)
+        if rule != rules.SGD:
+            cpu._prefetch_run(first_state, high, _PAGE)
+        if rule == rules.ADAM:
+            cpu._prefetch_run(second_state, high, _PAGE)
+        for x in range(low, high, _LANES):
+            mask = cpu._mask(high - x)
+            rules.update(rule, constants, weight, first_state, second_state, x, values, x, mask)
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True)
 def _update_runs_share(
     t: Any,
     weight: Any,
@@ -181,32 +48,24 @@ def _update_runs_share(
     offsets_of: Any,
     counts: Any,
 ) -> None:
-    piece_starts, piece_ends = np.empty(_TILE // 8, np.int64), np.empty(_TILE // 8, np.int64)
-    scratch = np.empty((3, _TILE), weight.dtype)
     starts, offsets, end = starts_of[t], offsets_of[t], counts[t]
-    run, done, first = 0, np.int64(0), offsets[0]
-    while run < end:
-        pieces, total, run, done = _pieces(starts, offsets, run, done, end, piece_starts, piece_ends)
-        _prefetch(weight, piece_starts, piece_ends, pieces)
-        if rule != SGD:
-            _prefetch(first_state, piece_starts, piece_ends, pieces)
-        if rule == ADAM:
-            _prefetch(second_state, piece_starts, piece_ends, pieces)
-        _apply(
-            rule,
-            constants,
-            weight,
-            first_state,
-            second_state,
-            values,
-            first,
-            piece_starts,
-            piece_ends,
-            pieces,
-            total,
-            scratch,
-        )
-        first += total
+    for run in range(-_AHEAD, end):
+        ahead = run + _AHEAD
+        if ahead < end:
+            length = min(offsets[ahead + 1] - offsets[ahead], _PAGE)
+            cpu._prefetch_run(weight, starts[ahead], length)
+            if rule != rules.SGD:
+                cpu._prefetch_run(first_state, starts[ahead], length)
+            if rule == rules.ADAM:
+                cpu._prefetch_run(second_state, starts[ahead], length)
+        if run < 0:
+            continue
+        start, first, length = starts[run], offsets[run], offsets[run + 1] - offsets[run]
+        for k in range(0, length, _LANES):
+            mask = cpu._mask(length - k)
+            rules.update(
+                rule, constants, weight, first_state, second_state, start + k, values, first + k, mask
+            )
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -242,9 +101,8 @@ def _update_dense(
 ) -> None:
     for t in prange(threads):
         low, high = weight.shape[0] * t // threads, weight.shape[0] * (t + 1) // threads
-        moves = np.empty(_TILE, weight.dtype)
         first, second = first_state[low:high], second_state[low:high]
-        _apply_slice(rule, constants, weight[low:high], first, second, gradient[low:high], moves)
+        _update_slice(rule, constants, weight[low:high], first, second, gradient[low:high])
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -260,30 +118,36 @@ def _update_buckets(
 ) -> None:
     slices = starts.shape[0] - 1
     for t in prange(threads):
-        sums, moves = np.zeros(1 << buckets.SLICE_BITS, weight.dtype), np.empty(_TILE, weight.dtype)
+        sums = np.zeros(1 << buckets.SLICE_BITS, weight.dtype)
         for b in range(slices * t // threads, slices * (t + 1) // threads):
             for x in range(starts[b], starts[b + 1]):
                 sums[np.int64(entries[x, 1])] += entries[x, 0]
             low = b << buckets.SLICE_BITS
             high = min(low + (1 << buckets.SLICE_BITS), weight.shape[0])
             first, second = first_state[low:high], second_state[low:high]
-            _apply_slice(rule, constants, weight[low:high], first, second, sums[: high - low], moves)
+            _update_slice(rule, constants, weight[low:high], first, second, sums[: high - low])
             sums[:] = 0
 
 
-# Not inlined: that doubled the time that `_update_alone` takes to compile.
-@njit(nogil=True)
-def _prefetch_states(
-    rule: Any, weight: Any, first_state: Any, second_state: Any, places: Any, i: Any, table: Any
+@njit(inline="always")
+def _prefetch_block(
+    rule: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    places: Any,
+    b: Any,
+    slot: Any,
+    table: Any,
 ) -> None:
-    cpu._prefetch_pair(weight, places, i, table)
-    if rule != SGD:
-        cpu._prefetch_pair(first_state, places, i, table)
-    if rule == ADAM:
-        cpu._prefetch_pair(second_state, places, i, table)
+    cpu._prefetch_block(weight, places, b, slot, table)
+    if rule != rules.SGD:
+        cpu._prefetch_block(first_state, places, b, slot, table)
+    if rule == rules.ADAM:
+        cpu._prefetch_block(second_state, places, b, slot, table)
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True)
 def _update_alone_share(
     t: Any,
     weight: Any,
@@ -294,64 +158,47 @@ def _update_alone_share(
     pairs: Any,
     kept: Any,
     factors: Any,
-    alone: Any,
+    overlapping: Any,
     threads: Any,
     table: Any,
 ) -> None:
     n, blocks = pairs.shape[0], table.num_blocks
-    values, scratch = np.empty(_GROUP * 2 * table.dim, weight.dtype), np.empty((3, 1), weight.dtype)
-    if rule != SGD:
-        scratch = np.empty((3, _GROUP * 2 * table.dim), weight.dtype)
-    piece_starts, piece_ends = (
-        np.empty(_GROUP * 2 * blocks, np.int64),
-        np.empty(_GROUP * 2 * blocks, np.int64),
-    )
-    # Of two tiles: while one is computed, the other's blocks are on their way.
     keys, places, signs = cpu._tile_memory(table)
-    _, next_places, next_signs = cpu._tile_memory(table)
     begin, end = n * t // threads, n * (t + 1) // threads
-    high = min(begin + cpu._TILE, end)
-    cpu._find(table, pairs, begin, high, keys, next_places, next_signs)
-    for i in range(high - begin):
-        _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
+    cpu._find(table, pairs, begin, min(begin + cpu._TILE, end), keys, places, signs, 0)
     for low in range(begin, end, cpu._TILE):
         high = min(low + cpu._TILE, end)
-        places, next_places, signs, next_signs = next_places, places, next_signs, signs
-        following = min(high + cpu._TILE, end)
-        cpu._find(table, pairs, high, following, keys, next_places, next_signs)
-        for group in range(0, high - low, _GROUP):
-            pieces = total = 0
-            for i in range(group, min(group + _GROUP, high - low)):
-                if high + i < following:
-                    _prefetch_states(rule, weight, first_state, second_state, next_places, i, table)
-                for b in range(blocks):
-                    first, length = b * table.block_size, cpu._block_length(table, b)
-                    factor = factors[low + i] * (signs[0, b, i] * signs[1, b, i])
-                    for side in range(2):
-                        place, partner = places[side, b, i], places[1 - side, b, i]
-                        if not alone[low + i, side, b]:
-                            continue
-                        for k in range(0, length, _LANES):
-                            mask = cpu._mask(length - k)
-                            bits = lanes.bits_from(kept[low + i], first + k) & mask
-                            lanes.append_scaled(values, total + k, weight, partner + k, factor, bits, 0, mask)
-                        total += length
-                        piece_starts[pieces], piece_ends[pieces] = place, total
-                        pieces += 1
-            _apply(
-                rule,
-                constants,
-                weight,
-                first_state,
-                second_state,
-                values,
-                0,
-                piece_starts,
-                piece_ends,
-                pieces,
-                total,
-                scratch,
-            )
+        slot = (low - begin) & cpu._RING
+        cpu._find(table, pairs, high, min(high + cpu._TILE, end), keys, places, signs, cpu._TILE - slot)
+        for i in range(low, high):
+            here, ahead = slot + i - low, (slot + i - low + cpu._AHEAD) & cpu._RING
+            for b in range(blocks):
+                if i + cpu._AHEAD < end:
+                    _prefetch_block(rule, weight, first_state, second_state, places, b, ahead, table)
+                first, length = b * table.block_size, cpu._block_length(table, b)
+                factor = factors[i] * (signs[0, b, here] * signs[1, b, here])
+                word, context = places[0, b, here], places[1, b, here]
+                # All bits of a mask, or none.
+                word_mask, context_mask = (
+                    np.int64(overlapping[i, 0, b]) - 1,
+                    np.int64(overlapping[i, 1, b]) - 1,
+                )
+                for k in range(0, length, _LANES):
+                    mask = cpu._mask(length - k)
+                    bits = lanes.bits_from(kept[i], first + k)
+                    rules.exchange(
+                        rule,
+                        constants,
+                        weight,
+                        first_state,
+                        second_state,
+                        word + k,
+                        context + k,
+                        factor,
+                        bits,
+                        mask & word_mask,
+                        mask & context_mask,
+                    )
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -364,7 +211,7 @@ def _update_alone(
     pairs: Any,
     kept: Any,
     factors: Any,
-    alone: Any,
+    overlapping: Any,
     threads: Any,
     table: Any,
 ) -> None:
@@ -379,36 +226,22 @@ def _update_alone(
             pairs,
             kept,
             factors,
-            alone,
+            overlapping,
             threads,
             table,
         )
 
 
-class Rule(NamedTuple):
-    """What an optimizer does with a gradient g.
-
-    - ``SGD``: ``weight -= rate · g``
-    - ``ADAGRAD``, one state: ``sum += g²; weight -= rate · g / (√sum + eps)``
-    - ``ADAM``, two states: the moments ``mean`` and ``square`` move by ``1 − beta`` of the way to g and g²,
-      and ``weight -= rate · mean / (√square + eps)``
-    """
-
-    kind: int
-    rate: float
-    eps: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-
-
-def _arguments(weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule) -> tuple[Any, ...]:
+def _arguments(
+    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule
+) -> tuple[Any, ...]:
     constants = tuple(weight.dtype.type(constant) for constant in rule[1:])
     first, second = [*states, weight, weight][:2]  # what the rule does not use stands in for none
     return weight, first, second, rule.kind, constants
 
 
 def update_runs(
-    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule, gradient: runs.Runs
+    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule, gradient: runs.Runs
 ) -> None:
     """Update weights and states at the runs of a gradient."""
     with cpu._launch:
@@ -417,7 +250,7 @@ def update_runs(
 
 
 def update_dense(
-    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule, gradient: npt.NDArray[Any]
+    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule, gradient: npt.NDArray[Any]
 ) -> None:
     """Update all weights and states with a dense gradient."""
     with cpu._launch:
@@ -426,7 +259,7 @@ def update_dense(
 
 
 def update_buckets(
-    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: Rule, gradient: buckets.Buckets
+    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule, gradient: buckets.Buckets
 ) -> None:
     """Update all weights and states; where the buckets of a gradient have no entry, it is zero."""
     with cpu._launch:
@@ -437,20 +270,20 @@ def update_buckets(
 def update_alone(
     weight: npt.NDArray[Any],
     states: Sequence[npt.NDArray[Any]],
-    rule: Rule,
+    rule: rules.Rule,
     pairs: npt.NDArray[np.int64],
     kept: npt.NDArray[np.uint16],
     factors: npt.NDArray[Any],
-    alone: npt.NDArray[np.uint8],
+    overlapping: npt.NDArray[np.uint8],
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
 ) -> None:
-    """Update weights and states at the blocks that stand alone, see `cemb.kernels.runs.Room`.
+    """Update weights and states at the blocks that overlap no other, see `cemb.kernels.runs.Room`.
 
     Their gradients are those of ``Σ factors[i] · score[i]``, before dropout's scale. The weights of all other
     blocks must still be what they were in the forward pass.
     """
     with cpu._launch:
         threads = cpu._set_threads()
-        batch = (pairs, kept, factors, alone, threads)
+        batch = (pairs, kept, factors, overlapping, threads)
         _update_alone(*_arguments(weight, states, rule), *batch, cpu.Geometry.of(spec, context_offset))

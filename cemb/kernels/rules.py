@@ -1,0 +1,170 @@
+"""What optimizers do with a gradient, on the lanes of `cemb.kernels.lanes`: weights and states are read once,
+moved in vector registers, and written once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from cemb.kernels import lanes
+
+SGD, ADAGRAD, ADAM = range(3)
+
+_NUM_STATES = {SGD: 0, ADAGRAD: 1, ADAM: 2}
+
+
+class Rule(NamedTuple):
+    """What an optimizer does with a gradient g.
+
+    - ``SGD``: ``weight -= rate · g``
+    - ``ADAGRAD``, one state: ``sum += g²; weight -= rate · g / (√sum + eps)``
+    - ``ADAM``, two states: the moments ``mean`` and ``square`` move by ``1 − beta`` of the way to g and g²,
+      and ``weight -= rate · mean / (√square + eps)``
+    """
+
+    kind: int
+    rate: float
+    eps: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+
+
+def _moved(
+    builder: Any, kind: int, constants: Sequence[Any], gradient: Any, weight: Any, states: Sequence[Any]
+) -> list[Any]:
+    """The weight and the states after a step; all are vectors."""
+    vector, fused = weight.type, ("contract",)
+
+    def add(a: Any, b: Any) -> Any:
+        return builder.fadd(a, b, flags=fused)
+
+    def subtract(a: Any, b: Any) -> Any:
+        return builder.fsub(a, b, flags=fused)
+
+    def multiply(a: Any, b: Any) -> Any:
+        return builder.fmul(a, b, flags=fused)
+
+    def towards(state: Any, value: Any, beta: Any) -> Any:
+        one = ir.Constant(vector, [1.0] * lanes.LANES)
+        return add(state, multiply(subtract(one, beta), subtract(value, state)))
+
+    rate, eps, beta1, beta2 = constants
+    if kind == SGD:
+        return [subtract(weight, multiply(rate, gradient))]
+    square = multiply(gradient, gradient)
+    if kind == ADAGRAD:
+        states, direction = [add(states[0], square)], gradient
+    else:
+        states = [towards(states[0], gradient, beta1), towards(states[1], square, beta2)]
+        direction = states[0]
+    root = lanes._root(builder, states[-1])
+    return [subtract(weight, multiply(rate, builder.fdiv(direction, add(root, eps)))), *states]
+
+
+def _for_each_rule(
+    builder: Any, rule: Any, constants: Any, vector: Any, generate: Callable[..., None]
+) -> None:
+    """Generate code for the rule that `rule` says at run time; `generate` is given its kind and constants."""
+    values = [builder.extract_value(constants, n) for n in range(4)]
+    for kind in _NUM_STATES:
+        with builder.if_then(builder.icmp_signed("==", rule, ir.Constant(rule.type, kind))):
+            generate(kind, [lanes._splat(builder, value, vector) for value in values])
+
+
+def _vector(array_type: Any) -> Any:
+    element = ir.DoubleType() if array_type.dtype == types.float64 else ir.FloatType()
+    return ir.VectorType(element, lanes.LANES)
+
+
+@intrinsic
+def update(
+    typing: Any,
+    rule: Any,
+    constants: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    i: Any,
+    gradient: Any,
+    j: Any,
+    mask: Any,
+) -> tuple[Any, Any]:
+    """Step lanes ``i + l`` of weights and states with ``gradient[j + l]``, for the lanes l of `mask`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        _, _, *array_types, _, gradient_type, _, _ = signature.args
+        rule, constants, *arrays, i, gradient, j, mask = arguments
+
+        def by_rule(kind: int, constants: Sequence[Any]) -> None:
+            moved = list(zip(array_types, arrays, strict=True))[: 1 + _NUM_STATES[kind]]
+
+            def on(bits: Any) -> None:
+                g = lanes._load(context, builder, gradient_type, gradient, j, bits)
+                before = [lanes._load(context, builder, *array, i, bits) for array in moved]
+                after = _moved(builder, kind, constants, g, before[0], before[1:])
+                for array, value in zip(moved, after, strict=True):
+                    lanes._store(context, builder, *array, i, bits, value)
+
+            lanes._on_lanes(context, builder, mask, on)
+
+        _for_each_rule(builder, rule, constants, _vector(array_types[0]), by_rule)
+
+    ints = types.intp
+    arrays = (weight, first_state, second_state)
+    return types.void(ints, constants, *arrays, ints, gradient, ints, ints), generate
+
+
+@intrinsic
+def exchange(
+    typing: Any,
+    rule: Any,
+    constants: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    i: Any,
+    j: Any,
+    factor: Any,
+    kept: Any,
+    i_mask: Any,
+    j_mask: Any,
+) -> tuple[Any, Any]:
+    """Step two runs of lanes, each with the other's weights times a factor as its gradient.
+
+    Lanes ``i + l`` are stepped for l in `i_mask`, by ``factor * weight[j + l] if l in kept else 0``, and
+    lanes ``j + l`` for l in `j_mask`, by weights at i. Those to be stepped must not overlap.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        array_types = signature.args[2:5]
+        rule, constants, *arrays, i, j, factor, kept, i_mask, j_mask = arguments
+        kept = lanes._bits(builder, kept)
+        vector = _vector(array_types[0])
+        zero = ir.Constant(vector, [0.0] * lanes.LANES)
+
+        def by_rule(kind: int, constants: Sequence[Any]) -> None:
+            moved = list(zip(array_types, arrays, strict=True))[: 1 + _NUM_STATES[kind]]
+
+            def on(i_bits: Any, j_bits: Any, bits: Any) -> None:
+                weights = [lanes._load(context, builder, *moved[0], place, bits) for place in (i, j)]
+                sides = [(i, i_bits, *weights), (j, j_bits, *reversed(weights))]
+                after = []
+                for place, own_bits, own, other in sides:
+                    term = builder.fmul(lanes._splat(builder, factor, vector), other)
+                    gradient = builder.select(kept, term, zero)
+                    states = [lanes._load(context, builder, *array, place, own_bits) for array in moved[1:]]
+                    after.append(_moved(builder, kind, constants, gradient, own, states))
+                for (place, own_bits, *_), values in zip(sides, after, strict=True):
+                    for array, value in zip(moved, values, strict=True):
+                        lanes._store(context, builder, *array, place, own_bits, value)
+
+            lanes._on_two(context, builder, i_mask, j_mask, on)
+
+        _for_each_rule(builder, rule, constants, vector, by_rule)
+
+    ints, number = types.intp, lanes._factor_type(weight)
+    arrays = (weight, first_state, second_state)
+    return types.void(ints, constants, *arrays, ints, ints, number, ints, ints, ints), generate

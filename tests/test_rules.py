@@ -1,0 +1,127 @@
+"""The arithmetic of optimizers on lanes, with masked instructions and with what stands in for them."""
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from cemb.kernels import lanes, rules
+
+WIDTH = lanes.LANES
+RULES = {
+    "sgd": rules.Rule(rules.SGD, 0.3),
+    "adagrad": rules.Rule(rules.ADAGRAD, 0.3, 0.01),
+    "adam": rules.Rule(rules.ADAM, 0.3, 0.01, 0.8, 0.9),
+}
+
+
+def _update(rule, constants, weight, first, second, gradient, mask):
+    rules.update(rule, constants, weight, first, second, 3, gradient, 2, mask)
+
+
+def _exchange(rule, constants, weight, first, second, factor, kept, i_mask, j_mask):
+    rules.exchange(rule, constants, weight, first, second, 3, 25, factor, kept, i_mask, j_mask)
+
+
+@pytest.fixture(params=[True, False], ids=["masked", "plain"])
+def compiled(request, monkeypatch):
+    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: request.param)
+    return njit
+
+
+def _arrays(dtype):
+    rng = np.random.default_rng(0)
+    weight, mean, square = rng.standard_normal((3, 48)).astype(dtype)
+    return weight, mean, np.abs(square)
+
+
+def _call(kernel, rule, weight, mean, square, *arguments):
+    """Call a kernel of the rule; what it must not touch is NaN there."""
+    constants = tuple(weight.dtype.type(constant) for constant in rule[1:])
+    first = {rules.SGD: np.full_like(weight, np.nan), rules.ADAGRAD: square, rules.ADAM: mean}[rule.kind]
+    second = square if rule.kind == rules.ADAM else np.full_like(weight, np.nan)
+    kernel(rule.kind, constants, weight, first, second, *arguments)
+
+
+def _expect(rule, places, gradient, weight, mean, square):
+    """What the formulas say, in float64, written where `places` are."""
+    g = gradient.astype(np.float64)
+    w, m, s = (array[places].astype(np.float64) for array in (weight, mean, square))
+    if rule.kind == rules.SGD:
+        move = g
+    elif rule.kind == rules.ADAGRAD:
+        s = s + g**2
+        move = g / (np.sqrt(s) + rule.eps)
+    else:
+        m = rule.beta1 * m + (1 - rule.beta1) * g
+        s = rule.beta2 * s + (1 - rule.beta2) * g**2
+        move = m / (np.sqrt(s) + rule.eps)
+    weight[places], mean[places], square[places] = w - rule.rate * move, m, s
+
+
+def _check(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5 if a.dtype == np.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_updates_are_the_formulas_on_the_lanes_of_a_mask(compiled, rule, dtype):
+    kernel = compiled(_update)
+    gradient = np.random.default_rng(1).standard_normal(2 * WIDTH).astype(dtype)
+    for count in range(WIDTH + 1):
+        found, expected = _arrays(dtype), _arrays(dtype)
+        poisoned = gradient.copy()
+        poisoned[2 + count :] = np.nan
+        _call(kernel, rule, *found, poisoned, (1 << count) - 1)
+        _expect(rule, slice(3, 3 + count), gradient[2 : 2 + count], *expected)
+        _check(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_exchanges_step_each_side_by_the_other_of_before(compiled, rule, dtype):
+    kernel = compiled(_exchange)
+    factor = dtype(-1.7)
+    rng = np.random.default_rng(2)
+    for count in range(WIDTH + 1):
+        for sides in ((True, True), (True, False), (False, True), (False, False)):
+            mask, kept = (1 << count) - 1, int(rng.integers(1 << WIDTH))
+            found, expected = _arrays(dtype), _arrays(dtype)
+            for array in found:
+                array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
+            _call(kernel, rule, *found, factor, kept, mask * sides[0], mask * sides[1])
+            assert all(np.isnan(a[3 + count : 3 + WIDTH]).all() for a in found)
+            assert all(np.isnan(a[25 + count : 25 + WIDTH]).all() for a in found)
+            is_kept = (kept >> np.arange(count) & 1).astype(bool)
+            places = slice(3, 3 + count), slice(25, 25 + count)
+            gradients = [np.where(is_kept, factor * expected[0][place], 0) for place in reversed(places)]
+            for place, gradient, is_stepped in zip(places, gradients, sides, strict=True):
+                if is_stepped:
+                    _expect(rule, place, gradient, *expected)
+            for array in expected:
+                array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
+            _check(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "make"),
+    [
+        (RULES["sgd"], lambda p: torch.optim.SGD(p, 0.3)),
+        (RULES["adagrad"], lambda p: torch.optim.Adagrad(p, 0.3, eps=0.01)),
+    ],
+    ids=["sgd", "adagrad"],
+)
+def test_updates_are_those_of_torch(compiled, rule, make):
+    kernel = compiled(_update)
+    weight, mean, square = _arrays(np.float64)
+    square[:] = 0
+    parameter = torch.nn.Parameter(torch.from_numpy(weight.copy()))
+    optimizer = make([parameter])
+    for step in range(3):
+        gradient = np.random.default_rng(step).standard_normal(2 * WIDTH)
+        _call(kernel, rule, weight, mean, square, gradient, (1 << WIDTH) - 1)
+        parameter.grad = torch.zeros(48, dtype=torch.float64)
+        parameter.grad[3 : 3 + WIDTH] = torch.from_numpy(gradient[2 : 2 + WIDTH])
+        optimizer.step()
+    np.testing.assert_allclose(weight, parameter.detach().numpy(), rtol=1e-12)
