@@ -39,9 +39,6 @@ _TILE = 32
 _RING = 2 * _TILE - 1  # of the memory of two tiles, what wraps a slot
 _AHEAD = 6  # pairs whose blocks are on their way
 
-# Blocks of a pool of so many values come soon enough without being asked for.
-_NEAR = 2**19
-
 
 def _second_level_cache() -> int:
     """Bytes of a core's second-level cache, where Linux says so; else those of many."""
@@ -52,8 +49,8 @@ def _second_level_cache() -> int:
         return 2**20
 
 
-# A pool of so many values stays in a core's own cache.
-_CACHED = min(_second_level_cache() // 4, _NEAR)
+# A pool of so many values stays in a core's own cache, and comes soon enough without being asked for.
+_CACHED = min(_second_level_cache() // 4, 2**19)
 
 # Up to this pool size each thread adds into a pool of its own (16 MiB in float32, near the last-level
 # cache); above it, clearing and summing private pools costs more than locating every block once per thread.
@@ -400,17 +397,10 @@ def _find(table: Any, pairs: Any, low: Any, high: Any, keys: Any, places: Any, s
 
 @njit(inline="always")
 def _prefetch_block(array: Any, places: Any, b: Any, slot: Any, table: Any) -> None:
-    """Ask for block `b` of both sides of the pair in a slot, unless the array is near anyway."""
-    if array.shape[0] > _NEAR:
+    """Ask for block `b` of both sides of the pair in a slot, unless the array is in cache anyway."""
+    if array.shape[0] > _CACHED:
         for side in range(2):
             _prefetch_run(array, places[side, b, slot], _block_length(table, b))
-
-
-@njit(inline="always")
-def _prefetch_pair(array: Any, places: Any, slot: Any, table: Any) -> None:
-    """Ask for all blocks of the pair in a slot, unless the array is near anyway."""
-    for b in range(table.num_blocks):
-        _prefetch_block(array, places, b, slot, table)
 
 
 @njit(inline="always")
@@ -540,17 +530,21 @@ def _pair_private(
         if t > 0:
             target[:] = 0
         keys, places, signs = _tile_memory(table)
-        end = n * (t + 1) // threads
-        for low in range(n * t // threads, end, _TILE):
+        begin, end = n * t // threads, n * (t + 1) // threads
+        _find(table, pairs, begin, min(begin + _TILE, end), keys, places, signs, 0)
+        for low in range(begin, end, _TILE):
             high = min(low + _TILE, end)
-            _find(table, pairs, low, high, keys, places, signs, 0)
+            slot = (low - begin) & _RING
+            _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
             for i in range(high - low):
-                _prefetch_pair(weight, places, i, table)
-            for i in range(high - low):
+                here, ahead, is_ahead = slot + i, (slot + i + _AHEAD) & _RING, low + i + _AHEAD < end
                 for b in range(table.num_blocks):
-                    word, context = places[0, b, i], places[1, b, i]
+                    if is_ahead:
+                        _prefetch_block(weight, places, b, ahead, table)
+                        _prefetch_block(target, places, b, ahead, table)
+                    word, context = places[0, b, here], places[1, b, here]
                     first, length = b * table.block_size, _block_length(table, b)
-                    factor = grad[low + i] * scale * (signs[0, b, i] * signs[1, b, i])
+                    factor = grad[low + i] * scale * (signs[0, b, here] * signs[1, b, here])
                     for k in range(0, length, _LANES):
                         mask = _mask(length - k)
                         bits = lanes.bits_from(kept[low + i], first + k) & mask
@@ -638,8 +632,6 @@ def _pair_owned(
         for low in range(0, n, _TILE):
             high = min(low + _TILE, n)
             _find(table, pairs, low, high, keys, places, signs, 0)
-            for i in range(high - low):
-                _prefetch_pair(weight, places, i, table)
             count: Any = 0
             for side in range(2):
                 for b in range(table.num_blocks):
@@ -653,6 +645,7 @@ def _pair_owned(
             for x in range(count):
                 side, b, i = found[x, 0], found[x, 1], found[x, 2]
                 _prefetch_run(pool, places[side, b, i], _block_length(table, b))
+                _prefetch_run(weight, places[1 - side, b, i], _block_length(table, b))
             for x in range(count):
                 side, b, i = found[x, 0], found[x, 1], found[x, 2]
                 place, partner = places[side, b, i], places[1 - side, b, i]
