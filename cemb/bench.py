@@ -28,7 +28,7 @@ def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes: An
     full = speed.SpeedCase("full", optimizer, ids=ids, device=device, **sizes)
     found = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
     if device == "cpu":
-        for table in ("full-fbgemm", "full-fbgemm-rowwise"):
+        for table in ("full-fused-rowwise", "full-fbgemm", "full-fbgemm-rowwise"):
             if rivals.available(table, optimizer):
                 found.append(replace(full, table=table))
     block = BLOCK if device == "cpu" else GPU_BLOCK

@@ -20,22 +20,27 @@ from cemb.touched import TouchedGradient, advise_huge_pages
 
 
 class _Touched(torch.optim.Optimizer):
-    """What the three share: finding the gradient, and its state on huge pages."""
+    """What they share: finding the gradient, and its state on huge pages."""
 
     state_names: tuple[str, ...] = ()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; takes over the gradients of the group's parameters."""
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    "cemb.optim updates float32 and float64 parameters on the CPU, got "
-                    f"{parameter.dtype} on {parameter.device}; use torch.optim"
-                )
-            if not parameter.is_contiguous():
-                raise ValueError(f"parameters must be contiguous, got strides {parameter.stride()}")
+        parameters = self.param_groups[-1]["params"]
+        for parameter in parameters:
+            self._check(parameter)
+        for parameter in parameters:
             parameter.touched = TouchedGradient()
+
+    def _check(self, parameter: Tensor) -> None:
+        if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                "cemb.optim updates float32 and float64 parameters on the CPU, got "
+                f"{parameter.dtype} on {parameter.device}; use torch.optim"
+            )
+        if not parameter.is_contiguous():
+            raise ValueError(f"parameters must be contiguous, got strides {parameter.stride()}")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -59,8 +64,8 @@ class _Touched(torch.optim.Optimizer):
                 if not state:
                     state["step"] = 0
                     for name in self.state_names:
-                        zeros = advise_huge_pages(torch.empty_like(parameter))
-                        state[name] = zeros.fill_(self._initial(group))
+                        room = advise_huge_pages(self._room_for_state(parameter))
+                        state[name] = room.fill_(self._initial(group))
                 state["step"] += 1
                 arrays = [state[name].view(-1).numpy() for name in self.state_names]
                 weight, rule = parameter.view(-1).numpy(), self._rule(group, state["step"])
@@ -74,6 +79,9 @@ class _Touched(torch.optim.Optimizer):
                 # Kernels write past autograd, which would let a graph of before the step be used after it.
                 torch.autograd.graph.increment_version(parameter)
         return loss
+
+    def _room_for_state(self, parameter: Tensor) -> Tensor:
+        return torch.empty_like(parameter)
 
     def _initial(self, group: dict[str, Any]) -> float:
         return 0.0
@@ -120,6 +128,29 @@ class Adagrad(_Touched):
 
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
         return rules.Rule(rules.ADAGRAD, group["lr"], group["eps"])
+
+
+class RowwiseAdagrad(Adagrad):
+    """Adagrad with one state for each row of a full table: ``s += mean(g²)`` over the row.
+
+    What fbgemm has as ``EXACT_ROWWISE_ADAGRAD``. It is another algorithm than Adagrad: the values of a row
+    share a rate, and the state takes a column's memory and traffic. ValueError for parameters that are not
+    tables of rows, such as pools.
+    """
+
+    def _check(self, parameter: Tensor) -> None:
+        super()._check(parameter)
+        if parameter.dim() != 2:
+            raise ValueError(
+                f"row-wise Adagrad is for tables [rows, columns], got shape {list(parameter.shape)}; "
+                "a pool has no rows: use Adagrad"
+            )
+
+    def _room_for_state(self, parameter: Tensor) -> Tensor:
+        return parameter.new_empty(len(parameter))
+
+    def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
+        return rules.Rule(rules.ROWWISE_ADAGRAD, group["lr"], group["eps"])
 
 
 class LazyAdam(_Touched):

@@ -3,6 +3,7 @@
 - ``full-fbgemm``: Meta's fbgemm, whose backward pass updates the rows it touches; on the CPU it has SGD and
   Adagrad. ``full-fbgemm-rowwise`` keeps one Adagrad state a row, which is another algorithm, and faster.
   `make peers` installs it.
+- ``full-fused-rowwise``: our own full table with that algorithm.
 - ``hashed-compiled``: the naive hash of `cemb.reference` under `torch.compile`, dropout included; needs a
   C++ compiler.
 """
@@ -18,18 +19,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cemb import ops, reference
+from cemb import ops, optim, reference
 from cemb.hashing import HashSpec, PairDropout
+from cemb.tables import FusedFullEmbedding
+from cemb.touched import advise_huge_pages
 from cemb.train import make_optimizer
 
 # Names of tables, with the backend of their records.
-NAMES = {"full-fbgemm": "fbgemm", "full-fbgemm-rowwise": "fbgemm", "hashed-compiled": "inductor"}
+NAMES = {
+    "full-fbgemm": "fbgemm",
+    "full-fbgemm-rowwise": "fbgemm",
+    "full-fused-rowwise": "numba",
+    "hashed-compiled": "inductor",
+}
 
 
 def available(table: str, optimizer: str) -> bool:
     """Whether this rival can be measured here with this optimizer."""
     if table == "hashed-compiled":
         return shutil.which("g++") is not None
+    if table == "full-fused-rowwise":
+        return optimizer == "adagrad"
     if importlib.util.find_spec("fbgemm_gpu") is None:
         return False
     return optimizer == "adagrad" or (optimizer == "sgd" and table == "full-fbgemm")
@@ -43,9 +53,18 @@ def build(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], 
     if not available(case.table, case.optimizer):
         raise ValueError(
             f"{case.table} with {case.optimizer} cannot be measured here: fbgemm needs `make peers` and has "
-            "SGD and Adagrad, torch.compile needs g++"
+            "SGD and Adagrad, torch.compile needs g++, row-wise tables have Adagrad"
         )
-    return (_compiled if case.table == "hashed-compiled" else _fbgemm)(case, learning_rate)
+    builders = {"hashed-compiled": _compiled, "full-fused-rowwise": _fused_rowwise}
+    return builders.get(case.table, _fbgemm)(case, learning_rate)
+
+
+def _fused_rowwise(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:
+    table = FusedFullEmbedding(case.num_embeddings, case.embedding_dim, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        advise_huge_pages(table.weight).uniform_(-0.1, 0.1)
+    optimizer = optim.RowwiseAdagrad(table.parameters(), learning_rate)
+    return lambda pairs: table.pair_scores(pairs, table, case.dropout), optimizer, table.weight.numel()
 
 
 def _compiled(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:

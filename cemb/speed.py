@@ -78,7 +78,7 @@ class SpeedCase:
         if self.device != "cpu":
             return False
         is_large = self.pool_size is not None and self.pool_size > cpu.PRIVATE_POOL_LIMIT
-        return self.table == "full-fused" or (self.table == "hashed" and is_large)
+        return self.table.startswith("full-fused") or (self.table == "hashed" and is_large)
 
 
 def _ids(case: SpeedCase, generator: torch.Generator) -> torch.Tensor:

@@ -14,8 +14,8 @@ RATES = {
 }
 
 
-def _record(table, total_ms, *, thp="0", **fields):
-    case = speed.SpeedCase(table, "sgd", **fields)
+def _record(table, total_ms, *, optimizer="sgd", thp="0", **fields):
+    case = speed.SpeedCase(table, optimizer, **fields)
     return {
         **dataclasses.asdict(case),
         "kind": "speed",
@@ -56,6 +56,19 @@ def test_peers_of_another_rule_can_be_left_out():
     assert targets.of_one_rule(target).evaluate(found)[0] == pytest.approx(0.1)
 
 
+def test_our_full_table_is_the_faster_of_its_two_rules():
+    (target,) = (t for t in targets.targets() if t.optimizer == "adagrad" and t.name.startswith("our fused"))
+    found = [
+        _record("full-fused", 10.0, optimizer="adagrad"),
+        _record("full", 40.0, optimizer="adagrad"),
+        _record("full-fbgemm-rowwise", 20.0, optimizer="adagrad"),
+    ]
+    assert target.evaluate(found)[0] == pytest.approx(10 / 20)
+    found.append(_record("full-fused-rowwise", 5.0, optimizer="adagrad"))
+    assert target.evaluate(found)[0] == pytest.approx(5 / 20)
+    assert targets.of_one_rule(target).evaluate(found)[0] == pytest.approx(10 / 40)
+
+
 @pytest.mark.parametrize(("hashed_ms", "reached"), [(3.0, True), (6.1, False)])
 def test_targets_are_judged(hashed_ms, reached):
     said = []
@@ -82,6 +95,8 @@ def test_floors_count_what_must_move():
     rows_ms = 65_536 / 2e7 * 1e3
     assert floor("full", sparse_gradients=True) == pytest.approx(2 * rows_ms)
     assert floor("full-fused", "adam") == pytest.approx(6 * rows_ms)
+    # A row's state is a cache line more.
+    assert floor("full-fused-rowwise", "adagrad") == pytest.approx(2 * (rows_ms + 65_536 * 1e-8 * 1e3))
     # Dense: rows once, then the gradient written and read, weights read and written, 0.4 GB each.
     assert floor("full") == pytest.approx(rows_ms + 4 * 40)
     # One value a line at block size 1; a 64th of 460 bytes of a row, or a single value, whichever is less.
@@ -184,14 +199,13 @@ def test_a_process_that_dies_is_an_error():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("table", rivals.NAMES)
 def test_rivals_compute_the_same_step(table):
-    if not rivals.available(table, "sgd"):
-        if rivals.available(table, "adagrad"):
-            pytest.skip("it has no SGD")
+    optimizer = "adagrad" if table.endswith("rowwise") else "sgd"
+    if not rivals.available(table, optimizer):
         with pytest.raises(ValueError, match="cannot be measured here: fbgemm needs `make peers`"):
-            rivals.build(speed.SpeedCase(table, "sgd", pool_size=64, **SIZES), 0.1)
+            rivals.build(speed.SpeedCase(table, optimizer, pool_size=64, **SIZES), 0.1)
         return
     pool_size = 64 if table.startswith("hashed") else None
-    timed = speed.Timed(speed.SpeedCase(table, "sgd", pool_size, **SIZES))
+    timed = speed.Timed(speed.SpeedCase(table, optimizer, pool_size, **SIZES))
     (record,) = speed.measure_cases([timed.case], repeats=2)
     assert record["backend"] == rivals.NAMES[table]
     assert record["total_ms"] > 0

@@ -102,6 +102,21 @@ def test_lazy_adam_differs_from_dense_adam_only_where_steps_miss():
     assert (moved > 1e-3).all()
 
 
+def test_rowwise_adagrad_has_the_same_bits_for_any_number_of_threads(monkeypatch):
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
+        weight = nn.Parameter(torch.randn(90, 20, generator=torch.Generator().manual_seed(0)))
+        optimizer = optim.RowwiseAdagrad([weight], 0.1)
+        for step in range(2):
+            pairs = torch.randint(90, (40, 2), generator=torch.Generator().manual_seed(step))
+            ops.pair_scores(weight, pairs, FullSpec(90, 20)).square().sum().backward()
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
 @pytest.mark.parametrize("make", [optim.SGD, optim.Adagrad, optim.LazyAdam])
 def test_results_are_the_same_bits_for_any_number_of_threads(spec, make, monkeypatch):
@@ -111,6 +126,39 @@ def test_results_are_the_same_bits_for_any_number_of_threads(spec, make, monkeyp
         found.append(_train(lambda p: make(p, 0.1), spec, steps=2)[-1])
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize(("rows", "columns", "num_pairs"), [(60, 100, 40), (5000, 100, 300), (50, 7, 30)])
+def test_rowwise_adagrad_is_the_formula(rows, columns, num_pairs):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    ours, naive = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = optim.RowwiseAdagrad([ours], 0.05, initial_accumulator_value=0.2, eps=1e-3)
+    sums = torch.full((rows,), 0.2, dtype=torch.float64)
+    for step in range(5):
+        pairs = torch.randint(rows, (num_pairs, 2), generator=generator)
+        for weight in (ours, naive):
+            torch.manual_seed(step)
+            loss = (ops.pair_scores(weight, pairs, FullSpec(rows, columns), dropout=0.1) - 1).square().sum()
+            if step == 3:  # a dense gradient besides
+                loss = loss + weight.square().sum()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            sums += naive.grad.square().mean(1)
+            naive -= 0.05 * naive.grad / (sums.sqrt() + 1e-3)[:, None]
+        naive.grad = None
+        torch.testing.assert_close(ours, naive, rtol=1e-9, atol=1e-9)
+    assert optimizer.state[ours]["sum"].shape == (rows,)
+    torch.testing.assert_close(optimizer.state[ours]["sum"], sums)
+
+
+def test_rowwise_adagrad_refuses_a_pool_and_leaves_it_alone():
+    pool = nn.Parameter(torch.ones(12))
+    with pytest.raises(ValueError, match=r"tables \[rows, columns\], got shape \[12\]; a pool has no rows"):
+        optim.RowwiseAdagrad([nn.Parameter(torch.ones(3, 4)), pool])
+    assert not hasattr(pool, "touched")
 
 
 def test_only_what_was_touched_changes():

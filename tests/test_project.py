@@ -24,6 +24,7 @@ LAYERS = (
     ("counting",),
     ("kernels.cpu", "kernels.cuda", "kernels.rules"),
     ("kernels.runs", "kernels.buckets", "kernels.floors", "kernels.cuda_floors", "kernels.sparse"),
+    ("kernels.rowwise",),
     ("kernels.updates",),
     ("touched",),
     ("ops", "optim"),

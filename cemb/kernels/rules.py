@@ -11,9 +11,9 @@ from numba.extending import intrinsic
 
 from cemb.kernels import lanes
 
-SGD, ADAGRAD, ADAM = range(3)
+SGD, ADAGRAD, ADAM, ROWWISE_ADAGRAD = range(4)
 
-_NUM_STATES = {SGD: 0, ADAGRAD: 1, ADAM: 2}
+_NUM_STATES = {SGD: 0, ADAGRAD: 1, ADAM: 2}  # of those that move each value by itself
 
 
 class Rule(NamedTuple):
@@ -23,6 +23,8 @@ class Rule(NamedTuple):
     - ``ADAGRAD``, one state: ``sum += g²; weight -= rate · g / (√sum + eps)``
     - ``ADAM``, two states: the moments ``mean`` and ``square`` move by ``1 − beta`` of the way to g and g²,
       and ``weight -= rate · mean / (√square + eps)``
+    - ``ROWWISE_ADAGRAD``, a state for each row: as ``ADAGRAD``, but that ``sum`` grows by the mean of g² over
+      the row, see `cemb.kernels.rowwise`
     """
 
     kind: int

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from numba import njit, prange
 
 from cemb import hashing
-from cemb.kernels import buckets, cpu, lanes, rules, runs
+from cemb.kernels import buckets, cpu, lanes, rowwise, rules, runs
 
 _LANES = lanes.LANES
 _PAGE = 1024  # values of float32; hardware prefetches no further
@@ -232,18 +232,24 @@ def _update_alone(
         )
 
 
+def _constants(weight: npt.NDArray[Any], rule: rules.Rule) -> tuple[Any, ...]:
+    return tuple(weight.dtype.type(constant) for constant in rule[1:])
+
+
 def _arguments(
     weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule
 ) -> tuple[Any, ...]:
-    constants = tuple(weight.dtype.type(constant) for constant in rule[1:])
     first, second = [*states, weight, weight][:2]  # what the rule does not use stands in for none
-    return weight, first, second, rule.kind, constants
+    return weight, first, second, rule.kind, _constants(weight, rule)
 
 
 def update_runs(
     weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule, gradient: runs.Runs
 ) -> None:
     """Update weights and states at the runs of a gradient."""
+    if rule.kind == rules.ROWWISE_ADAGRAD:
+        rowwise.update_runs(weight, states[0], _constants(weight, rule), gradient)
+        return
     with cpu._launch:
         cpu._set_threads()
         _update_runs(*_arguments(weight, states, rule), *gradient)
@@ -253,6 +259,9 @@ def update_dense(
     weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule, gradient: npt.NDArray[Any]
 ) -> None:
     """Update all weights and states with a dense gradient."""
+    if rule.kind == rules.ROWWISE_ADAGRAD:
+        rowwise.update_dense(weight, states[0], _constants(weight, rule), gradient)
+        return
     with cpu._launch:
         threads = cpu._set_threads()
         _update_dense(*_arguments(weight, states, rule), gradient, threads)
@@ -283,7 +292,13 @@ def update_alone(
     Their gradients are those of ``Σ factors[i] · score[i]``, before dropout's scale. The weights of all other
     blocks must still be what they were in the forward pass.
     """
+    batch = (pairs, kept, factors, overlapping)
+    if rule.kind == rules.ROWWISE_ADAGRAD:
+        constants = _constants(weight, rule)
+        rowwise.update_alone(weight, states[0], constants, *batch, spec, context_offset)
+        return
     with cpu._launch:
         threads = cpu._set_threads()
-        batch = (pairs, kept, factors, overlapping, threads)
-        _update_alone(*_arguments(weight, states, rule), *batch, cpu.Geometry.of(spec, context_offset))
+        _update_alone(
+            *_arguments(weight, states, rule), *batch, threads, cpu.Geometry.of(spec, context_offset)
+        )
