@@ -62,6 +62,14 @@ def test_lanes_of_a_mask_are_written_and_no_other(kernel, dtype):
             np.testing.assert_array_equal(out, wanted, err_msg=f"{count} lanes, {old} of them old")
 
 
+@pytest.mark.parametrize(("is_masked", "expected"), [(True, 32), (False, 25)])
+def test_loads_under_a_mask_wait_for_all_their_lanes(is_masked, expected, monkeypatch):
+    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: is_masked)
+    count = njit(lambda count: lanes.num_read(count))
+    assert count(25) == expected
+    assert count(32) == 32
+
+
 def test_what_is_not_kept_is_not_read(kernel):
     values = np.full(2 * WIDTH, np.nan, np.float32)
     out = np.zeros((4, 2 * WIDTH), np.float32)

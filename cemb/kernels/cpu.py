@@ -146,10 +146,10 @@ def _mask(count: Any) -> Any:
 
 @njit(inline="always")
 def _prefetch_run(array: Any, start: Any, length: Any) -> None:
-    """Ask for all cache lines that vectors over the run touch: a load waits for those of masked lanes too."""
+    """Ask for all cache lines that vectors over the run touch."""
     for k in range(0, length, _LANES):
         lanes.prefetch(array, start + k)
-    lanes.prefetch(array, start + (length + _LANES - 1) // _LANES * _LANES - 1)
+    lanes.prefetch(array, start + lanes.num_read(length) - 1)
 
 
 def is_single(table: Geometry | hashing.HashSpec | hashing.FullSpec) -> bool | np.bool:
@@ -619,7 +619,8 @@ def _pair_owned_single(
                 pool[np.int64(own[x])] += term[x] * lanes.value_at(weight, np.int64(partner[x]))
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+# Not fast math, as in `cemb.kernels.runs`.
+@njit(parallel=True, cache=True, nogil=True)
 def _pair_owned(
     weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, threads: Any, table: Any
 ) -> None:

@@ -39,8 +39,8 @@ def _splat(builder: Any, value: Any, vector: Any) -> Any:
 def _has_masked_access(context: Any) -> bool:
     """Whether masked loads and stores of all types are instructions of the processor, and fast ones.
 
-    AVX2 alone has none of 16 bits, and its masked stores are slow: by them a Zen 3 scaled 25 values, 16 and
-    9, in 28 ns, and without in 7.
+    AVX2 alone has none of 16 bits, its masked stores are slow, by them a Zen 3 scaled 25 values, 16 and 9, in
+    28 ns and without in 7, and its masked loads wait for cache lines of which they want nothing.
     """
     return "+avx512bw" in context.codegen().magic_tuple()[2]
 
@@ -93,7 +93,7 @@ def _load(
         loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align)
         if kept is not None:
             loaded = builder.select(kept, loaded, zero)
-    else:
+    elif _has_masked_access(context):
         function = cgutils.get_or_insert_function(
             builder.module,
             ir.FunctionType(vector, [pointer.type, _I32, _BITS, vector]),
@@ -101,6 +101,10 @@ def _load(
         )
         bits = bits if kept is None else kept
         loaded = builder.call(function, [pointer, ir.Constant(_I32, align), bits, zero])
+    else:
+        loaded = _load_first(builder, pointer, vector, bits, align)
+        if kept is not None:
+            loaded = builder.select(kept, loaded, zero)
     if vector.element != _I16:
         return loaded
     words = ir.VectorType(_I32, LANES)
@@ -108,12 +112,36 @@ def _load(
     return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), LANES))
 
 
-def _part(builder: Any, vector: Any, first: int, count: int) -> Any:
-    return builder.shuffle_vector(
-        vector,
-        ir.Constant(vector.type, ir.Undefined),
-        ir.Constant(ir.VectorType(_I32, count), list(range(first, first + count))),
-    )
+def _load_first(builder: Any, pointer: Any, vector: Any, bits: Any, align: int) -> Any:
+    """The first few lanes, those of `bits`, from memory, and zeros; lines of others are left alone."""
+    count = builder.ctpop(builder.bitcast(bits, _I16))
+    loaded = ir.Constant(vector, [0 if vector.element == _I16 else 0.0] * LANES)
+    width = 1
+    while width <= LANES:
+        # Where the count has this bit, the next `width` lanes are read, and stand before those read already.
+        before = builder.block
+        with builder.if_then(_has_bit(builder, count, width)):
+            first = builder.and_(count, ir.Constant(_I16, 2 * LANES - 2 * width))
+            part_type = ir.VectorType(vector.element, width)
+            place = builder.gep(pointer, [builder.zext(first, _I32)])
+            part = builder.load(builder.bitcast(place, part_type.as_pointer()), align=align)
+            wide = _lanes_of(builder, part, part, [lane % width for lane in range(LANES)])
+            joined = _lanes_of(builder, wide, loaded, [*range(width), *range(LANES, 2 * LANES - width)])
+            inside = builder.block
+        either = builder.phi(vector)
+        either.add_incoming(loaded, before)
+        either.add_incoming(joined, inside)
+        loaded, width = either, 2 * width
+    return loaded
+
+
+def _lanes_of(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """Lanes of two vectors by their numbers, those of `b` after those of `a`."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _has_bit(builder: Any, count: Any, bit: int) -> Any:
+    return builder.icmp_unsigned("!=", builder.and_(count, ir.Constant(_I16, bit)), ir.Constant(_I16, 0))
 
 
 def _store(
@@ -134,18 +162,15 @@ def _store(
     else:
         count = builder.ctpop(builder.bitcast(bits, _I16))
 
-        def has(width: int) -> Any:
-            return builder.icmp_unsigned(
-                "!=", builder.and_(count, ir.Constant(_I16, width)), ir.Constant(_I16, 0)
-            )
-
-        with builder.if_then(has(LANES)):
+        with builder.if_then(_has_bit(builder, count, LANES)):
             builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
         width = LANES // 2
         while width:
             # Where the count has this bit, the next `width` lanes are written; what follows moves down.
-            is_next = has(width)
-            low, high = _part(builder, value, 0, width), _part(builder, value, width, width)
+            is_next = _has_bit(builder, count, width)
+            low, high = (
+                _lanes_of(builder, value, value, list(range(first, first + width))) for first in (0, width)
+            )
             with builder.if_then(is_next):
                 builder.store(low, builder.bitcast(pointer, low.type.as_pointer()), align=align)
             pointer = builder.gep(
@@ -375,3 +400,17 @@ def prefetch(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
         builder.call(function, [pointer, read, keep, data])
 
     return types.void(array, types.intp), generate
+
+
+@intrinsic
+def num_read(typing: Any, count: Any) -> tuple[Any, Any]:
+    """How many values vectors over `count` of them wait for: under a mask, for those outside it too."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (count,) = arguments
+        if not _has_masked_access(context):
+            return count
+        rest = ir.Constant(count.type, LANES - 1)
+        return builder.and_(builder.add(count, rest), builder.not_(rest))
+
+    return types.intp(types.intp), generate

@@ -38,19 +38,10 @@ def _moved(
     builder: Any, kind: int, constants: Sequence[Any], gradient: Any, weight: Any, states: Sequence[Any]
 ) -> list[Any]:
     """The weight and the states after a step; all are vectors."""
-    vector, fused = weight.type, ("contract",)
-
-    def add(a: Any, b: Any) -> Any:
-        return builder.fadd(a, b, flags=fused)
-
-    def subtract(a: Any, b: Any) -> Any:
-        return builder.fsub(a, b, flags=fused)
-
-    def multiply(a: Any, b: Any) -> Any:
-        return builder.fmul(a, b, flags=fused)
+    add, subtract, multiply = builder.fadd, builder.fsub, builder.fmul
 
     def towards(state: Any, value: Any, beta: Any) -> Any:
-        one = ir.Constant(vector, [1.0] * lanes.LANES)
+        one = ir.Constant(weight.type, [1.0] * lanes.LANES)
         return add(state, multiply(subtract(one, beta), subtract(value, state)))
 
     rate, eps, beta1, beta2 = constants

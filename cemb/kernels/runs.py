@@ -138,7 +138,9 @@ def _sort_share(
     return ordered, found
 
 
-@njit(nogil=True, error_model="numpy", fastmath=cpu._FAST)
+# Not fast math: products and sums that are rounded once in whole vectors, and twice at ends, would make what
+# comes out depend on where slices end, and with it on the number of threads.
+@njit(nogil=True, error_model="numpy")
 def _sum_share(
     t: Any,
     weight: Any,
