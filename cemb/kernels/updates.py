@@ -18,6 +18,16 @@ _AHEAD = 16  # runs on their way
 
 
 @njit(inline="always")
+def _prefetch(rule: Any, weight: Any, first_state: Any, second_state: Any, start: Any, length: Any) -> None:
+    """Ask for a run of weights and of the states that a rule has."""
+    cpu._prefetch_run(weight, start, length)
+    if rule != rules.SGD:
+        cpu._prefetch_run(first_state, start, length)
+    if rule == rules.ADAM:
+        cpu._prefetch_run(second_state, start, length)
+
+
+@njit(inline="always")
 def _update_slice(
     rule: Any, constants: Any, weight: Any, first_state: Any, second_state: Any, values: Any
 ) -> None:
@@ -25,11 +35,7 @@ def _update_slice(
     n = values.shape[0]
     for low in range(0, n, _PAGE):
         high = min(low + _PAGE, n)
-        cpu._prefetch_run(weight, high, _PAGE)
-        if rule != rules.SGD:
-            cpu._prefetch_run(first_state, high, _PAGE)
-        if rule == rules.ADAM:
-            cpu._prefetch_run(second_state, high, _PAGE)
+        _prefetch(rule, weight, first_state, second_state, high, _PAGE)
         for x in range(low, high, _LANES):
             mask = cpu._mask(high - x)
             rules.update(rule, constants, weight, first_state, second_state, x, values, x, mask)
@@ -37,27 +43,21 @@ def _update_slice(
 
 @njit(nogil=True)
 def _update_runs_share(
-    t: Any,
     weight: Any,
     first_state: Any,
     second_state: Any,
     rule: Any,
     constants: Any,
     values: Any,
-    starts_of: Any,
-    offsets_of: Any,
-    counts: Any,
+    starts: Any,
+    offsets: Any,
+    count: Any,
 ) -> None:
-    starts, offsets, end = starts_of[t], offsets_of[t], counts[t]
-    for run in range(-_AHEAD, end):
+    for run in range(-_AHEAD, count):
         ahead = run + _AHEAD
-        if ahead < end:
+        if ahead < count:
             length = min(offsets[ahead + 1] - offsets[ahead], _PAGE)
-            cpu._prefetch_run(weight, starts[ahead], length)
-            if rule != rules.SGD:
-                cpu._prefetch_run(first_state, starts[ahead], length)
-            if rule == rules.ADAM:
-                cpu._prefetch_run(second_state, starts[ahead], length)
+            _prefetch(rule, weight, first_state, second_state, starts[ahead], length)
         if run < 0:
             continue
         start, first, length = starts[run], offsets[run], offsets[run + 1] - offsets[run]
@@ -76,23 +76,13 @@ def _update_runs(
     rule: Any,
     constants: Any,
     values: Any,
-    starts_of: Any,
-    offsets_of: Any,
+    starts: Any,
+    offsets: Any,
     counts: Any,
 ) -> None:
     for t in prange(counts.shape[0]):
-        _update_runs_share(
-            np.int64(t),
-            weight,
-            first_state,
-            second_state,
-            rule,
-            constants,
-            values,
-            starts_of,
-            offsets_of,
-            counts,
-        )
+        own = starts[t], offsets[t], counts[t]
+        _update_runs_share(weight, first_state, second_state, rule, constants, values, *own)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -129,24 +119,6 @@ def _update_buckets(
             sums[:] = 0
 
 
-@njit(inline="always")
-def _prefetch_block(
-    rule: Any,
-    weight: Any,
-    first_state: Any,
-    second_state: Any,
-    places: Any,
-    b: Any,
-    slot: Any,
-    table: Any,
-) -> None:
-    cpu._prefetch_block(weight, places, b, slot, table)
-    if rule != rules.SGD:
-        cpu._prefetch_block(first_state, places, b, slot, table)
-    if rule == rules.ADAM:
-        cpu._prefetch_block(second_state, places, b, slot, table)
-
-
 @njit(nogil=True)
 def _update_alone_share(
     t: Any,
@@ -173,9 +145,10 @@ def _update_alone_share(
         for i in range(low, high):
             here, ahead = slot + i - low, (slot + i - low + cpu._AHEAD) & cpu._RING
             for b in range(blocks):
-                if i + cpu._AHEAD < end:
-                    _prefetch_block(rule, weight, first_state, second_state, places, b, ahead, table)
                 first, length = b * table.block_size, cpu._block_length(table, b)
+                if i + cpu._AHEAD < end:
+                    for side in range(2):
+                        _prefetch(rule, weight, first_state, second_state, places[side, b, ahead], length)
                 factor = factors[i] * (signs[0, b, here] * signs[1, b, here])
                 word, context = places[0, b, here], places[1, b, here]
                 # All bits of a mask, or none.
