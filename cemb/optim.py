@@ -28,8 +28,12 @@ class _Touched(torch.optim.Optimizer):
         """As in torch; takes over the gradients of the group's parameters."""
         super().add_param_group(param_group)
         parameters = self.param_groups[-1]["params"]
-        for parameter in parameters:
-            self._check(parameter)
+        try:
+            for parameter in parameters:
+                self._check(parameter)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         for parameter in parameters:
             parameter.touched = TouchedGradient()
 
@@ -134,7 +138,7 @@ class RowwiseAdagrad(Adagrad):
     """Adagrad with one state for each row of a full table: ``s += mean(g²)`` over the row.
 
     What fbgemm has as ``EXACT_ROWWISE_ADAGRAD``. It is another algorithm than Adagrad: the values of a row
-    share a rate, and the state takes a column's memory and traffic. ValueError for parameters that are not
+    share a rate, and the state is no larger than a column. ValueError for parameters that are not
     tables of rows, such as pools.
     """
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from cemb import kernels, ops, records, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
@@ -397,6 +398,25 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
     expected = np.zeros(spec.pool_size, bool)
     expected[[place for key in overlapping for place in blocks[key]]] = True
     np.testing.assert_array_equal(summed, expected)
+
+
+@pytest.mark.parametrize("low", [0, 2**31])
+def test_overlaps_at_the_end_of_the_largest_pool_are_found(low):
+    spec = HashSpec(1000, 100, 2**32 - 1, block_size=25)
+    starts = [5, 2**31 + 40, 2**31 + 60, 2**32 - 100, spec.pool_size - 30, spec.pool_size - 25]
+    # Start above, pair and side and one of four blocks below; all are first blocks of words.
+    listed = np.array([(start << 32) | (i << 3) for i, start in enumerate(starts)], np.uint64)
+    overlapping, keys = np.zeros((6, 2, 4), np.uint8), np.zeros((2, 7), np.uint64)
+    sort = njit(
+        lambda low, overlapping, keys, table: runs._sort_share(
+            listed, low, 2**32 - 1, False, overlapping, keys, table
+        )
+    )
+    entries, count = sort(low, overlapping, keys, cpu.Geometry.of(spec))
+    found = [(int(entry) >> 32) + max(low - 48, 0) for entry in entries[:count]]
+    assert found == [starts[i] for i in (1, 2, 4, 5)]
+    assert overlapping[:, 0, 0].tolist() == [0, 1, 1, 0, 1, 1]
+    assert overlapping.sum() == 4
 
 
 def test_pair_gradients_stay_inside_the_pool():

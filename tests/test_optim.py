@@ -159,6 +159,22 @@ def test_rowwise_adagrad_refuses_a_pool_and_leaves_it_alone():
     with pytest.raises(ValueError, match=r"tables \[rows, columns\], got shape \[12\]; a pool has no rows"):
         optim.RowwiseAdagrad([nn.Parameter(torch.ones(3, 4)), pool])
     assert not hasattr(pool, "touched")
+    optimizer = optim.RowwiseAdagrad([nn.Parameter(torch.ones(3, 4))])
+    with pytest.raises(ValueError, match="a pool has no rows"):
+        optimizer.add_param_group({"params": [pool]})
+    optimizer.zero_grad()  # of what it has
+    assert len(optimizer.param_groups) == 1
+
+
+def test_rowwise_adagrad_refuses_a_parameter_of_another_shape_than_the_tables():
+    weight = nn.Parameter(torch.ones(4, 200))
+    optimizer = optim.RowwiseAdagrad([weight])
+    ops.pair_scores(weight, torch.tensor([[0, 19]]), FullSpec(20, 40)).sum().backward()
+    with pytest.raises(
+        ValueError, match="a state for each of the table's 20 rows, got 4: the parameter must"
+    ):
+        optimizer.step()
+    assert (weight == 1).all()
 
 
 def test_only_what_was_touched_changes():

@@ -12,9 +12,9 @@ function of its own. It takes numpy's error model, which `prange` implies: tests
 loops from vector registers. A share's `t` is made int64, since Numba types it in two ways.
 
 Kernels work on tiles of pairs: all places of a tile are found before any is used, and scratch memory written
-in one loop is read in a later one, since a load that spans earlier stores waits for them. Blocks are asked
-for a few pairs ahead, one as one is used: a processor has but so many lines on their way, and all of a tile's
-at once would keep it waiting.
+in one loop is read in a later one, since a load that spans earlier stores waits for them. Where blocks are
+used pair by pair they are asked for a few pairs ahead, one as one is used: a processor has but so many lines
+on their way, and all of a tile's at once would keep it waiting.
 """
 
 import threading
@@ -146,7 +146,7 @@ def _mask(count: Any) -> Any:
 
 @njit(inline="always")
 def _prefetch_run(array: Any, start: Any, length: Any) -> None:
-    """Ask for all cache lines that vectors over the run touch."""
+    """Ask for all cache lines that vectors of float32 over the run touch."""
     for k in range(0, length, _LANES):
         lanes.prefetch(array, start + k)
     lanes.prefetch(array, start + lanes.num_read(length) - 1)

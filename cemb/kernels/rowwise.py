@@ -150,7 +150,12 @@ def update_alone(
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
 ) -> None:
-    """As `cemb.kernels.updates.update_alone`."""
+    """As `cemb.kernels.updates.update_alone`. ValueError if not every row of the table has a state."""
+    if len(state) != spec.num_embeddings:
+        raise ValueError(
+            f"row-wise Adagrad needs a state for each of the table's {spec.num_embeddings} rows, got "
+            f"{len(state)}: the parameter must have the table's shape"
+        )
     with cpu._launch:
         threads = cpu._set_threads()
         batch = (pairs, kept, factors, overlapping, threads)

@@ -110,7 +110,7 @@ def _sort_share(
     last_length = cpu._block_length(table, blocks - 1)
     reach = np.int64(0 if table.num_starts == 0 else table.block_size - 1)
     # Whether those that reach into the slice overlap one before it must be known.
-    lowest = low_unit - 2 * reach
+    lowest = max(low_unit - 2 * reach, 0)
     ordered, spare = keys[0], keys[1]
     count: Any = 0
     for x in range(listed.shape[0]):
