@@ -267,7 +267,7 @@ def bench_frame(found: list[Record]) -> pd.DataFrame:
                 "optimizer": record["optimizer"],
                 "table": name,
                 "contended": "",
-                "is_ours": record["table"] in ("hashed", "full-fused", "full-fused-rowwise"),
+                "is_ours": record["table"] in targets.OURS,
                 "floor": targets.floor_ms(record, rates),
                 "peak_mib": record["peak_mib"],
             },
@@ -367,7 +367,7 @@ def gpu_frame(found: list[Record]) -> pd.DataFrame:
             {
                 "optimizer": record["optimizer"],
                 "table": name,
-                "is_ours": record["table"] in ("hashed", "full-fused"),
+                "is_ours": record["table"] in targets.OURS,
                 "floor": targets.gpu_floor_ms(record, rates),
                 "peak_mib": record["peak_mib"],
             },

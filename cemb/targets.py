@@ -13,6 +13,7 @@ COPIES = {"sgd": 1, "adagrad": 2, "adam": 3}  # values in training for each of a
 PEAK_LIMIT_MIB = 64
 _FULL_PEERS = ("full", "full-fbgemm", "full-fbgemm-rowwise")
 _FUSED = ("full-fused", "full-fused-rowwise")
+OURS = ("hashed", *_FUSED)
 
 
 @dataclass(frozen=True)

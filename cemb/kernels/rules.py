@@ -13,6 +13,8 @@ from cemb.kernels import lanes
 
 SGD, ADAGRAD, ADAM, ROWWISE_ADAGRAD = range(4)
 
+_Array = tuple[Any, Any]  # its type, and what stands for it in generated code
+
 _NUM_STATES = {SGD: 0, ADAGRAD: 1, ADAM: 2}  # of those that move each value by itself
 
 
@@ -58,13 +60,23 @@ def _moved(
 
 
 def _for_each_rule(
-    builder: Any, rule: Any, constants: Any, vector: Any, generate: Callable[..., None]
+    builder: Any,
+    rule: Any,
+    constants: Any,
+    arrays: Sequence[_Array],
+    generate: Callable[[int, Sequence[Any], Sequence[_Array]], None],
 ) -> None:
-    """Generate code for the rule that `rule` says at run time; `generate` is given its kind and constants."""
+    """Generate code for the rule that `rule` says at run time.
+
+    `arrays` are the weights and the states, each after its type. `generate` is given a rule's kind, its
+    constants, and of the arrays those it moves.
+    """
+    vector = _vector(arrays[0][0])
     values = [builder.extract_value(constants, n) for n in range(4)]
-    for kind in _NUM_STATES:
+    for kind, num_states in _NUM_STATES.items():
         with builder.if_then(builder.icmp_signed("==", rule, ir.Constant(rule.type, kind))):
-            generate(kind, [lanes._splat(builder, value, vector) for value in values])
+            splats = [lanes._splat(builder, value, vector) for value in values]
+            generate(kind, splats, arrays[: 1 + num_states])
 
 
 def _vector(array_type: Any) -> Any:
@@ -91,9 +103,7 @@ def update(
         _, _, *array_types, _, gradient_type, _, _ = signature.args
         rule, constants, *arrays, i, gradient, j, mask = arguments
 
-        def by_rule(kind: int, constants: Sequence[Any]) -> None:
-            moved = list(zip(array_types, arrays, strict=True))[: 1 + _NUM_STATES[kind]]
-
+        def by_rule(kind: int, constants: Sequence[Any], moved: Sequence[_Array]) -> None:
             def on(bits: Any) -> None:
                 g = lanes._load(context, builder, gradient_type, gradient, j, bits)
                 before = [lanes._load(context, builder, *array, i, bits) for array in moved]
@@ -103,7 +113,7 @@ def update(
 
             lanes._on_lanes(context, builder, mask, on)
 
-        _for_each_rule(builder, rule, constants, _vector(array_types[0]), by_rule)
+        _for_each_rule(builder, rule, constants, list(zip(array_types, arrays, strict=True)), by_rule)
 
     ints = types.intp
     arrays = (weight, first_state, second_state)
@@ -138,9 +148,7 @@ def exchange(
         vector = _vector(array_types[0])
         zero = ir.Constant(vector, [0.0] * lanes.LANES)
 
-        def by_rule(kind: int, constants: Sequence[Any]) -> None:
-            moved = list(zip(array_types, arrays, strict=True))[: 1 + _NUM_STATES[kind]]
-
+        def by_rule(kind: int, constants: Sequence[Any], moved: Sequence[_Array]) -> None:
             def on(i_bits: Any, j_bits: Any, bits: Any) -> None:
                 weights = [lanes._load(context, builder, *moved[0], place, bits) for place in (i, j)]
                 sides = [(i, i_bits, *weights), (j, j_bits, *reversed(weights))]
@@ -156,7 +164,7 @@ def exchange(
 
             lanes._on_two(context, builder, i_mask, j_mask, on)
 
-        _for_each_rule(builder, rule, constants, vector, by_rule)
+        _for_each_rule(builder, rule, constants, list(zip(array_types, arrays, strict=True)), by_rule)
 
     ints, number = types.intp, lanes._factor_type(weight)
     arrays = (weight, first_state, second_state)
