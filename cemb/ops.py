@@ -294,15 +294,15 @@ class _TouchedPairScores(torch.autograd.Function):
         drop = _dropout(dropout, seed)
         ctx.save_for_backward(weight, pairs)
         ctx.constants = spec, context_offset, drop
-        pool = _array(weight.reshape(-1))
+        reference.check_ids(pairs, spec.num_embeddings)
+        pool, ids = _array(weight.reshape(-1)), pairs.long().contiguous().numpy()
+        scores = weight.new_empty(len(pairs))
+        out = scores.numpy()
         ctx.touched, ctx.values = touched, touched.room_for_values(len(pairs), spec, pool.dtype)
         if ctx.values is None:
-            return _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
-        assert isinstance(spec, HashSpec)
-        reference.check_ids(pairs, spec.num_embeddings)
-        scores = weight.new_empty(len(pairs))
-        ids = pairs.long().contiguous().numpy()
-        buckets.pair_scores(pool, ids, spec, context_offset, drop, scores.numpy(), ctx.values)
+            cpu.pair_scores(pool, ids, spec, context_offset, drop, out)
+        else:
+            buckets.pair_scores(pool, ids, spec, context_offset, drop, out, ctx.values)
         return scores
 
     @staticmethod

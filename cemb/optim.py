@@ -95,10 +95,11 @@ class _Touched(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has used."""
-        super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.touched.clear()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            parameter.touched.clear()
+        if any(parameter.grad is not None for parameter in parameters):
+            super().zero_grad(set_to_none)
 
 
 class SGD(_Touched):

@@ -139,13 +139,7 @@ class TouchedGradient:
             updates.update_buckets(weight, states, rule, self._buckets)
         else:
             pairs, kept, factors = batch
-            # Sums first, then what stands alone, then the sums' steps: each needs weights the next one moves.
-            self._room = runs.pair_runs(
-                weight, pairs, kept, factors, spec, context_offset, self._room, is_whole=False
+            self._room = updates.update_pairs(
+                weight, states, rule, pairs, kept, factors, spec, context_offset, self._room
             )
-            overlapping = self._room.overlapping
-            updates.update_alone(
-                weight, states, rule, pairs, kept, factors, overlapping, spec, context_offset
-            )
-            updates.update_runs(weight, states, rule, self._room.runs)
         self.clear()

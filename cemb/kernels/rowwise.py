@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
-from cemb import hashing
 from cemb.kernels import cpu, lanes, runs
 
 _AHEAD = 8  # rows on their way
@@ -118,6 +117,17 @@ def _dense(weight: Any, state: Any, constants: Any, gradient: Any) -> None:
         _update_row(weight, state, constants, np.int64(row), gradient, np.int64(row) * dim, dim)
 
 
+@njit(cache=True, nogil=True)
+def _pairs(
+    weight: Any, state: Any, constants: Any, pairs: Any, kept: Any, factors: Any, room: Any, table: Any
+) -> None:
+    (values, starts, offsets, counts), keys, overlapping, listed = room
+    gradient = values, starts, offsets, counts
+    runs._sum_overlapping(weight, pairs, kept, factors, listed, False, overlapping, *gradient, keys, table)
+    _alone(weight, state, constants, pairs, kept, factors, overlapping, counts.shape[0], table)
+    _runs(weight, state, constants, *gradient)
+
+
 def update_runs(
     weight: npt.NDArray[Any], state: npt.NDArray[Any], constants: tuple[Any, ...], gradient: runs.Runs
 ) -> None:
@@ -139,24 +149,20 @@ def update_dense(
         _dense(weight, state, constants, gradient)
 
 
-def update_alone(
+def update_pairs(
     weight: npt.NDArray[Any],
     state: npt.NDArray[Any],
     constants: tuple[Any, ...],
     pairs: npt.NDArray[np.int64],
     kept: npt.NDArray[np.uint16],
     factors: npt.NDArray[Any],
-    overlapping: npt.NDArray[np.uint8],
-    spec: hashing.HashSpec | hashing.FullSpec,
-    context_offset: int,
+    room: runs.Room,
+    table: cpu.Geometry,
 ) -> None:
-    """As `cemb.kernels.updates.update_alone`. ValueError if not every row of the table has a state."""
-    if len(state) != spec.num_embeddings:
+    """As `cemb.kernels.updates.update_pairs`. ValueError if not every row of the table has a state."""
+    if len(state) * table.dim != len(weight):
         raise ValueError(
-            f"row-wise Adagrad needs a state for each of the table's {spec.num_embeddings} rows, got "
+            f"row-wise Adagrad needs a state for each of the table's {len(weight) // table.dim} rows, got "
             f"{len(state)}: the parameter must have the table's shape"
         )
-    with cpu._launch:
-        threads = cpu._set_threads()
-        batch = (pairs, kept, factors, overlapping, threads)
-        _alone(weight, state, constants, *batch, cpu.Geometry.of(spec, context_offset))
+    _pairs(weight, state, constants, pairs, kept, factors, room, table)

@@ -281,9 +281,25 @@ class Room(NamedTuple):
             np.empty(blocks, np.uint64),
         )
 
-    def fits(self, num_pairs: int, threads: int) -> bool:
-        """Whether it has room for so many pairs of the table it was made for."""
-        return len(self.runs.counts) == threads and len(self.overlapping) >= num_pairs
+    @classmethod
+    def fitting(
+        cls,
+        room: "Room | None",
+        num_pairs: int,
+        spec: hashing.HashSpec | hashing.FullSpec,
+        dtype: np.dtype[Any],
+        threads: int,
+    ) -> "Room":
+        """`room`, which is of the same table, or a larger one; raises ValueError as `pair_runs`."""
+        if (2 * num_pairs) << (spec.num_blocks - 1).bit_length() > 2**32:
+            raise ValueError(f"{num_pairs} pairs of {spec.num_blocks} blocks are too many for one gradient")
+        if room is not None and len(room.runs.counts) == threads and len(room.overlapping) >= num_pairs:
+            return room
+        return cls.of(num_pairs, spec, dtype, threads)
+
+    def cut(self, num_pairs: int) -> "Room":
+        """For so many pairs, where there is room for more."""
+        return self._replace(listed=self.listed[: num_pairs * self.overlapping[0].size])
 
 
 def pair_runs(
@@ -307,12 +323,8 @@ def pair_runs(
     Raises ValueError for more pairs than 32 bits number the blocks of.
     """
     with cpu._launch:
-        threads = cpu._set_threads()
-        if (2 * len(pairs)) << (spec.num_blocks - 1).bit_length() > 2**32:
-            raise ValueError(f"{len(pairs)} pairs of {spec.num_blocks} blocks are too many for one gradient")
-        if room is None or not room.fits(len(pairs), threads):
-            room = Room.of(len(pairs), spec, weight.dtype, threads)
-        listed = room.listed[: 2 * len(pairs) * spec.num_blocks]
-        batch = (weight, pairs, kept, factors, listed, is_whole, room.overlapping)
-        _sum_overlapping(*batch, *room.runs, room.keys, cpu.Geometry.of(spec, context_offset))
+        room = Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
+        gradient, keys, overlapping, listed = room.cut(len(pairs))
+        batch = (weight, pairs, kept, factors, listed, is_whole, overlapping)
+        _sum_overlapping(*batch, *gradient, keys, cpu.Geometry.of(spec, context_offset))
         return room

@@ -205,6 +205,29 @@ def _update_alone(
         )
 
 
+# All of a step in one launch: what Python does between launches, it does with cold caches.
+@njit(cache=True, nogil=True)
+def _update_pairs(
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    constants: Any,
+    pairs: Any,
+    kept: Any,
+    factors: Any,
+    room: Any,
+    table: Any,
+) -> None:
+    moved = weight, first_state, second_state, rule, constants
+    (values, starts, offsets, counts), keys, overlapping, listed = room
+    # Sums first, then what stands alone, then the sums' steps: each needs weights the next one moves.
+    gradient = values, starts, offsets, counts
+    runs._sum_overlapping(weight, pairs, kept, factors, listed, False, overlapping, *gradient, keys, table)
+    _update_alone(*moved, pairs, kept, factors, overlapping, counts.shape[0], table)
+    _update_runs(*moved, *gradient)
+
+
 def _constants(weight: npt.NDArray[Any], rule: rules.Rule) -> tuple[Any, ...]:
     return tuple(weight.dtype.type(constant) for constant in rule[1:])
 
@@ -249,29 +272,28 @@ def update_buckets(
         _update_buckets(*_arguments(weight, states, rule), gradient.entries, gradient.starts, threads)
 
 
-def update_alone(
+def update_pairs(
     weight: npt.NDArray[Any],
     states: Sequence[npt.NDArray[Any]],
     rule: rules.Rule,
     pairs: npt.NDArray[np.int64],
     kept: npt.NDArray[np.uint16],
     factors: npt.NDArray[Any],
-    overlapping: npt.NDArray[np.uint8],
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
-) -> None:
-    """Update weights and states at the blocks that overlap no other, see `cemb.kernels.runs.Room`.
+    room: runs.Room | None,
+) -> runs.Room:
+    """Update weights and states with the gradient of ``Σ factors[i] · score[i]``, before dropout's scale.
 
-    Their gradients are those of ``Σ factors[i] · score[i]``, before dropout's scale. The weights of all other
-    blocks must still be what they were in the forward pass.
+    Blocks that overlap no other are updated in passing, the others by their sums, see `cemb.kernels.runs`.
+    The weights must still be what they were in the forward pass. Returns `room`, or a larger one for the
+    same table; raises ValueError as `runs.pair_runs`.
     """
-    batch = (pairs, kept, factors, overlapping)
-    if rule.kind == rules.ROWWISE_ADAGRAD:
-        constants = _constants(weight, rule)
-        rowwise.update_alone(weight, states[0], constants, *batch, spec, context_offset)
-        return
     with cpu._launch:
-        threads = cpu._set_threads()
-        _update_alone(
-            *_arguments(weight, states, rule), *batch, threads, cpu.Geometry.of(spec, context_offset)
-        )
+        room = runs.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
+        batch = (pairs, kept, factors, room.cut(len(pairs)), cpu.Geometry.of(spec, context_offset))
+        if rule.kind == rules.ROWWISE_ADAGRAD:
+            rowwise.update_pairs(weight, states[0], _constants(weight, rule), *batch)
+        else:
+            _update_pairs(*_arguments(weight, states, rule), *batch)
+        return room
