@@ -18,9 +18,14 @@ def _kernel(out, a, b, factor, kept, old, mask):
 
 
 @pytest.fixture(params=[True, False], ids=["masked", "plain"])
-def kernel(request, monkeypatch):
+def compiled(request, monkeypatch):
     monkeypatch.setattr(lanes, "_has_masked_access", lambda context: request.param)
-    return njit(_kernel)
+    return njit
+
+
+@pytest.fixture
+def kernel(compiled):
+    return compiled(_kernel)
 
 
 def _float32(values):
@@ -62,12 +67,40 @@ def test_lanes_of_a_mask_are_written_and_no_other(kernel, dtype):
             np.testing.assert_array_equal(out, wanted, err_msg=f"{count} lanes, {old} of them old")
 
 
-@pytest.mark.parametrize(("is_masked", "expected"), [(True, 32), (False, 25)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint16])
+@pytest.mark.parametrize("step", [0, 1, 9, 15, 16])
+def test_what_two_vectors_share_is_added_to_once(compiled, step, dtype):
+    @compiled
+    def kernel(out, a, factor, kept, old, step, kept_after, old_after):
+        lanes.add_scaled_two(out[0], 1, a, 2, factor, kept, step, kept_after)
+        lanes.append_scaled_two(out[1], 1, a, 2, factor, kept, old, step, kept_after, old_after)
+
+    rng = np.random.default_rng(0)
+    computed = np.float32 if dtype == np.uint16 else dtype
+    a = rng.integers(0x3F00, 0x4000, 3 * WIDTH).astype(np.uint16)
+    if dtype != np.uint16:
+        a = rng.standard_normal(3 * WIDTH).astype(dtype)
+    length, factor = WIDTH + step, computed(1.7)
+    for overlap in range(length + 1):
+        bits = int(rng.integers(1 << length))
+        before = rng.standard_normal((2, 3 * WIDTH)).astype(computed)
+        before[1, 1 + overlap : 1 + length] = np.nan
+        out, old, all_lanes = before.copy(), (1 << overlap) - 1, (1 << WIDTH) - 1
+        kernel(out, a, factor, bits & all_lanes, old & all_lanes, step, bits >> step, old >> step & all_lanes)
+        is_kept = (bits >> np.arange(length) & 1).astype(bool)
+        term = np.where(is_kept, factor * _float32(a)[2 : 2 + length], 0)
+        before[1, 1 + overlap : 1 + length] = 0
+        wanted = before.copy()
+        wanted[:, 1 : 1 + length] += term
+        np.testing.assert_array_equal(out, wanted, err_msg=f"{overlap} of {length} values are old")
+
+
+@pytest.mark.parametrize(("is_masked", "expected"), [(True, 16), (False, 9)])
 def test_loads_under_a_mask_wait_for_all_their_lanes(is_masked, expected, monkeypatch):
     monkeypatch.setattr(lanes, "_has_masked_access", lambda context: is_masked)
     count = njit(lambda count: lanes.num_read(count))
-    assert count(25) == expected
-    assert count(32) == 32
+    assert count(9) == expected
+    assert count(25) == 25
 
 
 def test_what_is_not_kept_is_not_read(kernel):

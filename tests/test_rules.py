@@ -19,8 +19,16 @@ def _update(rule, constants, weight, first, second, gradient, mask):
     rules.update(rule, constants, weight, first, second, 3, gradient, 2, mask)
 
 
-def _exchange(rule, constants, weight, first, second, factor, kept, i_mask, j_mask):
-    rules.exchange(rule, constants, weight, first, second, 3, 25, factor, kept, i_mask, j_mask)
+def _exchange(rule, constants, weight, first, second, factor, i_is_stepped, j_is_stepped, kept, mask):
+    sides = i_is_stepped, j_is_stepped
+    rules.exchange(rule, constants, weight, first, second, 3, 25, factor, *sides, kept, mask)
+
+
+def _exchange_two(
+    rule, constants, weight, first, second, factor, i_is_stepped, j_is_stepped, kept, step, kept_after
+):
+    sides = i_is_stepped, j_is_stepped
+    rules.exchange_two(rule, constants, weight, first, second, 3, 40, factor, *sides, kept, step, kept_after)
 
 
 @pytest.fixture(params=[True, False], ids=["masked", "plain"])
@@ -31,7 +39,7 @@ def compiled(request, monkeypatch):
 
 def _arrays(dtype):
     rng = np.random.default_rng(0)
-    weight, mean, square = rng.standard_normal((3, 48)).astype(dtype)
+    weight, mean, square = rng.standard_normal((3, 80)).astype(dtype)
     return weight, mean, np.abs(square)
 
 
@@ -90,7 +98,7 @@ def test_exchanges_step_each_side_by_the_other_of_before(compiled, rule, dtype):
             found, expected = _arrays(dtype), _arrays(dtype)
             for array in found:
                 array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
-            _call(kernel, rule, *found, factor, kept, mask * sides[0], mask * sides[1])
+            _call(kernel, rule, *found, factor, *sides, kept, mask)
             assert all(np.isnan(a[3 + count : 3 + WIDTH]).all() for a in found)
             assert all(np.isnan(a[25 + count : 25 + WIDTH]).all() for a in found)
             is_kept = (kept >> np.arange(count) & 1).astype(bool)
@@ -102,6 +110,25 @@ def test_exchanges_step_each_side_by_the_other_of_before(compiled, rule, dtype):
             for array in expected:
                 array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
             _check(found, expected)
+
+
+@pytest.mark.parametrize("step", [0, 1, 9, 16])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_what_two_vectors_share_is_stepped_once(compiled, rule, step):
+    rng = np.random.default_rng(3)
+    length, factor = WIDTH + step, np.float32(-1.7)
+    kernel = compiled(_exchange_two)
+    for sides in ((True, True), (True, False), (False, True), (False, False)):
+        bits = int(rng.integers(1 << length))
+        found, expected = _arrays(np.float32), _arrays(np.float32)
+        _call(kernel, rule, *found, factor, *sides, bits & ((1 << WIDTH) - 1), step, bits >> step)
+        is_kept = (bits >> np.arange(length) & 1).astype(bool)
+        places = slice(3, 3 + length), slice(40, 40 + length)
+        gradients = [np.where(is_kept, factor * expected[0][place], 0) for place in reversed(places)]
+        for place, gradient, is_stepped in zip(places, gradients, sides, strict=True):
+            if is_stepped:
+                _expect(rule, place, gradient, *expected)
+        _check(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +148,7 @@ def test_updates_are_those_of_torch(compiled, rule, make):
     for step in range(3):
         gradient = np.random.default_rng(step).standard_normal(2 * WIDTH)
         _call(kernel, rule, weight, mean, square, gradient, (1 << WIDTH) - 1)
-        parameter.grad = torch.zeros(48, dtype=torch.float64)
+        parameter.grad = torch.zeros(80, dtype=torch.float64)
         parameter.grad[3 : 3 + WIDTH] = torch.from_numpy(gradient[2 : 2 + WIDTH])
         optimizer.step()
     np.testing.assert_allclose(weight, parameter.detach().numpy(), rtol=1e-12)

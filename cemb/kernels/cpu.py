@@ -35,6 +35,7 @@ _MULTIPLIER_2 = np.uint64(hashing.MULTIPLIER_2)
 _S27, _S30, _S31, _S32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 _ONE = np.uint64(1)
 _LANES = lanes.LANES
+_ALL = (1 << _LANES) - 1  # lanes
 _TILE = 32
 _RING = 2 * _TILE - 1  # of the memory of two tiles, what wraps a slot
 _AHEAD = 6  # pairs whose blocks are on their way
@@ -145,11 +146,21 @@ def _mask(count: Any) -> Any:
 
 
 @njit(inline="always")
+def _unpaired(length: Any) -> Any:
+    """Values of a run that one vector takes, so that the others can be taken two at a time; see `lanes`."""
+    return (length + _LANES - 1) // _LANES % 2 * _LANES
+
+
+@njit(inline="always")
 def _prefetch_run(array: Any, start: Any, length: Any) -> None:
     """Ask for all cache lines that vectors of float32 over the run touch."""
-    for k in range(0, length, _LANES):
-        lanes.prefetch(array, start + k)
+    lanes.prefetch(array, start)
     lanes.prefetch(array, start + lanes.num_read(length) - 1)
+    lanes.prefetch(
+        array, start + min(_LANES, length - 1)
+    )  # before the loop, which most blocks are too short for
+    for k in range(2 * _LANES, length, _LANES):
+        lanes.prefetch(array, start + k)
 
 
 def is_single(table: Geometry | hashing.HashSpec | hashing.FullSpec) -> bool | np.bool:
@@ -189,8 +200,10 @@ def _lookup(weight: Any, ids: Any, out: Any, threads: Any, table: Any) -> None:
             for b in range(table.num_blocks):
                 start, sign = _locate(table, key, b)
                 first, length = b * table.block_size, _block_length(table, b)
-                for k in range(0, length, _LANES):
-                    lanes.scale(out[i], first + k, weight, start + k, sign, _mask(length - k))
+                lanes.scale(out[i], first, weight, start, sign, _mask(length))
+                for follows in range(_LANES, length, _LANES):
+                    k = min(follows, length - _LANES)
+                    lanes.scale(out[i], first + k, weight, start + k, sign, _ALL)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -487,11 +500,14 @@ def _pair_scores_share(
                 word, context = places[0, b, here], places[1, b, here]
                 first, length = b * table.block_size, _block_length(table, b)
                 factor = scale * (signs[0, b, here] * signs[1, b, here])
-                for k in range(0, length, _LANES):
-                    mask = _mask(length - k)
-                    bits = lanes.bits_from(kept[low + i], first + k) & mask
+                mask = _mask(length)
+                bits = lanes.bits_from(kept[low + i], first) & mask
+                lanes.multiply(terms[i], first, weight, word, weight, context, factor, bits, mask)
+                for follows in range(_LANES, length, _LANES):
+                    k = min(follows, length - _LANES)
+                    bits = lanes.bits_from(kept[low + i], first + k)
                     lanes.multiply(
-                        terms[i], first + k, weight, word + k, weight, context + k, factor, bits, mask
+                        terms[i], first + k, weight, word + k, weight, context + k, factor, bits, _ALL
                     )
         for i in range(high - low):
             total = scores.dtype.type(0)
@@ -545,11 +561,17 @@ def _pair_private(
                     word, context = places[0, b, here], places[1, b, here]
                     first, length = b * table.block_size, _block_length(table, b)
                     factor = grad[low + i] * scale * (signs[0, b, here] * signs[1, b, here])
-                    for k in range(0, length, _LANES):
-                        mask = _mask(length - k)
-                        bits = lanes.bits_from(kept[low + i], first + k) & mask
-                        lanes.add_scaled(target, word + k, weight, context + k, factor, bits, mask)
-                        lanes.add_scaled(target, context + k, weight, word + k, factor, bits, mask)
+                    row, unpaired = kept[low + i], _unpaired(length)
+                    if unpaired:
+                        mask = _mask(length)
+                        bits = lanes.bits_from(row, first) & mask
+                        lanes.add_scaled(target, word, weight, context, factor, bits, mask)
+                        lanes.add_scaled(target, context, weight, word, factor, bits, mask)
+                    for k in range(unpaired, length - _LANES, 2 * _LANES):
+                        step = min(_LANES, length - _LANES - k)
+                        bits, after = lanes.bits_from(row, first + k), lanes.bits_from(row, first + k + step)
+                        lanes.add_scaled_two(target, word + k, weight, context + k, factor, bits, step, after)
+                        lanes.add_scaled_two(target, context + k, weight, word + k, factor, bits, step, after)
     for t in prange(threads):
         low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
         for other in range(threads - 1):

@@ -5,9 +5,13 @@ code, since its length is unknown and arrays might overlap; these intrinsics say
 Bit l of a mask stands for lane l: lanes outside a mask are neither read nor written, so a run may end
 anywhere. A `mask` is of the first few lanes, `kept` and `old` of any among them. Arrays are one-dimensional:
 float32, float64, or uint16 for the bits of bfloat16 (read only).
+
+A run of 16 values or more needs no mask: its last vector ends where it ends, and overlaps the one before.
+Where that adds to what it finds, the two go together, in operations whose name ends in ``_two``: they read
+both vectors before they write either, and so write what they share twice, the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -20,6 +24,8 @@ _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BITS = ir.VectorType(ir.IntType(1), LANES)
 _SUFFIX = {"i16": "i16", "float": "f32", "double": "f64"}
 
+_Array = tuple[Any, Any]  # its type, and what stands for it in generated code
+
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
@@ -28,6 +34,16 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 def _bits(builder: Any, mask: Any) -> Any:
     """The lanes of an integer mask."""
     return builder.bitcast(builder.trunc(mask, _I16), _BITS)
+
+
+def _choice(context: Any, builder: Any, mask: Any) -> Any:
+    """The lanes of an integer mask, to choose values by: without AVX-512, in half of LLVM's instructions."""
+    if _has_masked_access(context):
+        return _bits(builder, mask)
+    words = ir.VectorType(_I32, LANES)
+    each = ir.Constant(words, [1 << lane for lane in range(LANES)])
+    lanes = builder.and_(_splat(builder, builder.trunc(mask, _I32), words), each)
+    return builder.icmp_signed("!=", lanes, ir.Constant(words, [0] * LANES))
 
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
@@ -62,20 +78,6 @@ def _on_lanes(context: Any, builder: Any, mask: Any, generate: Callable[[Any], N
 
 def _is_full(builder: Any, mask: Any) -> Any:
     return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, (1 << LANES) - 1))
-
-
-def _on_two(context: Any, builder: Any, a: Any, b: Any, generate: Callable[[Any, Any, Any], None]) -> None:
-    """As `_on_lanes` for two masks; `generate` is given the lanes of each, and those of either."""
-    a_bits, b_bits = _bits(builder, a), _bits(builder, b)
-    either = builder.or_(a_bits, b_bits)
-    if _has_masked_access(context):
-        generate(a_bits, b_bits, either)
-        return
-    with builder.if_else(_is_full(builder, builder.and_(a, b)), likely=True) as (full, partial):
-        with full:
-            generate(None, None, None)
-        with partial:
-            generate(a_bits, b_bits, either)
 
 
 def _load(
@@ -237,7 +239,7 @@ def multiply(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, a_type, _, b_type, _, _, _, _ = signature.args
         out, i, a, j, b, k, factor, kept, mask = arguments
-        kept = _bits(builder, kept)
+        kept = _choice(context, builder, kept)
 
         def on(bits: Any) -> None:
             left = _scaled(context, builder, a_type, a, j, factor, bits, kept)
@@ -268,6 +270,31 @@ def scale(typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, mask:
     return types.void(out, ints, source, ints, _factor_type(source), ints), generate
 
 
+def _sum_scaled(
+    context: Any,
+    builder: Any,
+    out: _Array,
+    i: Any,
+    source: _Array,
+    j: Any,
+    factor: Any,
+    vectors: Sequence[tuple[Any, Any, Any]],
+    bits: Any,
+) -> None:
+    """Code for vectors of sums: each is a step to it from `i` and `j`, what it keeps, and what it adds to."""
+    totals = []
+    for step, kept, old in vectors:
+        value = _scaled(context, builder, *source, _at(builder, j, step), factor, bits, kept)
+        before = _load(context, builder, *out, _at(builder, i, step), bits, old)
+        totals.append(builder.fadd(before, value))
+    for (step, _, _), total in zip(vectors, totals, strict=True):
+        _store(context, builder, *out, _at(builder, i, step), bits, total)
+
+
+def _at(builder: Any, index: Any, step: Any) -> Any:
+    return index if step is None else builder.add(index, step)
+
+
 @intrinsic
 def add_scaled(
     typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, mask: Any
@@ -277,17 +304,35 @@ def add_scaled(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, source_type, _, _, _, _ = signature.args
         out, i, source, j, factor, kept, mask = arguments
-        kept = _bits(builder, kept)
-
-        def on(bits: Any) -> None:
-            value = _scaled(context, builder, source_type, source, j, factor, bits, kept)
-            total = builder.fadd(_load(context, builder, out_type, out, i, bits), value)
-            _store(context, builder, out_type, out, i, bits, total)
-
-        _on_lanes(context, builder, mask, on)
+        arrays = (out_type, out), i, (source_type, source), j
+        vector = None, _choice(context, builder, kept), None
+        _on_lanes(
+            context,
+            builder,
+            mask,
+            lambda bits: _sum_scaled(context, builder, *arrays, factor, [vector], bits),
+        )
 
     ints = types.intp
     return types.void(out, ints, source, ints, _factor_type(source), ints, ints), generate
+
+
+@intrinsic
+def add_scaled_two(
+    typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, step: Any, kept_after: Any
+) -> tuple[Any, Any]:
+    """`add_scaled` for all lanes, at `i` and `j` and `step` behind; what they share is added to once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        out_type, _, source_type, *_ = signature.args
+        out, i, source, j, factor, kept, step, kept_after = arguments
+        kept, kept_after = (_choice(context, builder, mask) for mask in (kept, kept_after))
+        arrays = (out_type, out), i, (source_type, source), j
+        vectors = [(None, kept, None), (step, kept_after, None)]
+        _sum_scaled(context, builder, *arrays, factor, vectors, None)
+
+    ints = types.intp
+    return types.void(out, ints, source, ints, _factor_type(source), ints, ints, ints), generate
 
 
 @intrinsic
@@ -340,17 +385,48 @@ def append_scaled(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         out_type, _, source_type, _, _, _, _, _ = signature.args
         out, i, source, j, factor, kept, old, mask = arguments
-        kept, old = _bits(builder, kept), _bits(builder, old)
-
-        def on(bits: Any) -> None:
-            value = _scaled(context, builder, source_type, source, j, factor, bits, kept)
-            before = _load(context, builder, out_type, out, i, bits, old)
-            _store(context, builder, out_type, out, i, bits, builder.fadd(before, value))
-
-        _on_lanes(context, builder, mask, on)
+        arrays = (out_type, out), i, (source_type, source), j
+        vector = None, *(_choice(context, builder, lanes) for lanes in (kept, old))
+        _on_lanes(
+            context,
+            builder,
+            mask,
+            lambda bits: _sum_scaled(context, builder, *arrays, factor, [vector], bits),
+        )
 
     ints = types.intp
     return types.void(out, ints, source, ints, _factor_type(source), ints, ints, ints), generate
+
+
+@intrinsic
+def append_scaled_two(
+    typing: Any,
+    out: Any,
+    i: Any,
+    source: Any,
+    j: Any,
+    factor: Any,
+    kept: Any,
+    old: Any,
+    step: Any,
+    kept_after: Any,
+    old_after: Any,
+) -> tuple[Any, Any]:
+    """`append_scaled` for all lanes, at `i` and `j` and `step` behind; what they share is added to once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        out_type, _, source_type, *_ = signature.args
+        out, i, source, j, factor, kept, old, step, kept_after, old_after = arguments
+        arrays = (out_type, out), i, (source_type, source), j
+        vectors = [
+            (place, *(_choice(context, builder, lanes) for lanes in masks))
+            for place, masks in ((None, (kept, old)), (step, (kept_after, old_after)))
+        ]
+        _sum_scaled(context, builder, *arrays, factor, vectors, None)
+
+    ints = types.intp
+    arguments = (out, ints, source, ints, _factor_type(source), ints, ints, ints, ints, ints)
+    return types.void(*arguments), generate
 
 
 @intrinsic
@@ -404,13 +480,13 @@ def prefetch(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
 
 @intrinsic
 def num_read(typing: Any, count: Any) -> tuple[Any, Any]:
-    """How many values vectors over `count` of them wait for: under a mask, for those outside it too."""
+    """How many values vectors over a run of `count` wait for: under a mask, for those outside it too."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (count,) = arguments
         if not _has_masked_access(context):
             return count
-        rest = ir.Constant(count.type, LANES - 1)
-        return builder.and_(builder.add(count, rest), builder.not_(rest))
+        least = ir.Constant(count.type, LANES)
+        return builder.select(builder.icmp_signed("<", count, least), least, count)
 
     return types.intp(types.intp), generate

@@ -30,9 +30,13 @@ def _update_row(
         squares += gradient[x] * gradient[x]
     state[row] += squares / weight.dtype.type(dim)
     rate = constants[0] / (np.sqrt(state[row]) + constants[1])
-    for k in range(0, dim, cpu._LANES):
-        mask = cpu._mask(dim - k)
-        lanes.add_scaled(weight, row * dim + k, gradient, first + k, -rate, mask, mask)
+    place, unpaired = row * dim, cpu._unpaired(dim)
+    if unpaired:
+        mask = cpu._mask(dim)
+        lanes.add_scaled(weight, place, gradient, first, -rate, mask, mask)
+    for k in range(unpaired, dim - cpu._LANES, 2 * cpu._LANES):
+        step = min(cpu._LANES, dim - cpu._LANES - k)
+        lanes.add_scaled_two(weight, place + k, gradient, first + k, -rate, cpu._ALL, step, cpu._ALL)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=cpu._FAST)
@@ -56,10 +60,12 @@ def _alone_share(
             if i + cpu._AHEAD < end:
                 _prefetch_row(weight, state, cpu._row(table, pairs, i + cpu._AHEAD, side), dim)
             partner = cpu._row(table, pairs, i, 1 - side) * dim
-            for k in range(0, dim, cpu._LANES):
-                mask = cpu._mask(dim - k)
-                bits = lanes.bits_from(kept[i], k) & mask
-                lanes.append_scaled(gradients[side], k, weight, partner + k, factors[i], bits, 0, mask)
+            bits = lanes.bits_from(kept[i], 0) & cpu._mask(dim)
+            lanes.append_scaled(gradients[side], 0, weight, partner, factors[i], bits, 0, cpu._mask(dim))
+            for follows in range(cpu._LANES, dim, cpu._LANES):
+                k = min(follows, dim - cpu._LANES)
+                bits = lanes.bits_from(kept[i], k)
+                lanes.append_scaled(gradients[side], k, weight, partner + k, factors[i], bits, 0, cpu._ALL)
         for side in range(2):
             if not overlapping[i, side, 0]:
                 row = cpu._row(table, pairs, i, side)

@@ -13,8 +13,6 @@ from cemb.kernels import lanes
 
 SGD, ADAGRAD, ADAM, ROWWISE_ADAGRAD = range(4)
 
-_Array = tuple[Any, Any]  # its type, and what stands for it in generated code
-
 _NUM_STATES = {SGD: 0, ADAGRAD: 1, ADAM: 2}  # of those that move each value by itself
 
 
@@ -63,8 +61,8 @@ def _for_each_rule(
     builder: Any,
     rule: Any,
     constants: Any,
-    arrays: Sequence[_Array],
-    generate: Callable[[int, Sequence[Any], Sequence[_Array]], None],
+    arrays: Sequence[lanes._Array],
+    generate: Callable[[int, Sequence[Any], Sequence[lanes._Array]], None],
 ) -> None:
     """Generate code for the rule that `rule` says at run time.
 
@@ -103,7 +101,7 @@ def update(
         _, _, *array_types, _, gradient_type, _, _ = signature.args
         rule, constants, *arrays, i, gradient, j, mask = arguments
 
-        def by_rule(kind: int, constants: Sequence[Any], moved: Sequence[_Array]) -> None:
+        def by_rule(kind: int, constants: Sequence[Any], moved: Sequence[lanes._Array]) -> None:
             def on(bits: Any) -> None:
                 g = lanes._load(context, builder, gradient_type, gradient, j, bits)
                 before = [lanes._load(context, builder, *array, i, bits) for array in moved]
@@ -120,6 +118,43 @@ def update(
     return types.void(ints, constants, *arrays, ints, gradient, ints, ints), generate
 
 
+def _exchange(
+    context: Any,
+    builder: Any,
+    rule: Any,
+    constants: Any,
+    arrays: Sequence[lanes._Array],
+    i: Any,
+    j: Any,
+    factor: Any,
+    is_stepped: Sequence[Any],
+    vectors: Sequence[tuple[Any, Any]],
+    bits: Any,
+) -> None:
+    """Code for vectors of `exchange`: each is a step to it from `i` and `j`, and what it keeps."""
+    vector = _vector(arrays[0][0])
+    zero = ir.Constant(vector, [0.0] * lanes.LANES)
+
+    def by_rule(kind: int, constants: Sequence[Any], moved: Sequence[lanes._Array]) -> None:
+        places = [[lanes._at(builder, place, step) for step, _ in vectors] for place in (i, j)]
+        weights = [[lanes._load(context, builder, *moved[0], at, bits) for at in side] for side in places]
+        for side in range(2):
+            with builder.if_then(builder.icmp_signed("!=", is_stepped[side], is_stepped[side].type(0))):
+                after = []
+                for at, (_, kept), own, other in zip(
+                    places[side], vectors, weights[side], weights[1 - side], strict=True
+                ):
+                    term = builder.fmul(lanes._splat(builder, factor, vector), other)
+                    gradient = builder.select(kept, term, zero)
+                    states = [lanes._load(context, builder, *array, at, bits) for array in moved[1:]]
+                    after.append((at, _moved(builder, kind, constants, gradient, own, states)))
+                for at, values in after:
+                    for array, value in zip(moved, values, strict=True):
+                        lanes._store(context, builder, *array, at, bits, value)
+
+    _for_each_rule(builder, rule, constants, arrays, by_rule)
+
+
 @intrinsic
 def exchange(
     typing: Any,
@@ -131,41 +166,60 @@ def exchange(
     i: Any,
     j: Any,
     factor: Any,
+    i_is_stepped: Any,
+    j_is_stepped: Any,
     kept: Any,
-    i_mask: Any,
-    j_mask: Any,
+    mask: Any,
 ) -> tuple[Any, Any]:
     """Step two runs of lanes, each with the other's weights times a factor as its gradient.
 
-    Lanes ``i + l`` are stepped for l in `i_mask`, by ``factor * weight[j + l] if l in kept else 0``, and
-    lanes ``j + l`` for l in `j_mask`, by weights at i. Those to be stepped must not overlap.
+    For the lanes l of `mask`, ``i + l`` are stepped by ``factor * weight[j + l] if l in kept else 0`` if
+    `i_is_stepped`, and ``j + l`` by weights at i if `j_is_stepped`. Those to be stepped must not overlap.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
         array_types = signature.args[2:5]
-        rule, constants, *arrays, i, j, factor, kept, i_mask, j_mask = arguments
-        kept = lanes._bits(builder, kept)
-        vector = _vector(array_types[0])
-        zero = ir.Constant(vector, [0.0] * lanes.LANES)
-
-        def by_rule(kind: int, constants: Sequence[Any], moved: Sequence[_Array]) -> None:
-            def on(i_bits: Any, j_bits: Any, bits: Any) -> None:
-                weights = [lanes._load(context, builder, *moved[0], place, bits) for place in (i, j)]
-                sides = [(i, i_bits, *weights), (j, j_bits, *reversed(weights))]
-                after = []
-                for place, own_bits, own, other in sides:
-                    term = builder.fmul(lanes._splat(builder, factor, vector), other)
-                    gradient = builder.select(kept, term, zero)
-                    states = [lanes._load(context, builder, *array, place, own_bits) for array in moved[1:]]
-                    after.append(_moved(builder, kind, constants, gradient, own, states))
-                for (place, own_bits, *_), values in zip(sides, after, strict=True):
-                    for array, value in zip(moved, values, strict=True):
-                        lanes._store(context, builder, *array, place, own_bits, value)
-
-            lanes._on_two(context, builder, i_mask, j_mask, on)
-
-        _for_each_rule(builder, rule, constants, list(zip(array_types, arrays, strict=True)), by_rule)
+        rule, constants, *arrays, i, j, factor, i_is_stepped, j_is_stepped, kept, mask = arguments
+        places = list(zip(array_types, arrays, strict=True)), i, j, factor, (i_is_stepped, j_is_stepped)
+        vectors = [(None, lanes._choice(context, builder, kept))]
+        lanes._on_lanes(
+            context,
+            builder,
+            mask,
+            lambda bits: _exchange(context, builder, rule, constants, *places, vectors, bits),
+        )
 
     ints, number = types.intp, lanes._factor_type(weight)
     arrays = (weight, first_state, second_state)
-    return types.void(ints, constants, *arrays, ints, ints, number, ints, ints, ints), generate
+    return types.void(ints, constants, *arrays, ints, ints, number, ints, ints, ints, ints), generate
+
+
+@intrinsic
+def exchange_two(
+    typing: Any,
+    rule: Any,
+    constants: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    i: Any,
+    j: Any,
+    factor: Any,
+    i_is_stepped: Any,
+    j_is_stepped: Any,
+    kept: Any,
+    step: Any,
+    kept_after: Any,
+) -> tuple[Any, Any]:
+    """`exchange` for all lanes, at `i` and `j` and `step` behind; what they share is stepped once."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        array_types = signature.args[2:5]
+        rule, constants, *arrays, i, j, factor, i_is_stepped, j_is_stepped, kept, step, kept_after = arguments
+        places = list(zip(array_types, arrays, strict=True)), i, j, factor, (i_is_stepped, j_is_stepped)
+        kept, kept_after = (lanes._choice(context, builder, mask) for mask in (kept, kept_after))
+        _exchange(context, builder, rule, constants, *places, [(None, kept), (step, kept_after)], None)
+
+    ints, number = types.intp, lanes._factor_type(weight)
+    arrays = (weight, first_state, second_state)
+    return types.void(ints, constants, *arrays, ints, ints, number, ints, ints, ints, ints, ints), generate

@@ -201,16 +201,27 @@ def _sum_share(
             run += is_new
             overlap = 0 if is_new else end - place
             factor = factors[i] * (signs[0, x] * signs[1, x])
-            for k in range(0, length, cpu._LANES):
-                mask = cpu._mask(length - k)
-                bits = lanes.bits_from(kept[i], first + k) & mask
-                if overlap > k:
-                    old = cpu._mask(overlap - k) & mask
-                    lanes.append_scaled(
-                        values, base + place + k, weight, partner + k, factor, bits, old, mask
-                    )
+            row, into, unpaired = kept[i], base + place, cpu._unpaired(length)
+            if unpaired:
+                mask = cpu._mask(length)
+                bits = lanes.bits_from(row, first) & mask
+                if overlap > 0:
+                    old = cpu._mask(overlap) & mask
+                    lanes.append_scaled(values, into, weight, partner, factor, bits, old, mask)
                 else:  # no load, which would wait for the store before
-                    lanes.append_scaled(values, base + place + k, weight, partner + k, factor, bits, 0, mask)
+                    lanes.append_scaled(values, into, weight, partner, factor, bits, 0, mask)
+            for k in range(unpaired, length - cpu._LANES, 2 * cpu._LANES):
+                step = min(cpu._LANES, length - cpu._LANES - k)
+                bits, after = lanes.bits_from(row, first + k), lanes.bits_from(row, first + k + step)
+                if overlap > k:
+                    old, old_after = cpu._mask(overlap - k), cpu._mask(overlap - k - step)
+                    lanes.append_scaled_two(
+                        values, into + k, weight, partner + k, factor, bits, old, step, after, old_after
+                    )
+                else:
+                    lanes.append_scaled_two(
+                        values, into + k, weight, partner + k, factor, bits, 0, step, after, 0
+                    )
             end = max(end, place + length)
             used = base + end
     offsets[run] = used

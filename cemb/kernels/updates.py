@@ -151,15 +151,26 @@ def _update_alone_share(
                         _prefetch(rule, weight, first_state, second_state, places[side, b, ahead], length)
                 factor = factors[i] * (signs[0, b, here] * signs[1, b, here])
                 word, context = places[0, b, here], places[1, b, here]
-                # All bits of a mask, or none.
-                word_mask, context_mask = (
-                    np.int64(overlapping[i, 0, b]) - 1,
-                    np.int64(overlapping[i, 1, b]) - 1,
-                )
-                for k in range(0, length, _LANES):
-                    mask = cpu._mask(length - k)
-                    bits = lanes.bits_from(kept[i], first + k)
+                word_alone, context_alone = overlapping[i, 0, b] == 0, overlapping[i, 1, b] == 0
+                row, unpaired = kept[i], cpu._unpaired(length)
+                if unpaired:
                     rules.exchange(
+                        rule,
+                        constants,
+                        weight,
+                        first_state,
+                        second_state,
+                        word,
+                        context,
+                        factor,
+                        word_alone,
+                        context_alone,
+                        lanes.bits_from(row, first),
+                        cpu._mask(length),
+                    )
+                for k in range(unpaired, length - _LANES, 2 * _LANES):
+                    step = min(_LANES, length - _LANES - k)
+                    rules.exchange_two(
                         rule,
                         constants,
                         weight,
@@ -168,9 +179,11 @@ def _update_alone_share(
                         word + k,
                         context + k,
                         factor,
-                        bits,
-                        mask & word_mask,
-                        mask & context_mask,
+                        word_alone,
+                        context_alone,
+                        lanes.bits_from(row, first + k),
+                        step,
+                        lanes.bits_from(row, first + k + step),
                     )
 
 
