@@ -38,7 +38,8 @@ _LANES = lanes.LANES
 _ALL = (1 << _LANES) - 1  # lanes
 _TILE = 32
 _RING = 2 * _TILE - 1  # of the memory of two tiles, what wraps a slot
-_AHEAD = 6  # pairs whose blocks are on their way
+_AHEAD = 6  # pairs whose blocks are on their way from memory
+_NEAR = 1  # and from a cache that cores share, which is nearer
 
 
 def _second_level_cache() -> int:
@@ -463,6 +464,7 @@ def _pair_scores_share(
     pair_places = np.empty((2, dim), np.uint32)
     hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
     keys, places, signs = _tile_memory(table)
+    distance = _AHEAD if weight.shape[0] > PRIVATE_POOL_LIMIT else _NEAR
     begin, end = n * t // threads, n * (t + 1) // threads
     if not _is_single(table):
         _find(table, pairs, begin, min(begin + _TILE, end), keys, places, signs, 0)
@@ -493,7 +495,7 @@ def _pair_scores_share(
         slot = (low - begin) & _RING
         _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
         for i in range(high - low):
-            here, ahead, is_ahead = slot + i, (slot + i + _AHEAD) & _RING, low + i + _AHEAD < end
+            here, ahead, is_ahead = slot + i, (slot + i + distance) & _RING, low + i + distance < end
             for b in range(table.num_blocks):
                 if is_ahead:
                     _prefetch_block(weight, places, b, ahead, table)
@@ -553,7 +555,7 @@ def _pair_private(
             slot = (low - begin) & _RING
             _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
             for i in range(high - low):
-                here, ahead, is_ahead = slot + i, (slot + i + _AHEAD) & _RING, low + i + _AHEAD < end
+                here, ahead, is_ahead = slot + i, (slot + i + _NEAR) & _RING, low + i + _NEAR < end
                 for b in range(table.num_blocks):
                     if is_ahead:
                         _prefetch_block(weight, places, b, ahead, table)
