@@ -302,6 +302,7 @@ class _TouchedPairScores(torch.autograd.Function):
         if ctx.values is None:
             cpu.pair_scores(pool, ids, spec, context_offset, drop, out)
         else:
+            assert isinstance(spec, HashSpec)
             buckets.pair_scores(pool, ids, spec, context_offset, drop, out, ctx.values)
         return scores
 

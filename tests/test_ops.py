@@ -10,7 +10,7 @@ from numba import njit
 
 from cemb import kernels, ops, records, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
-from cemb.kernels import cpu, runs
+from cemb.kernels import cpu, rules, runs, updates
 
 SPECS = [
     HashSpec(63, 100, 1000, block_size=block, signed=signed, hash_seed=5)
@@ -383,8 +383,9 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
     room = runs.Room.of(150, spec, np.dtype(np.float32), threads)
     for memory in (room.overlapping, room.listed):
         memory.fill(123)  # what an earlier step left
-    arguments = (_pool(spec).numpy(), pairs, cpu.draw(150, spec.embedding_dim, PairDropout(0.0)))
-    runs.pair_runs(*arguments, np.ones(150, np.float32), spec, 0, room, is_whole=False)
+    kept, ones = cpu.draw(150, spec.embedding_dim, PairDropout(0.0)), np.ones(150, np.float32)
+    sgd = rules.Rule(rules.SGD, 0.0)
+    updates.update_pairs(_pool(spec).numpy(), (), sgd, pairs, kept, ones, spec, 0, room)
     overlapping = {key for key, places in blocks.items() if (dense[places] > 1).any()}
     found = {tuple(key) for key in np.argwhere(room.overlapping)}
     assert set(room.overlapping.ravel()) == {0, 1}

@@ -312,6 +312,19 @@ def test_two_tables_in_one_pool_are_refused_between_steps():
         other.pair_scores(torch.tensor([[0, 1]]), other, 0.0).sum().backward()
 
 
+@pytest.mark.parametrize("spec", [FullSpec(5, 4), HashSpec(5, 4, 30, block_size=2), HashSpec(5, 4, 30)])
+def test_a_batch_of_no_pairs_changes_nothing(spec):
+    shape = (5, 4) if isinstance(spec, FullSpec) else (30,)
+    weight = nn.Parameter(torch.ones(shape))
+    optimizer = optim.SGD([weight], lr=0.5)
+    for num_pairs in (0, 1, 0):
+        before = weight.detach().clone()
+        pairs = torch.tensor([[0, 1]])[:num_pairs]
+        ops.pair_scores(weight, pairs, spec).sum().backward()
+        optimizer.step()
+        assert torch.equal(weight, before) == (num_pairs == 0)
+
+
 def test_a_copied_module_has_gradients_of_its_own():
     table = FusedFullEmbedding(5, 4)
     optim.SGD(table.parameters())

@@ -110,7 +110,7 @@ def _fill(
 def pair_scores(
     weight: npt.NDArray[Any],
     pairs: npt.NDArray[np.int64],
-    spec: hashing.HashSpec | hashing.FullSpec,
+    spec: hashing.HashSpec,
     context_offset: int,
     dropout: hashing.PairDropout,
     scores: npt.NDArray[Any],

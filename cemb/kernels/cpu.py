@@ -13,8 +13,8 @@ loops from vector registers. A share's `t` is made int64, since Numba types it i
 
 Kernels work on tiles of pairs: all places of a tile are found before any is used, and scratch memory written
 in one loop is read in a later one, since a load that spans earlier stores waits for them. Where blocks are
-used pair by pair they are asked for a few pairs ahead, one as one is used: a processor has but so many lines
-on their way, and all of a tile's at once would keep it waiting.
+used pair by pair they are asked for a pair or a few ahead, one as one is used: a processor has but so many
+lines on their way, and all of a tile's at once would keep it waiting.
 """
 
 import threading
@@ -157,9 +157,8 @@ def _prefetch_run(array: Any, start: Any, length: Any) -> None:
     """Ask for all cache lines that vectors of float32 over the run touch."""
     lanes.prefetch(array, start)
     lanes.prefetch(array, start + lanes.num_read(length) - 1)
-    lanes.prefetch(
-        array, start + min(_LANES, length - 1)
-    )  # before the loop, which most blocks are too short for
+    # Most blocks are too short for the loop, and a loop's overhead is more than this.
+    lanes.prefetch(array, start + min(_LANES, length - 1))
     for k in range(2 * _LANES, length, _LANES):
         lanes.prefetch(array, start + k)
 

@@ -480,7 +480,10 @@ def prefetch(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
 
 @intrinsic
 def num_read(typing: Any, count: Any) -> tuple[Any, Any]:
-    """How many values vectors over a run of `count` wait for: under a mask, for those outside it too."""
+    """How many values vectors over a run of `count`, the last of which ends with it, wait for.
+
+    Under the mask of a shorter run, they wait for values outside it, too.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (count,) = arguments

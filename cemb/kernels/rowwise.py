@@ -165,7 +165,7 @@ def update_pairs(
     room: runs.Room,
     table: cpu.Geometry,
 ) -> None:
-    """As `cemb.kernels.updates.update_pairs`. ValueError if not every row of the table has a state."""
+    """As `cemb.kernels.updates.update_pairs`, which holds the lock."""
     if len(state) * table.dim != len(weight):
         raise ValueError(
             f"row-wise Adagrad needs a state for each of the table's {len(weight) // table.dim} rows, got "

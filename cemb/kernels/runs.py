@@ -310,7 +310,7 @@ class Room(NamedTuple):
 
     def cut(self, num_pairs: int) -> "Room":
         """For so many pairs, where there is room for more."""
-        return self._replace(listed=self.listed[: num_pairs * self.overlapping[0].size])
+        return self._replace(listed=self.listed[: 2 * num_pairs * self.overlapping.shape[2]])
 
 
 def pair_runs(
@@ -321,21 +321,17 @@ def pair_runs(
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
     room: Room | None,
-    *,
-    is_whole: bool = True,
 ) -> Room:
     """The gradient of ``Σ factors[i] · score[i]``, before dropout's scale, as runs in `room`.
 
-    Unless `is_whole`, without the blocks that overlap no other of the batch; ``room.overlapping`` then says
-    which do. Each thread sorts the blocks that lie in its slice of the pool and sums them in order, so that
-    the gradient is deterministic for any number of threads. Returns `room`, or a larger one for the same
-    table.
+    Each thread sorts the blocks that lie in its slice of the pool and sums them in order, so that the
+    gradient is deterministic for any number of threads. Returns `room`, or a larger one for the same table.
 
     Raises ValueError for more pairs than 32 bits number the blocks of.
     """
     with cpu._launch:
         room = Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
         gradient, keys, overlapping, listed = room.cut(len(pairs))
-        batch = (weight, pairs, kept, factors, listed, is_whole, overlapping)
+        batch = (weight, pairs, kept, factors, listed, True, overlapping)
         _sum_overlapping(*batch, *gradient, keys, cpu.Geometry.of(spec, context_offset))
         return room

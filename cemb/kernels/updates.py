@@ -300,7 +300,7 @@ def update_pairs(
 
     Blocks that overlap no other are updated in passing, the others by their sums, see `cemb.kernels.runs`.
     The weights must still be what they were in the forward pass. Returns `room`, or a larger one for the
-    same table; raises ValueError as `runs.pair_runs`.
+    same table. Raises ValueError as `runs.pair_runs`, and for row-wise Adagrad if not every row has a state.
     """
     with cpu._launch:
         room = runs.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
