@@ -245,6 +245,7 @@ def _sum_overlapping(
     table: Any,
 ) -> None:
     threads = counts.shape[0]
+    listed = listed[: 2 * pairs.shape[0] * table.num_blocks]  # there may be room for more
     for t in prange(threads):
         _list_share(np.int64(t), pairs, listed, overlapping, threads, table)
     for t in prange(threads):
@@ -308,10 +309,6 @@ class Room(NamedTuple):
             return room
         return cls.of(num_pairs, spec, dtype, threads)
 
-    def cut(self, num_pairs: int) -> "Room":
-        """For so many pairs, where there is room for more."""
-        return self._replace(listed=self.listed[: 2 * num_pairs * self.overlapping.shape[2]])
-
 
 def pair_runs(
     weight: npt.NDArray[Any],
@@ -331,7 +328,7 @@ def pair_runs(
     """
     with cpu._launch:
         room = Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
-        gradient, keys, overlapping, listed = room.cut(len(pairs))
+        gradient, keys, overlapping, listed = room
         batch = (weight, pairs, kept, factors, listed, True, overlapping)
         _sum_overlapping(*batch, *gradient, keys, cpu.Geometry.of(spec, context_offset))
         return room

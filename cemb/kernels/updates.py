@@ -304,7 +304,7 @@ def update_pairs(
     """
     with cpu._launch:
         room = runs.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
-        batch = (pairs, kept, factors, room.cut(len(pairs)), cpu.Geometry.of(spec, context_offset))
+        batch = (pairs, kept, factors, room, cpu.Geometry.of(spec, context_offset))
         if rule.kind == rules.ROWWISE_ADAGRAD:
             rowwise.update_pairs(weight, states[0], _constants(weight, rule), *batch)
         else:
