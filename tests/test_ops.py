@@ -374,19 +374,22 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
     monkeypatch.setattr(cpu, "_set_threads", lambda: threads)
     pairs = _ids(spec, 150, 2).numpy()
     dense = np.zeros(spec.pool_size, np.int64)
-    blocks = {}
+    blocks, extents = {}, {}
     for (i, side), row in np.ndenumerate(pairs):
         for b in range(spec.num_blocks):
             columns = range(b * spec.block_size, min((b + 1) * spec.block_size, spec.embedding_dim))
             blocks[i, side, b] = [spec.locate(int(row), column)[0] for column in columns]
-            dense[blocks[i, side, b]] += 1
+            # A block that is read short counts as a whole one.
+            first = blocks[i, side, b][0]
+            extents[i, side, b] = slice(first, first + spec.block_size)
+            dense[extents[i, side, b]] += 1
     room = runs.Room.of(150, spec, np.dtype(np.float32), threads)
     for memory in (room.overlapping, room.listed):
         memory.fill(123)  # what an earlier step left
     kept, ones = cpu.draw(150, spec.embedding_dim, PairDropout(0.0)), np.ones(150, np.float32)
     sgd = rules.Rule(rules.SGD, 0.0)
     updates.update_pairs(_pool(spec).numpy(), (), sgd, pairs, kept, ones, spec, 0, room)
-    overlapping = {key for key, places in blocks.items() if (dense[places] > 1).any()}
+    overlapping = {key for key, extent in extents.items() if (dense[extent] > 1).any()}
     found = {tuple(key) for key in np.argwhere(room.overlapping)}
     assert set(room.overlapping.ravel()) == {0, 1}
     assert found == overlapping
@@ -399,6 +402,27 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
     expected = np.zeros(spec.pool_size, bool)
     expected[[place for key in overlapping for place in blocks[key]]] = True
     np.testing.assert_array_equal(summed, expected)
+
+
+_sort = njit(lambda keys, spare, count, num_bits: runs._sort(keys, spare, count, num_bits))
+
+
+@pytest.mark.parametrize("num_bits", [1, 9, 11, 12, 20, 26, 32])
+@pytest.mark.parametrize("count", [1, 2, 300, 20_000])
+@pytest.mark.parametrize("spread", ["even", "repeated", "close"])
+def test_blocks_are_sorted_by_where_they_start(num_bits, count, spread):
+    rng = np.random.default_rng(num_bits)
+    some = rng.integers(2**num_bits, size=7 if spread == "repeated" else count)
+    starts = rng.choice(some, count)
+    if spread == "close":  # in the same digits, most of them
+        starts = np.minimum(starts[0] + rng.integers(40, size=count), 2**num_bits - 1)
+    codes = rng.permutation(count).astype(np.uint64)
+    keys = (starts.astype(np.uint64) << 32) | codes
+    expected = keys[np.argsort(starts, kind="stable")]
+    keys, spare = np.append(keys, np.uint64(5)), np.full(count + 1, 6, np.uint64)
+    found = _sort(keys, spare, count, num_bits)
+    np.testing.assert_array_equal(found[:count], expected)
+    assert found[count] in (5, 6)
 
 
 @pytest.mark.parametrize("low", [0, 2**31])

@@ -70,7 +70,7 @@ class Geometry(NamedTuple):
     dim: int
     block_size: int
     num_blocks: int
-    num_starts: np.uint64
+    num_starts: np.uint32  # so typed, a product with half of a hash is one instruction, not four
     salt: np.uint64
     sign_mask: np.uint64
     word_offset: np.int64  # added to a row's number, to that of a pair's first id
@@ -82,7 +82,7 @@ class Geometry(NamedTuple):
             spec.embedding_dim,
             spec.block_size,
             spec.num_blocks,
-            np.uint64(spec.num_starts),
+            np.uint32(spec.num_starts),
             np.uint64(spec.salt),
             np.uint64(spec.signed),
             np.uint64(spec.table_offset).astype(np.int64),  # sums wrap, as those of the hash do
@@ -123,7 +123,7 @@ def _key(table: Any, row: Any) -> Any:
 
 @njit(inline="always")
 def _start(table: Any, h: Any) -> Any:
-    return np.int64(((h >> _S32) * table.num_starts) >> _S32)
+    return np.int64(((h >> _S32) * np.uint64(table.num_starts)) >> _S32)
 
 
 @njit(inline="always")

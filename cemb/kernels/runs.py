@@ -30,13 +30,18 @@ class Runs(NamedTuple):
 
 @njit(inline="always")
 def _sort(keys: Any, spare: Any, count: Any, num_bits: Any) -> Any:
-    """Stable radix sort of ``keys[:count]`` by the `num_bits` above the lower 32; returns the result."""
-    passes = max(1, -(-num_bits // 11))
-    digit = -(-num_bits // passes)
+    """Stable sort of ``keys[:count]`` by the `num_bits` above the lower 32; returns the result.
+
+    A radix sort by as many high bits as tell most random keys apart, which saves a pass over large pools, and
+    then insertion, which moves few.
+    """
+    bits = min(num_bits, _num_bits(count) + 2)
+    passes = max(1, -(-bits // 11))
+    digit = -(-bits // passes)
     places = np.empty((1 << digit) + 1, np.int64)
     mask = np.uint64((1 << digit) - 1)
     for p in range(passes):
-        shift = np.uint64(32 + p * digit)
+        shift = np.uint64(32 + max(0, num_bits - (passes - p) * digit))
         places[:] = 0
         for x in range(count):
             places[np.int64((keys[x] >> shift) & mask) + 1] += 1
@@ -47,6 +52,14 @@ def _sort(keys: Any, spare: Any, count: Any, num_bits: Any) -> Any:
             spare[places[bucket]] = keys[x]
             places[bucket] += 1
         keys, spare = spare, keys
+    for x in range(1, count):
+        key, y = keys[x], x
+        if keys[x - 1] >> cpu._S32 <= key >> cpu._S32:
+            continue
+        while y > 0 and keys[y - 1] >> cpu._S32 > key >> cpu._S32:
+            keys[y] = keys[y - 1]
+            y -= 1
+        keys[y] = key
     return keys
 
 
@@ -103,7 +116,8 @@ def _sort_share(
     """Sort the blocks that reach into a slice of the pool, and leave those that overlap others.
 
     Units are values, or rows of a full table. Returns the sorted blocks, and how many there are. Of those
-    that start in the slice, `overlapping` is told.
+    that start in the slice, `overlapping` is told. A last block that is read short counts as a whole one: to
+    sum one more is cheaper than to look how long each is.
     """
     blocks = table.num_blocks
     block_bits = _num_bits(blocks)
@@ -124,17 +138,18 @@ def _sort_share(
     for x in range(count):
         entry = ordered[x]
         start = np.int64(entry >> cpu._S32) + lowest
-        i, side, b = _decode(entry, block_bits)
-        length: Any = 1
-        if table.num_starts != 0:
-            length = last_length if b == blocks - 1 else table.block_size
-        next_start = np.int64(ordered[x + 1] >> cpu._S32) + lowest if x + 1 < count else start + length
-        is_listed = is_whole | (start < before_end) | (next_start < start + length)
-        before_end = max(before_end, start + length)
-        if is_listed and start >= low_unit and start < high_unit:
-            overlapping[i, side, b] = 1
-        ordered[found] = entry
-        found += np.int64(is_listed & (start < high_unit) & (start + length > low_unit))
+        end = start + reach + 1
+        next_start = np.int64(ordered[x + 1] >> cpu._S32) + lowest if x + 1 < count else end
+        if is_whole | (start < before_end) | (next_start < end):
+            i, side, b = _decode(entry, block_bits)
+            length: Any = 1
+            if table.num_starts != 0:
+                length = last_length if b == blocks - 1 else table.block_size
+            if start >= low_unit and start < high_unit:
+                overlapping[i, side, b] = 1
+            ordered[found] = entry
+            found += np.int64((start < high_unit) & (start + length > low_unit))
+        before_end = end
     return ordered, found
 
 
