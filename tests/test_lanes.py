@@ -103,6 +103,12 @@ def test_loads_under_a_mask_wait_for_all_their_lanes(is_masked, expected, monkey
     assert count(25) == 25
 
 
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_gathers_are_of_processors_with_masked_instructions(is_masked, monkeypatch):
+    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: is_masked)
+    assert njit(lambda: lanes.has_gather())() is is_masked
+
+
 def test_what_is_not_kept_is_not_read(kernel):
     values = np.full(2 * WIDTH, np.nan, np.float32)
     out = np.zeros((4, 2 * WIDTH), np.float32)

@@ -444,6 +444,22 @@ def test_overlaps_at_the_end_of_the_largest_pool_are_found(low):
     assert overlapping.sum() == 4
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_scores_by_gathers_equal_the_specification(signed):
+    spec = HashSpec(1000, 37, 500, block_size=1, signed=signed)
+    weight, factors = _pool(spec, torch.float64).numpy(), np.arange(37.0)
+    score = njit(
+        lambda table, word, context: cpu._score_single(
+            weight, factors, table, cpu._key(table, word), cpu._key(table, context)
+        )
+    )
+    expected = 0.0
+    for column in range(37):
+        (place, sign), (other, other_sign) = (spec.locate(row, column) for row in (998, 3))
+        expected += factors[column] * sign * weight[place] * other_sign * weight[other]
+    assert score(cpu.Geometry.of(spec), 998, 3) == pytest.approx(expected)
+
+
 def test_pair_gradients_stay_inside_the_pool():
     spec = HashSpec(50, 11, 40, block_size=4, signed=True)
     pairs = _ids(spec, 33, 2).numpy()

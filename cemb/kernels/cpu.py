@@ -471,7 +471,7 @@ def _pair_scores_share(
         high = min(low + _TILE, end)
         if not is_drawn:
             _draw_rows(kept, hashes, low, high, dim, salt, threshold)
-        if _is_single(table) and weight.shape[0] > _CACHED:
+        if _is_single(table) and (weight.shape[0] > _CACHED or not lanes.has_gather()):
             # Places first, for the reason that `_find_row` gives.
             for i in range(low, high):
                 word = _key(table, _row(table, pairs, i, 0))

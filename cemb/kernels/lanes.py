@@ -493,3 +493,13 @@ def num_read(typing: Any, count: Any) -> tuple[Any, Any]:
         return builder.select(builder.icmp_signed("<", count, least), least, count)
 
     return types.intp(types.intp), generate
+
+
+@intrinsic
+def has_gather(typing: Any) -> tuple[Any, Any]:
+    """Whether values at 16 places are one instruction, as with AVX-512, and not better read one by one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(ir.IntType(1), _has_masked_access(context))
+
+    return types.boolean(), generate
