@@ -83,6 +83,15 @@ def test_targets_are_judged(hashed_ms, reached):
     assert any(line.startswith("pass") for line in said)
     assert any(line.startswith("FAIL") for line in said) != reached
     assert any(line.startswith("not measured") for line in said)
+    assert not any("floor" in line for line in said)
+
+
+def test_targets_are_told_with_what_the_floor_allows():
+    said = []
+    targets.check_targets([{"kind": "rates", **RATES}, *_found(3.0)], said.append)
+    floor_ms = 3 * 65_536 * 4 * 160 / 64 / 1e9 * 1e3 + 4 * 2**20 / 1e10 * 1e3  # lines of 64 bytes, thrice
+    (line,) = (line for line in said if "block 25 / best peer" in line and line.startswith("pass"))
+    assert f"0.100 (at most 0.2, {floor_ms / 30:.3f} at the floor), 3.00 ms / 30.00 ms" in line
 
 
 def test_too_much_memory_is_a_miss():
