@@ -95,7 +95,7 @@ def of_one_rule(target: Target) -> Target:
 def check_targets(found: list[dict[str, Any]], say: Callable[[str], None] = print) -> bool:
     """Say of each target whether it is reached; returns whether all measured ones are.
 
-    Where the rates of the machine were measured, it is also told what the ratio would be at our `floor_ms`.
+    Where the machine's rates were measured, too, it says what the ratio would be at our `floor_ms`.
     """
     rates = next((record for record in found if record.get("kind") == "rates"), None)
     reached = []

@@ -404,23 +404,27 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
     np.testing.assert_array_equal(summed, expected)
 
 
-_sort = njit(lambda keys, spare, count, num_bits: runs._sort(keys, spare, count, num_bits))
+_sort = njit(lambda keys, spare, count, bits, high: runs._sort(keys, spare, count, bits, high))
 
 
-@pytest.mark.parametrize("num_bits", [1, 9, 11, 12, 20, 26, 32])
-@pytest.mark.parametrize("count", [1, 2, 300, 20_000])
+@pytest.mark.parametrize(
+    ("num_bits", "high_bits"),
+    [(1, 1), (9, 9), (11, 11), (12, 12), (12, 3), (20, 20), (26, 26), (26, 16), (26, 20), (33, 33), (32, 23)],
+)
+@pytest.mark.parametrize("count", [0, 1, 2, 300, 5000])
 @pytest.mark.parametrize("spread", ["even", "repeated", "close"])
-def test_blocks_are_sorted_by_where_they_start(num_bits, count, spread):
+def test_blocks_are_sorted_by_where_they_start(num_bits, high_bits, count, spread):
     rng = np.random.default_rng(num_bits)
-    some = rng.integers(2**num_bits, size=7 if spread == "repeated" else count)
-    starts = rng.choice(some, count)
-    if spread == "close":  # in the same digits, most of them
-        starts = np.minimum(starts[0] + rng.integers(40, size=count), 2**num_bits - 1)
+    # Starts take 32 bits of a key.
+    largest = 2 ** min(num_bits, 32) - 1
+    starts = rng.choice(rng.integers(largest + 1, size=7 if spread == "repeated" else 2 * count + 1), count)
+    if spread == "close":
+        starts = np.minimum(starts.min(initial=largest) + rng.integers(40, size=count), largest)
     codes = rng.permutation(count).astype(np.uint64)
     keys = (starts.astype(np.uint64) << 32) | codes
     expected = keys[np.argsort(starts, kind="stable")]
     keys, spare = np.append(keys, np.uint64(5)), np.full(count + 1, 6, np.uint64)
-    found = _sort(keys, spare, count, num_bits)
+    found = _sort(keys, spare, count, num_bits, high_bits)
     np.testing.assert_array_equal(found[:count], expected)
     assert found[count] in (5, 6)
 

@@ -4,7 +4,7 @@ Inputs are contiguous numpy arrays that `cemb.ops` has already validated; bfloat
 its bits, and everything computed from it is float32. Compiled code is cached on disk. Numba's threading
 layers may not all be entered by two threads at once (`workqueue` aborts), so launches hold a lock.
 
-Integers of the hash are uint64 throughout: Numba promotes uint32 arithmetic to uint64 and mixed signed
+The hash is computed in uint64 throughout: Numba promotes uint32 arithmetic to uint64 and mixed signed
 arithmetic to float64, either of which would send indices wild.
 
 Numba compiles what stands inside a `prange` twice, so in large kernels a thread's share of the work is a

@@ -497,7 +497,7 @@ def num_read(typing: Any, count: Any) -> tuple[Any, Any]:
 
 @intrinsic
 def has_gather(typing: Any) -> tuple[Any, Any]:
-    """Whether values at 16 places are one instruction, as with AVX-512, and not better read one by one."""
+    """Whether a vector of values is gathered by one instruction, as with AVX-512, not better one by one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return ir.Constant(ir.IntType(1), _has_masked_access(context))

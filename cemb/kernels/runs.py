@@ -29,15 +29,13 @@ class Runs(NamedTuple):
 
 
 @njit(inline="always")
-def _sort(keys: Any, spare: Any, count: Any, num_bits: Any) -> Any:
+def _sort(keys: Any, spare: Any, count: Any, num_bits: Any, high_bits: Any) -> Any:
     """Stable sort of ``keys[:count]`` by the `num_bits` above the lower 32; returns the result.
 
-    A radix sort by as many high bits as tell most random keys apart, which saves a pass over large pools, and
-    then insertion, which moves few.
+    A radix sort by the `high_bits` of them, then insertion, which is quick if they leave few in wrong order.
     """
-    bits = min(num_bits, _num_bits(count) + 2)
-    passes = max(1, -(-bits // 11))
-    digit = -(-bits // passes)
+    passes = max(1, -(-high_bits // 11))
+    digit = -(-high_bits // passes)
     places = np.empty((1 << digit) + 1, np.int64)
     mask = np.uint64((1 << digit) - 1)
     for p in range(passes):
@@ -52,6 +50,8 @@ def _sort(keys: Any, spare: Any, count: Any, num_bits: Any) -> Any:
             spare[places[bucket]] = keys[x]
             places[bucket] += 1
         keys, spare = spare, keys
+    if high_bits == num_bits:
+        return keys
     for x in range(1, count):
         key, y = keys[x], x
         if keys[x - 1] >> cpu._S32 <= key >> cpu._S32:
@@ -132,7 +132,11 @@ def _sort_share(
         code = listed[x] & np.uint64(0xFFFFFFFF)
         ordered[count] = (np.uint64(start - lowest) << cpu._S32) | code
         count += np.int64((start >= lowest) & (start < high_unit + reach))
-    ordered = _sort(ordered, spare, count, _num_bits(high_unit - low_unit + 3 * reach))
+    num_bits = high_bits = _num_bits(high_unit - low_unit + 3 * reach)
+    if table.num_starts != 0:
+        # These tell most hashed places apart, however often rows are used. Frequent rows are neighbours.
+        high_bits = min(num_bits, _num_bits(count) + 2)
+    ordered = _sort(ordered, spare, count, num_bits, high_bits)
     found: Any = 0
     before_end: Any = -1
     for x in range(count):
