@@ -343,7 +343,7 @@ def other_machines() -> pd.DataFrame:
         text = table.optimizer + " " + table.what + ": " + table.ratio
         rows.append(
             {
-                "machine": f"{name} ({machine(found)})",
+                "machine": name,
                 "commit": (found[0]["git_commit"] or "no commit")[:10],
                 "reached": f"{int((verdict == 'reached').sum())} of {len(table)}",
                 "not reached": "; ".join(text[verdict != "reached"]),
