@@ -109,7 +109,7 @@ class SGD(_Touched):
         super().__init__(parameters, {"lr": lr})
 
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
-        return rules.Rule(rules.SGD, group["lr"])
+        return rules.SGD(group["lr"])
 
 
 class Adagrad(_Touched):
@@ -132,7 +132,7 @@ class Adagrad(_Touched):
         return initial
 
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
-        return rules.Rule(rules.ADAGRAD, group["lr"], group["eps"])
+        return rules.Adagrad(group["lr"], group["eps"])
 
 
 class RowwiseAdagrad(Adagrad):
@@ -155,7 +155,7 @@ class RowwiseAdagrad(Adagrad):
         return parameter.new_empty(len(parameter))
 
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
-        return rules.Rule(rules.ROWWISE_ADAGRAD, group["lr"], group["eps"])
+        return rules.RowwiseAdagrad(group["lr"], group["eps"])
 
 
 class LazyAdam(_Touched):
@@ -180,4 +180,4 @@ class LazyAdam(_Touched):
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
         beta1, beta2 = group["betas"]
         step_size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        return rules.Rule(rules.ADAM, step_size, group["eps"], beta1, beta2)
+        return rules.Adam(step_size, group["eps"], beta1, beta2)

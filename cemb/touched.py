@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import buckets, cpu, rules, runs, updates
+from cemb.kernels import buckets, cpu, overlaps, rules, updates
 
 _HUGE_PAGES_FROM = 2**24  # bytes
 
@@ -42,7 +42,7 @@ class TouchedGradient:
         self._seen: list[tuple[npt.NDArray[Any], ...]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._geometry: tuple[HashSpec | FullSpec, int] | None = None
-        self._room: runs.Room | None = None
+        self._room: overlaps.Room | None = None
         self._buckets: buckets.Buckets | None = None
         self._spare_values: npt.NDArray[Any] | None = None
 
@@ -113,18 +113,16 @@ class TouchedGradient:
         """Add the gradient, with respect to `weight`, to a dense one."""
         if self.is_empty or self._geometry is None:
             return
-        rule = rules.Rule(rules.SGD, -1.0)
         spec, context_offset = self._geometry
         if isinstance(spec, HashSpec) and cpu.is_single(spec):
             pairs, kept, factors, values = self._batch()
             self._buckets = buckets.pair_buckets(
                 pairs, kept, factors, values, spec, context_offset, self._buckets
             )
-            updates.update_buckets(dense, (), rule, self._buckets)
+            updates.update_buckets(dense, (), rules.SGD(-1.0), self._buckets)
             return
         pairs, kept, factors = self._batch()
-        self._room = runs.pair_runs(weight, pairs, kept, factors, spec, context_offset, self._room)
-        updates.update_runs(dense, (), rule, self._room.runs)
+        self._room = updates.add_pairs(dense, weight, pairs, kept, factors, spec, context_offset, self._room)
 
     def update(self, weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule) -> None:
         """Update weights and an optimizer's states by `rule`, and forget the gradient."""

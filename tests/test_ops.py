@@ -10,7 +10,7 @@ from numba import njit
 
 from cemb import kernels, ops, records, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
-from cemb.kernels import cpu, rules, runs, updates
+from cemb.kernels import cpu, overlaps, rules, updates
 
 SPECS = [
     HashSpec(63, 100, 1000, block_size=block, signed=signed, hash_seed=5)
@@ -319,44 +319,33 @@ def test_owned_pair_gradients_have_the_same_bits_for_any_number_of_threads(threa
     spec = HashSpec(1000, 100, 4000, block_size=block_size, signed=True)
     weight, pairs = _pool(spec).numpy(), _ids(spec, 200, 2).numpy()
     grad = np.random.default_rng(0).standard_normal(200).astype(np.float32)
-    room = runs.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
-    found = _dense(room.runs, 4000)
+    found, again, owned = np.zeros((3, 4000), np.float32)
+    batch = (weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
+    updates.add_pairs(found, *batch)
     monkeypatch.setattr(cpu, "_set_threads", lambda: 2)
-    owned = np.zeros(4000, np.float32)
     cpu.pair_scores_backward(grad, weight, pairs, spec, 5, PairDropout(0.1), owned)
     scaled = np.float32(PairDropout(0.1).scale)
     np.testing.assert_allclose(found * scaled, owned, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(cpu, "_set_threads", lambda: 1)
-    room = runs.pair_runs(weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
-    assert np.array_equal(found, _dense(room.runs, 4000))
-
-
-def _dense(runs, size):
-    """Runs as a dense gradient; checks that they ascend and do not overlap."""
-    dense, written = np.full(size, np.nan, np.float32), 0
-    for t in range(len(runs.counts)):
-        for r in range(runs.counts[t]):
-            start, (begin, end) = runs.starts[t, r], runs.offsets[t, r : r + 2]
-            assert start >= written
-            assert end > begin
-            written = start + end - begin
-            dense[start:written] = runs.values[begin:end]
-    return np.nan_to_num(dense)
+    updates.add_pairs(again, *batch)
+    assert np.array_equal(found, again)
 
 
 @pytest.mark.parametrize("spec", PAIR_SPECS)
-def test_runs_are_the_gradient(spec):
+def test_sums_of_all_blocks_are_the_gradient(spec):
     weight, pairs = _pool(spec), _ids(spec, 300, 2)
     upstream = torch.randn(300, generator=torch.Generator().manual_seed(2))
     drop = PairDropout(0.0)
     kept = cpu.draw(300, spec.embedding_dim, drop)
     arguments = (weight.numpy(), pairs.numpy(), kept, upstream.numpy(), spec, _context_offset(spec))
-    room = runs.Room.of(300, spec, np.dtype(np.float32), 2)
-    room.runs.values[:] = np.nan  # what is not written must not be used
-    found = torch.from_numpy(_dense(runs.pair_runs(*arguments, room).runs, spec.pool_size))
+    room = overlaps.Room.of(300, spec, np.dtype(np.float32), 2)
+    room.terms[:] = np.nan  # what is not written must not be used
+    found = torch.full((spec.pool_size,), 3.0)
+    updates.add_pairs(found.numpy(), *arguments, room)
+    assert torch.equal(weight, _pool(spec))
     naive = _exact(weight, pairs, spec, drop, upstream)[1]
     exact = _exact(weight.double(), pairs, spec, drop, upstream)[1]
-    assert (found - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-5
+    assert (found - 3 - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-5
 
 
 ALONE_SPECS = [
@@ -383,28 +372,46 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
             first = blocks[i, side, b][0]
             extents[i, side, b] = slice(first, first + spec.block_size)
             dense[extents[i, side, b]] += 1
-    room = runs.Room.of(150, spec, np.dtype(np.float32), threads)
-    for memory in (room.overlapping, room.listed):
+    room = overlaps.Room.of(150, spec, np.dtype(np.float32), threads)
+    for memory in (room.ranks, room.listed):
         memory.fill(123)  # what an earlier step left
     kept, ones = cpu.draw(150, spec.embedding_dim, PairDropout(0.0)), np.ones(150, np.float32)
-    sgd = rules.Rule(rules.SGD, 0.0)
-    updates.update_pairs(_pool(spec).numpy(), (), sgd, pairs, kept, ones, spec, 0, room)
+    updates.update_pairs(_pool(spec).numpy(), (), rules.SGD(0.0), pairs, kept, ones, spec, 0, room)
     overlapping = {key for key, extent in extents.items() if (dense[extent] > 1).any()}
-    found = {tuple(key) for key in np.argwhere(room.overlapping)}
-    assert set(room.overlapping.ravel()) == {0, 1}
-    assert found == overlapping
+    assert {tuple(key) for key in np.argwhere(room.ranks != -1)} == overlapping
+    ranks = room.ranks[room.ranks != -1]
+    assert len(np.unique(ranks)) == len(overlapping)
+    assert room.terms.size >= (ranks.max() + 1) * spec.block_size
     assert len(blocks) - len(overlapping) > 100
     assert len(overlapping) > 10
-    summed = np.zeros(spec.pool_size, bool)
-    for starts, offsets, count in zip(room.runs.starts, room.runs.offsets, room.runs.counts, strict=True):
-        for start, length in zip(starts[:count], np.diff(offsets[: count + 1]), strict=True):
-            summed[start : start + length] = True
-    expected = np.zeros(spec.pool_size, bool)
-    expected[[place for key in overlapping for place in blocks[key]]] = True
-    np.testing.assert_array_equal(summed, expected)
+    # Each block is summed by all threads into whose slices it reaches.
+    block_bits = (spec.num_blocks - 1).bit_length()
+    unit = spec.embedding_dim if isinstance(spec, FullSpec) else 1
+    reached = {key: set() for key in overlapping}
+    for t in range(threads):
+        for entry in room.keys[t, 0, : room.counts[t]].tolist():
+            code = entry & 0xFFFFFFFF
+            i, side, b = code >> (block_bits + 1), (code >> block_bits) & 1, code & ((1 << block_bits) - 1)
+            reached[i, side, b] |= set(range(room.cuts[t] * unit, room.cuts[t + 1] * unit))
+    assert all(places >= set(blocks[key]) for key, places in reached.items())
 
 
-_sort = njit(lambda keys, spare, count, bits, high: runs._sort(keys, spare, count, bits, high))
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("spec", ALONE_SPECS[:2], ids=["full", "hashed"])
+def test_threads_share_the_sums_of_frequent_rows(spec, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "_set_threads", lambda: threads)
+    rng = np.random.default_rng(0)
+    pairs = np.minimum(rng.zipf(1.5, size=(5000, 2)) - 1, spec.num_embeddings - 1)
+    # Words of one half of the table, contexts of the other.
+    pairs[:, 1] = spec.num_embeddings - 1 - pairs[:, 1]
+    kept, ones = cpu.draw(5000, spec.embedding_dim, PairDropout(0.0)), np.ones(5000, np.float32)
+    arguments = (pairs, kept, ones, spec, 0, None)
+    counts = updates.update_pairs(_pool(spec).numpy(), (), rules.SGD(0.0), *arguments).counts
+    most_frequent = np.bincount(pairs.ravel()).max() * (1 if isinstance(spec, FullSpec) else spec.num_blocks)
+    assert counts.max() <= 1.3 * counts.sum() / threads + most_frequent
+
+
+_sort = njit(lambda keys, spare, count, bits, high: overlaps._sort(keys, spare, count, bits, high))
 
 
 @pytest.mark.parametrize(
@@ -435,17 +442,13 @@ def test_overlaps_at_the_end_of_the_largest_pool_are_found(low):
     starts = [5, 2**31 + 40, 2**31 + 60, 2**32 - 100, spec.pool_size - 30, spec.pool_size - 25]
     # Start above, pair and side and one of four blocks below; all are first blocks of words.
     listed = np.array([(start << 32) | (i << 3) for i, start in enumerate(starts)], np.uint64)
-    overlapping, keys = np.zeros((6, 2, 4), np.uint8), np.zeros((2, 7), np.uint64)
-    sort = njit(
-        lambda low, overlapping, keys, table: runs._sort_share(
-            listed, low, 2**32 - 1, False, overlapping, keys, table
-        )
-    )
-    entries, count = sort(low, overlapping, keys, cpu.Geometry.of(spec))
-    found = [(int(entry) >> 32) + max(low - 48, 0) for entry in entries[:count]]
+    ranks, keys = np.full((6, 2, 4), -1, np.int32), np.zeros((1, 2, 7), np.uint64)
+    cuts, counts = np.array([low, 2**32 - 1]), np.zeros(1, np.int64)
+    overlaps._sort_share(np.int64(0), listed, False, ranks, keys, cuts, counts, cpu.Geometry.of(spec))
+    found = [(int(entry) >> 32) + max(low - 48, 0) for entry in keys[0, 0, : counts[0]]]
     assert found == [starts[i] for i in (1, 2, 4, 5)]
-    assert overlapping[:, 0, 0].tolist() == [0, 1, 1, 0, 1, 1]
-    assert overlapping.sum() == 4
+    assert ranks[:, 0, 0].tolist() == [-1, 0, 0, -1, 0, 0]
+    assert (ranks >= 0).sum() == 4
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -7,7 +7,7 @@ from torch import nn
 
 from cemb import ops, optim
 from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import buckets, cpu, runs
+from cemb.kernels import buckets, cpu, overlaps
 from cemb.tables import FusedFullEmbedding, HashedEmbedding
 from cemb.touched import TouchedGradient, advise_huge_pages
 
@@ -370,9 +370,8 @@ def test_what_cannot_be_updated_is_refused(parameter, message):
 
 def test_too_many_pairs_are_refused():
     spec = HashSpec(5, 2**20, 2**21, block_size=8)
-    pairs = np.zeros((2**15, 2), np.int64)
-    with pytest.raises(ValueError, match="32768 pairs of 131072 blocks are too many for one gradient"):
-        runs.pair_runs(np.zeros(2**21, np.float32), pairs, None, None, spec, 0, None)
+    with pytest.raises(ValueError, match="16384 pairs of 131072 blocks are too many for one gradient"):
+        overlaps.Room.fitting(None, 2**14, spec, np.dtype(np.float32), 1)
 
 
 def test_huge_pages_are_advice_only():

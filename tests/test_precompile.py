@@ -1,7 +1,7 @@
 from numba.core.dispatcher import Dispatcher
 
 from cemb import speed
-from cemb.kernels import buckets, cpu, runs, sparse, updates
+from cemb.kernels import buckets, cpu, overlaps, sparse, updates
 from cemb.measure import Clock
 from cemb.precompile import precompile
 
@@ -9,7 +9,7 @@ from cemb.precompile import precompile
 def _compiled():
     kernels = (
         (f"{module.__name__}.{name}", value)
-        for module in (buckets, cpu, runs, sparse, updates)
+        for module in (buckets, cpu, overlaps, sparse, updates)
         for name, value in vars(module).items()
     )
     return {name: set(value.signatures) for name, value in kernels if isinstance(value, Dispatcher)}

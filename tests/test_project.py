@@ -23,7 +23,7 @@ LAYERS = (
     ("corpus", "cooccurrence"),
     ("counting",),
     ("kernels.cpu", "kernels.cuda", "kernels.rules"),
-    ("kernels.runs", "kernels.buckets", "kernels.floors", "kernels.cuda_floors", "kernels.sparse"),
+    ("kernels.overlaps", "kernels.buckets", "kernels.floors", "kernels.cuda_floors", "kernels.sparse"),
     ("kernels.rowwise",),
     ("kernels.updates",),
     ("touched",),

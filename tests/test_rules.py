@@ -9,26 +9,27 @@ from cemb.kernels import lanes, rules
 
 WIDTH = lanes.LANES
 RULES = {
-    "sgd": rules.Rule(rules.SGD, 0.3),
-    "adagrad": rules.Rule(rules.ADAGRAD, 0.3, 0.01),
-    "adam": rules.Rule(rules.ADAM, 0.3, 0.01, 0.8, 0.9),
+    "sgd": rules.SGD(0.3),
+    "adagrad": rules.Adagrad(0.3, 0.01),
+    "adam": rules.Adam(0.3, 0.01, 0.8, 0.9),
 }
 
 
-def _update(rule, constants, weight, first, second, gradient, mask):
-    rules.update(rule, constants, weight, first, second, 3, gradient, 2, mask)
+def _update(rule, weight, first, second, gradient, mask):
+    rules.update(rule, weight, first, second, 3, gradient, 2, mask)
 
 
-def _exchange(rule, constants, weight, first, second, factor, i_is_stepped, j_is_stepped, kept, mask):
-    sides = i_is_stepped, j_is_stepped
-    rules.exchange(rule, constants, weight, first, second, 3, 25, factor, *sides, kept, mask)
+def _exchange(rule, weight, first, second, factor, terms, i_term, j_term, kept, mask):
+    rules.exchange(rule, weight, first, second, 3, 25, factor, terms, i_term, j_term, kept, mask)
 
 
-def _exchange_two(
-    rule, constants, weight, first, second, factor, i_is_stepped, j_is_stepped, kept, step, kept_after
-):
-    sides = i_is_stepped, j_is_stepped
-    rules.exchange_two(rule, constants, weight, first, second, 3, 40, factor, *sides, kept, step, kept_after)
+def _exchange_two(rule, weight, first, second, factor, terms, i_term, j_term, kept, step, kept_after):
+    sides = i_term, j_term
+    rules.exchange_two(rule, weight, first, second, 3, 40, factor, terms, *sides, kept, step, kept_after)
+
+
+# Places of terms for two sides: where a place is negative, the side is stepped.
+SIDES = ((-1, -1), (-25, 10), (60, -1), (60, 10))
 
 
 @pytest.fixture(params=[True, False], ids=["masked", "plain"])
@@ -45,19 +46,18 @@ def _arrays(dtype):
 
 def _call(kernel, rule, weight, mean, square, *arguments):
     """Call a kernel of the rule; what it must not touch is NaN there."""
-    constants = tuple(weight.dtype.type(constant) for constant in rule[1:])
-    first = {rules.SGD: np.full_like(weight, np.nan), rules.ADAGRAD: square, rules.ADAM: mean}[rule.kind]
-    second = square if rule.kind == rules.ADAM else np.full_like(weight, np.nan)
-    kernel(rule.kind, constants, weight, first, second, *arguments)
+    nothing = np.full_like(weight, np.nan)
+    states = {rules.SGD: (nothing, nothing), rules.Adagrad: (square, nothing), rules.Adam: (mean, square)}
+    kernel(type(rule)(*map(weight.dtype.type, rule)), weight, *states[type(rule)], *arguments)
 
 
 def _expect(rule, places, gradient, weight, mean, square):
     """What the formulas say, in float64, written where `places` are."""
     g = gradient.astype(np.float64)
     w, m, s = (array[places].astype(np.float64) for array in (weight, mean, square))
-    if rule.kind == rules.SGD:
+    if isinstance(rule, rules.SGD):
         move = g
-    elif rule.kind == rules.ADAGRAD:
+    elif isinstance(rule, rules.Adagrad):
         s = s + g**2
         move = g / (np.sqrt(s) + rule.eps)
     else:
@@ -86,6 +86,18 @@ def test_updates_are_the_formulas_on_the_lanes_of_a_mask(compiled, rule, dtype):
         _check(found, expected)
 
 
+def _expect_sides(rule, places, gradients, sides, terms, expected):
+    """Step what is stepped of `expected`; checks that `terms` has the gradients of all else, and no more."""
+    written = np.zeros(len(terms), bool)
+    for place, gradient, term in zip(places, gradients, sides, strict=True):
+        if term < 0:
+            _expect(rule, place, gradient, *expected)
+            continue
+        written[term : term + len(gradient)] = True
+        np.testing.assert_array_equal(terms[term : term + len(gradient)], gradient)
+    np.testing.assert_array_equal(np.isnan(terms), ~written)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_exchanges_step_each_side_by_the_other_of_before(compiled, rule, dtype):
@@ -93,20 +105,19 @@ def test_exchanges_step_each_side_by_the_other_of_before(compiled, rule, dtype):
     factor = dtype(-1.7)
     rng = np.random.default_rng(2)
     for count in range(WIDTH + 1):
-        for sides in ((True, True), (True, False), (False, True), (False, False)):
+        for sides in SIDES:
             mask, kept = (1 << count) - 1, int(rng.integers(1 << WIDTH))
             found, expected = _arrays(dtype), _arrays(dtype)
             for array in found:
                 array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
-            _call(kernel, rule, *found, factor, *sides, kept, mask)
+            terms = np.full(80, np.nan, dtype)
+            _call(kernel, rule, *found, factor, terms, *sides, kept, mask)
             assert all(np.isnan(a[3 + count : 3 + WIDTH]).all() for a in found)
             assert all(np.isnan(a[25 + count : 25 + WIDTH]).all() for a in found)
             is_kept = (kept >> np.arange(count) & 1).astype(bool)
             places = slice(3, 3 + count), slice(25, 25 + count)
             gradients = [np.where(is_kept, factor * expected[0][place], 0) for place in reversed(places)]
-            for place, gradient, is_stepped in zip(places, gradients, sides, strict=True):
-                if is_stepped:
-                    _expect(rule, place, gradient, *expected)
+            _expect_sides(rule, places, gradients, sides, terms, expected)
             for array in expected:
                 array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
             _check(found, expected)
@@ -118,16 +129,15 @@ def test_what_two_vectors_share_is_stepped_once(compiled, rule, step):
     rng = np.random.default_rng(3)
     length, factor = WIDTH + step, np.float32(-1.7)
     kernel = compiled(_exchange_two)
-    for sides in ((True, True), (True, False), (False, True), (False, False)):
+    for sides in SIDES:
         bits = int(rng.integers(1 << length))
         found, expected = _arrays(np.float32), _arrays(np.float32)
-        _call(kernel, rule, *found, factor, *sides, bits & ((1 << WIDTH) - 1), step, bits >> step)
+        terms = np.full(100, np.nan, np.float32)
+        _call(kernel, rule, *found, factor, terms, *sides, bits & ((1 << WIDTH) - 1), step, bits >> step)
         is_kept = (bits >> np.arange(length) & 1).astype(bool)
         places = slice(3, 3 + length), slice(40, 40 + length)
         gradients = [np.where(is_kept, factor * expected[0][place], 0) for place in reversed(places)]
-        for place, gradient, is_stepped in zip(places, gradients, sides, strict=True):
-            if is_stepped:
-                _expect(rule, place, gradient, *expected)
+        _expect_sides(rule, places, gradients, sides, terms, expected)
         _check(found, expected)
 
 

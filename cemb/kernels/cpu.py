@@ -163,6 +163,21 @@ def _prefetch_run(array: Any, start: Any, length: Any) -> None:
         lanes.prefetch(array, start + k)
 
 
+@njit(inline="always")
+def _prefetch_two(array: Any, word: Any, context: Any) -> None:
+    """Ask for the cache lines of two values."""
+    lanes.prefetch(array, word)
+    lanes.prefetch(array, context)
+
+
+@njit(inline="always")
+def _prefetch_ends(array: Any, word: Any, context: Any, length: Any) -> None:
+    """Ask for the first and the last cache line that vectors over two runs touch."""
+    last = lanes.num_read(length) - 1
+    _prefetch_two(array, word, context)
+    _prefetch_two(array, word + last, context + last)
+
+
 def is_single(table: Geometry | hashing.HashSpec | hashing.FullSpec) -> bool | np.bool:
     """Whether each value of a geometry, or a spec, is located by itself, as in the original scheme."""
     return table.block_size == 1 and table.num_starts != 0
@@ -409,14 +424,6 @@ def _find(table: Any, pairs: Any, low: Any, high: Any, keys: Any, places: Any, s
 
 
 @njit(inline="always")
-def _prefetch_block(array: Any, places: Any, b: Any, slot: Any, table: Any) -> None:
-    """Ask for block `b` of both sides of the pair in a slot, unless the array is in cache anyway."""
-    if array.shape[0] > _CACHED:
-        for side in range(2):
-            _prefetch_run(array, places[side, b, slot], _block_length(table, b))
-
-
-@njit(inline="always")
 def _find_single(
     factors: Any, places: Any, kept: Any, factor: Any, ones: Any, table: Any, word: Any, context: Any
 ) -> None:
@@ -494,18 +501,19 @@ def _pair_scores_share(
         slot = (low - begin) & _RING
         _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
         for i in range(high - low):
-            here, ahead, is_ahead = slot + i, (slot + i + distance) & _RING, low + i + distance < end
+            here, ahead = slot + i, (slot + i + distance) & _RING
             for b in range(table.num_blocks):
-                if is_ahead:
-                    _prefetch_block(weight, places, b, ahead, table)
                 word, context = places[0, b, here], places[1, b, here]
+                next_word, next_context = places[0, b, ahead], places[1, b, ahead]
                 first, length = b * table.block_size, _block_length(table, b)
+                _prefetch_ends(weight, next_word, next_context, length)
                 factor = scale * (signs[0, b, here] * signs[1, b, here])
                 mask = _mask(length)
                 bits = lanes.bits_from(kept[low + i], first) & mask
                 lanes.multiply(terms[i], first, weight, word, weight, context, factor, bits, mask)
                 for follows in range(_LANES, length, _LANES):
                     k = min(follows, length - _LANES)
+                    _prefetch_two(weight, next_word + k, next_context + k)
                     bits = lanes.bits_from(kept[low + i], first + k)
                     lanes.multiply(
                         terms[i], first + k, weight, word + k, weight, context + k, factor, bits, _ALL
@@ -554,13 +562,13 @@ def _pair_private(
             slot = (low - begin) & _RING
             _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
             for i in range(high - low):
-                here, ahead, is_ahead = slot + i, (slot + i + _NEAR) & _RING, low + i + _NEAR < end
+                here, ahead = slot + i, (slot + i + _NEAR) & _RING
                 for b in range(table.num_blocks):
-                    if is_ahead:
-                        _prefetch_block(weight, places, b, ahead, table)
-                        _prefetch_block(target, places, b, ahead, table)
                     word, context = places[0, b, here], places[1, b, here]
+                    next_word, next_context = places[0, b, ahead], places[1, b, ahead]
                     first, length = b * table.block_size, _block_length(table, b)
+                    _prefetch_ends(weight, next_word, next_context, length)
+                    _prefetch_ends(target, next_word, next_context, length)
                     factor = grad[low + i] * scale * (signs[0, b, here] * signs[1, b, here])
                     row, unpaired = kept[low + i], _unpaired(length)
                     if unpaired:
@@ -570,6 +578,9 @@ def _pair_private(
                         lanes.add_scaled(target, context, weight, word, factor, bits, mask)
                     for k in range(unpaired, length - _LANES, 2 * _LANES):
                         step = min(_LANES, length - _LANES - k)
+                        for m in (k, k + step):
+                            _prefetch_two(weight, next_word + m, next_context + m)
+                            _prefetch_two(target, next_word + m, next_context + m)
                         bits, after = lanes.bits_from(row, first + k), lanes.bits_from(row, first + k + step)
                         lanes.add_scaled_two(target, word + k, weight, context + k, factor, bits, step, after)
                         lanes.add_scaled_two(target, context + k, weight, word + k, factor, bits, step, after)
@@ -642,7 +653,7 @@ def _pair_owned_single(
                 pool[np.int64(own[x])] += term[x] * lanes.value_at(weight, np.int64(partner[x]))
 
 
-# Not fast math, as in `cemb.kernels.runs`.
+# Not fast math, as in `cemb.kernels.updates`.
 @njit(parallel=True, cache=True, nogil=True)
 def _pair_owned(
     weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, threads: Any, table: Any

@@ -242,9 +242,11 @@ def multiply(
         kept = _choice(context, builder, kept)
 
         def on(bits: Any) -> None:
-            left = _scaled(context, builder, a_type, a, j, factor, bits, kept)
-            right = _load(context, builder, b_type, b, k, bits, kept)
-            _store(context, builder, out_type, out, i, bits, builder.fmul(left, right))
+            left = _scaled(context, builder, a_type, a, j, factor, bits)
+            right = _load(context, builder, b_type, b, k, bits)
+            product = builder.fmul(left, right)
+            zero = ir.Constant(product.type, [0.0] * LANES)
+            _store(context, builder, out_type, out, i, bits, builder.select(kept, product, zero))
 
         _on_lanes(context, builder, mask, on)
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
-from cemb.kernels import cpu, lanes, runs
+from cemb.kernels import cpu, lanes, overlaps, rules
 
 _AHEAD = 8  # rows on their way
 
@@ -21,15 +21,13 @@ def _prefetch_row(weight: Any, state: Any, row: Any, dim: Any) -> None:
 
 
 @njit(inline="always")
-def _update_row(
-    weight: Any, state: Any, constants: Any, row: Any, gradient: Any, first: Any, dim: Any
-) -> None:
+def _update_row(weight: Any, state: Any, rule: Any, row: Any, gradient: Any, first: Any, dim: Any) -> None:
     """Step a row with ``gradient[first:first + dim]``."""
     squares = weight.dtype.type(0)
     for x in range(first, first + dim):
         squares += gradient[x] * gradient[x]
     state[row] += squares / weight.dtype.type(dim)
-    rate = constants[0] / (np.sqrt(state[row]) + constants[1])
+    rate = rule.rate / (np.sqrt(state[row]) + rule.eps)
     place, unpaired = row * dim, cpu._unpaired(dim)
     if unpaired:
         mask = cpu._mask(dim)
@@ -44,125 +42,139 @@ def _alone_share(
     t: Any,
     weight: Any,
     state: Any,
-    constants: Any,
+    rule: Any,
     pairs: Any,
     kept: Any,
     factors: Any,
-    overlapping: Any,
+    terms: Any,
+    ranks: Any,
     threads: Any,
     table: Any,
 ) -> None:
     n, dim = pairs.shape[0], table.dim
     gradients = np.empty((2, dim), weight.dtype)
     begin, end = n * t // threads, n * (t + 1) // threads
+    rank = np.int64(2 * begin)
     for i in range(begin, end):
+        follows = min(i + cpu._AHEAD, end - 1)
         for side in range(2):
-            if i + cpu._AHEAD < end:
-                _prefetch_row(weight, state, cpu._row(table, pairs, i + cpu._AHEAD, side), dim)
-            partner = cpu._row(table, pairs, i, 1 - side) * dim
+            _prefetch_row(weight, state, cpu._row(table, pairs, follows, side), dim)
+            partner, gradient = cpu._row(table, pairs, i, 1 - side) * dim, gradients[side]
+            if ranks[i, side, 0] >= 0:
+                ranks[i, side, 0], gradient = rank, terms[rank * dim : (rank + 1) * dim]
+                rank += 1
             bits = lanes.bits_from(kept[i], 0) & cpu._mask(dim)
-            lanes.append_scaled(gradients[side], 0, weight, partner, factors[i], bits, 0, cpu._mask(dim))
-            for follows in range(cpu._LANES, dim, cpu._LANES):
-                k = min(follows, dim - cpu._LANES)
+            lanes.append_scaled(gradient, 0, weight, partner, factors[i], bits, 0, cpu._mask(dim))
+            for k in range(cpu._LANES, dim, cpu._LANES):
+                k = min(k, dim - cpu._LANES)
                 bits = lanes.bits_from(kept[i], k)
-                lanes.append_scaled(gradients[side], k, weight, partner + k, factors[i], bits, 0, cpu._ALL)
+                lanes.append_scaled(gradient, k, weight, partner + k, factors[i], bits, 0, cpu._ALL)
         for side in range(2):
-            if not overlapping[i, side, 0]:
+            if ranks[i, side, 0] < 0:
                 row = cpu._row(table, pairs, i, side)
-                _update_row(weight, state, constants, row, gradients[side], 0, dim)
+                _update_row(weight, state, rule, row, gradients[side], 0, dim)
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _alone(
     weight: Any,
     state: Any,
-    constants: Any,
+    rule: Any,
     pairs: Any,
     kept: Any,
     factors: Any,
-    overlapping: Any,
+    terms: Any,
+    ranks: Any,
     threads: Any,
     table: Any,
 ) -> None:
     for t in prange(threads):
-        _alone_share(np.int64(t), weight, state, constants, pairs, kept, factors, overlapping, threads, table)
+        batch = pairs, kept, factors
+        _alone_share(np.int64(t), weight, state, rule, *batch, terms, ranks, threads, table)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=cpu._FAST)
-def _runs_share(
-    weight: Any, state: Any, constants: Any, values: Any, starts: Any, offsets: Any, count: Any, dim: Any
+def _summed_share(
+    t: Any,
+    weight: Any,
+    state: Any,
+    rule: Any,
+    terms: Any,
+    ranks: Any,
+    keys: Any,
+    cuts: Any,
+    counts: Any,
+    dim: Any,
 ) -> None:
-    for run in range(count):
-        if run + _AHEAD < count:
-            _prefetch_row(weight, state, starts[run + _AHEAD] // dim, dim)
-        row = starts[run] // dim  # runs are of whole rows
-        for first in range(offsets[run], offsets[run + 1], dim):
-            _update_row(weight, state, constants, row, values, first, dim)
-            row += 1
+    gradient = np.zeros(dim, weight.dtype)
+    for x in range(counts[t]):
+        ahead = min(x + cpu._AHEAD, counts[t] - 1)
+        _prefetch_row(weight, state, cuts[t] + np.int64(keys[t, 0, ahead] >> cpu._S32), dim)
+        i, side, _ = overlaps._decode(keys[t, 0, ahead], 0)
+        cpu._prefetch_run(terms, dim * np.int64(ranks[i, side, 0]), dim)
+        row = cuts[t] + np.int64(keys[t, 0, x] >> cpu._S32)
+        i, side, _ = overlaps._decode(keys[t, 0, x], 0)
+        term = dim * np.int64(ranks[i, side, 0])
+        for k in range(dim):
+            gradient[k] += terms[term + k]
+        if x + 1 == counts[t] or keys[t, 0, x + 1] >> cpu._S32 != keys[t, 0, x] >> cpu._S32:
+            _update_row(weight, state, rule, row, gradient, 0, dim)
+            gradient[:] = 0
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _runs(
+def _summed(
     weight: Any,
     state: Any,
-    constants: Any,
-    values: Any,
-    starts: Any,
-    offsets: Any,
+    rule: Any,
+    terms: Any,
+    ranks: Any,
+    keys: Any,
+    cuts: Any,
     counts: Any,
 ) -> None:
     dim = weight.shape[0] // state.shape[0]
     for t in prange(counts.shape[0]):
-        _runs_share(weight, state, constants, values, starts[t], offsets[t], counts[t], dim)
+        _summed_share(np.int64(t), weight, state, rule, terms, ranks, keys, cuts, counts, dim)
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
-def _dense(weight: Any, state: Any, constants: Any, gradient: Any) -> None:
+def _dense(weight: Any, state: Any, rule: Any, gradient: Any) -> None:
     dim = weight.shape[0] // state.shape[0]
     for row in prange(state.shape[0]):
-        _update_row(weight, state, constants, np.int64(row), gradient, np.int64(row) * dim, dim)
+        _update_row(weight, state, rule, np.int64(row), gradient, np.int64(row) * dim, dim)
 
 
 @njit(cache=True, nogil=True)
 def _pairs(
-    weight: Any, state: Any, constants: Any, pairs: Any, kept: Any, factors: Any, room: Any, table: Any
+    weight: Any, state: Any, rule: Any, pairs: Any, kept: Any, factors: Any, room: Any, table: Any
 ) -> None:
-    (values, starts, offsets, counts), keys, overlapping, listed = room
-    gradient = values, starts, offsets, counts
-    runs._sum_overlapping(weight, pairs, kept, factors, listed, False, overlapping, *gradient, keys, table)
-    _alone(weight, state, constants, pairs, kept, factors, overlapping, counts.shape[0], table)
-    _runs(weight, state, constants, *gradient)
-
-
-def update_runs(
-    weight: npt.NDArray[Any], state: npt.NDArray[Any], constants: tuple[Any, ...], gradient: runs.Runs
-) -> None:
-    """Update weights and states at the rows of a gradient."""
-    with cpu._launch:
-        cpu._set_threads()
-        _runs(weight, state, constants, *gradient)
+    terms, ranks, keys, listed, cuts, counts = room
+    overlaps._find_overlapping(pairs, False, ranks, keys, listed, cuts, counts, state.shape[0], table)
+    _alone(weight, state, rule, pairs, kept, factors, terms, ranks, counts.shape[0], table)
+    _summed(weight, state, rule, terms, ranks, keys, cuts, counts)
 
 
 def update_dense(
     weight: npt.NDArray[Any],
     state: npt.NDArray[Any],
-    constants: tuple[Any, ...],
+    rule: rules.Rule,
     gradient: npt.NDArray[Any],
 ) -> None:
     """Update all weights and states with a dense gradient."""
     with cpu._launch:
         cpu._set_threads()
-        _dense(weight, state, constants, gradient)
+        _dense(weight, state, rule, gradient)
 
 
 def update_pairs(
     weight: npt.NDArray[Any],
     state: npt.NDArray[Any],
-    constants: tuple[Any, ...],
+    rule: rules.Rule,
     pairs: npt.NDArray[np.int64],
     kept: npt.NDArray[np.uint16],
     factors: npt.NDArray[Any],
-    room: runs.Room,
+    room: overlaps.Room,
     table: cpu.Geometry,
 ) -> None:
     """As `cemb.kernels.updates.update_pairs`, which holds the lock."""
@@ -171,4 +183,4 @@ def update_pairs(
             f"row-wise Adagrad needs a state for each of the table's {len(weight) // table.dim} rows, got "
             f"{len(state)}: the parameter must have the table's shape"
         )
-    _pairs(weight, state, constants, pairs, kept, factors, room, table)
+    _pairs(weight, state, rule, pairs, kept, factors, room, table)

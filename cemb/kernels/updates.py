@@ -1,5 +1,5 @@
-"""Numba kernels of optimizers that visit only what a gradient touches, see `cemb.kernels.runs`, or all of a
-pool in order, see `cemb.kernels.buckets`. The arithmetic is that of `cemb.kernels.rules`.
+"""Numba kernels of optimizers that visit only what a gradient touches, see `cemb.kernels.overlaps`, or all of
+a pool in order, see `cemb.kernels.buckets`. The arithmetic is that of `cemb.kernels.rules`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from numba import njit, prange
 
 from cemb import hashing
-from cemb.kernels import buckets, cpu, lanes, rowwise, rules, runs
+from cemb.kernels import buckets, cpu, lanes, overlaps, rowwise, rules
 
 _LANES = lanes.LANES
 _PAGE = 1024  # values of float32; hardware prefetches no further
@@ -21,16 +21,14 @@ _AHEAD = 16  # runs on their way
 def _prefetch(rule: Any, weight: Any, first_state: Any, second_state: Any, start: Any, length: Any) -> None:
     """Ask for a run of weights and of the states that a rule has."""
     cpu._prefetch_run(weight, start, length)
-    if rule != rules.SGD:
+    if rules.num_states(rule) > 0:
         cpu._prefetch_run(first_state, start, length)
-    if rule == rules.ADAM:
+    if rules.num_states(rule) > 1:
         cpu._prefetch_run(second_state, start, length)
 
 
 @njit(inline="always")
-def _update_slice(
-    rule: Any, constants: Any, weight: Any, first_state: Any, second_state: Any, values: Any
-) -> None:
+def _update_slice(rule: Any, weight: Any, first_state: Any, second_state: Any, values: Any) -> None:
     """Update consecutive weights with their gradient."""
     n = values.shape[0]
     for low in range(0, n, _PAGE):
@@ -38,61 +36,17 @@ def _update_slice(
         _prefetch(rule, weight, first_state, second_state, high, _PAGE)
         for x in range(low, high, _LANES):
             mask = cpu._mask(high - x)
-            rules.update(rule, constants, weight, first_state, second_state, x, values, x, mask)
-
-
-@njit(nogil=True)
-def _update_runs_share(
-    weight: Any,
-    first_state: Any,
-    second_state: Any,
-    rule: Any,
-    constants: Any,
-    values: Any,
-    starts: Any,
-    offsets: Any,
-    count: Any,
-) -> None:
-    for run in range(-_AHEAD, count):
-        ahead = run + _AHEAD
-        if ahead < count:
-            length = min(offsets[ahead + 1] - offsets[ahead], _PAGE)
-            _prefetch(rule, weight, first_state, second_state, starts[ahead], length)
-        if run < 0:
-            continue
-        start, first, length = starts[run], offsets[run], offsets[run + 1] - offsets[run]
-        for k in range(0, length, _LANES):
-            mask = cpu._mask(length - k)
-            rules.update(
-                rule, constants, weight, first_state, second_state, start + k, values, first + k, mask
-            )
-
-
-@njit(parallel=True, cache=True, nogil=True)
-def _update_runs(
-    weight: Any,
-    first_state: Any,
-    second_state: Any,
-    rule: Any,
-    constants: Any,
-    values: Any,
-    starts: Any,
-    offsets: Any,
-    counts: Any,
-) -> None:
-    for t in prange(counts.shape[0]):
-        own = starts[t], offsets[t], counts[t]
-        _update_runs_share(weight, first_state, second_state, rule, constants, values, *own)
+            rules.update(rule, weight, first_state, second_state, x, values, x, mask)
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _update_dense(
-    weight: Any, first_state: Any, second_state: Any, rule: Any, constants: Any, gradient: Any, threads: Any
+    weight: Any, first_state: Any, second_state: Any, rule: Any, gradient: Any, threads: Any
 ) -> None:
     for t in prange(threads):
         low, high = weight.shape[0] * t // threads, weight.shape[0] * (t + 1) // threads
         first, second = first_state[low:high], second_state[low:high]
-        _update_slice(rule, constants, weight[low:high], first, second, gradient[low:high])
+        _update_slice(rule, weight[low:high], first, second, gradient[low:high])
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -101,7 +55,6 @@ def _update_buckets(
     first_state: Any,
     second_state: Any,
     rule: Any,
-    constants: Any,
     entries: Any,
     starts: Any,
     threads: Any,
@@ -115,8 +68,18 @@ def _update_buckets(
             low = b << buckets.SLICE_BITS
             high = min(low + (1 << buckets.SLICE_BITS), weight.shape[0])
             first, second = first_state[low:high], second_state[low:high]
-            _update_slice(rule, constants, weight[low:high], first, second, sums[: high - low])
+            _update_slice(rule, weight[low:high], first, second, sums[: high - low])
             sums[:] = 0
+
+
+@njit(inline="always")
+def _prefetch_two(rule: Any, weight: Any, first_state: Any, second_state: Any, i: Any, j: Any) -> None:
+    """Ask for the cache lines of two weights and of the states that a rule has."""
+    cpu._prefetch_two(weight, i, j)
+    if rules.num_states(rule) > 0:
+        cpu._prefetch_two(first_state, i, j)
+    if rules.num_states(rule) > 1:
+        cpu._prefetch_two(second_state, i, j)
 
 
 @njit(nogil=True)
@@ -126,18 +89,19 @@ def _update_alone_share(
     first_state: Any,
     second_state: Any,
     rule: Any,
-    constants: Any,
     pairs: Any,
     kept: Any,
     factors: Any,
-    overlapping: Any,
+    terms: Any,
+    ranks: Any,
     threads: Any,
     table: Any,
 ) -> None:
-    n, blocks = pairs.shape[0], table.num_blocks
+    n, blocks, size = pairs.shape[0], table.num_blocks, table.block_size
     keys, places, signs = cpu._tile_memory(table)
     begin, end = n * t // threads, n * (t + 1) // threads
     cpu._find(table, pairs, begin, min(begin + cpu._TILE, end), keys, places, signs, 0)
+    rank = np.int64(2 * blocks * begin)
     for low in range(begin, end, cpu._TILE):
         high = min(low + cpu._TILE, end)
         slot = (low - begin) & cpu._RING
@@ -145,42 +109,52 @@ def _update_alone_share(
         for i in range(low, high):
             here, ahead = slot + i - low, (slot + i - low + cpu._AHEAD) & cpu._RING
             for b in range(blocks):
-                first, length = b * table.block_size, cpu._block_length(table, b)
-                if i + cpu._AHEAD < end:
-                    for side in range(2):
-                        _prefetch(rule, weight, first_state, second_state, places[side, b, ahead], length)
+                first, length = b * size, cpu._block_length(table, b)
                 factor = factors[i] * (signs[0, b, here] * signs[1, b, here])
                 word, context = places[0, b, here], places[1, b, here]
-                word_alone, context_alone = overlapping[i, 0, b] == 0, overlapping[i, 1, b] == 0
+                word_term, context_term = np.int64(-size), np.int64(-size)
+                if ranks[i, 0, b] >= 0:
+                    ranks[i, 0, b], word_term = rank, size * rank
+                    rank += 1
+                if ranks[i, 1, b] >= 0:
+                    ranks[i, 1, b], context_term = rank, size * rank
+                    rank += 1
                 row, unpaired = kept[i], cpu._unpaired(length)
+                next_word, next_context = places[0, b, ahead], places[1, b, ahead]
+                last = lanes.num_read(length) - 1
+                _prefetch_two(rule, weight, first_state, second_state, next_word, next_context)
+                _prefetch_two(rule, weight, first_state, second_state, next_word + last, next_context + last)
                 if unpaired:
                     rules.exchange(
                         rule,
-                        constants,
                         weight,
                         first_state,
                         second_state,
                         word,
                         context,
                         factor,
-                        word_alone,
-                        context_alone,
+                        terms,
+                        word_term,
+                        context_term,
                         lanes.bits_from(row, first),
                         cpu._mask(length),
                     )
                 for k in range(unpaired, length - _LANES, 2 * _LANES):
                     step = min(_LANES, length - _LANES - k)
+                    _prefetch_two(rule, weight, first_state, second_state, next_word + k, next_context + k)
+                    m = k + step
+                    _prefetch_two(rule, weight, first_state, second_state, next_word + m, next_context + m)
                     rules.exchange_two(
                         rule,
-                        constants,
                         weight,
                         first_state,
                         second_state,
                         word + k,
                         context + k,
                         factor,
-                        word_alone,
-                        context_alone,
+                        terms,
+                        word_term + k,
+                        context_term + k,
                         lanes.bits_from(row, first + k),
                         step,
                         lanes.bits_from(row, first + k + step),
@@ -193,11 +167,11 @@ def _update_alone(
     first_state: Any,
     second_state: Any,
     rule: Any,
-    constants: Any,
     pairs: Any,
     kept: Any,
     factors: Any,
-    overlapping: Any,
+    terms: Any,
+    ranks: Any,
     threads: Any,
     table: Any,
 ) -> None:
@@ -208,12 +182,134 @@ def _update_alone(
             first_state,
             second_state,
             rule,
-            constants,
             pairs,
             kept,
             factors,
-            overlapping,
+            terms,
+            ranks,
             threads,
+            table,
+        )
+
+
+@njit(nogil=True)
+def _step_runs(
+    rule: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    sums: Any,
+    starts: Any,
+    offsets: Any,
+    count: Any,
+) -> None:
+    """Step weights by their sums: those from ``starts[r]`` on by ``sums[offsets[r]:offsets[r + 1]]``."""
+    for r in range(count):
+        first, after = offsets[r], offsets[r + 1]
+        for k in range(first, after, _LANES):
+            start, mask = starts[r] + k - first, cpu._mask(after - k)
+            rules.update(rule, weight, first_state, second_state, start, sums, k, mask)
+
+
+# Not fast math: sums that are rounded once in whole vectors, and twice at ends, would make what comes out
+# depend on where slices end, and with it on the number of threads.
+@njit(nogil=True, error_model="numpy")
+def _update_summed_share(
+    t: Any,
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    terms: Any,
+    ranks: Any,
+    keys: Any,
+    cuts: Any,
+    counts: Any,
+    table: Any,
+) -> None:
+    blocks, size = table.num_blocks, table.block_size
+    block_bits = overlaps._num_bits(blocks)
+    last_length = cpu._block_length(table, blocks - 1)
+    unit = np.int64(table.dim if table.num_starts == 0 else 1)
+    low_end, high_end = cuts[t] * unit, cuts[t + 1] * unit
+    lowest = overlaps._lowest(cuts[t], table)
+    # Sums of some runs of blocks that overlap: where these start in the pool, and where among the sums.
+    sums = np.empty(_PAGE + 2 * size, weight.dtype)
+    starts, offsets = np.empty(_PAGE, np.int64), np.empty(_PAGE + 1, np.int64)
+    run, used, end, base = 0, np.int64(0), np.int64(-1), np.int64(0)
+    for x in range(counts[t]):
+        i, side, b = overlaps._decode(keys[t, 0, min(x + 2 * _AHEAD, counts[t] - 1)], block_bits)
+        lanes.prefetch(ranks[i, side], b)
+        ahead = min(x + _AHEAD, counts[t] - 1)
+        i, side, b = overlaps._decode(keys[t, 0, ahead], block_bits)
+        cpu._prefetch_run(terms, size * np.int64(ranks[i, side, b]), size)
+        place = (np.int64(keys[t, 0, ahead] >> cpu._S32) + lowest) * unit
+        _prefetch(rule, weight, first_state, second_state, place, size)
+        i, side, b = overlaps._decode(keys[t, 0, x], block_bits)
+        place = (np.int64(keys[t, 0, x] >> cpu._S32) + lowest) * unit
+        length = last_length if b == blocks - 1 else size
+        begin = max(0, low_end - place)
+        length = min(length, high_end - place) - begin
+        place, term = place + begin, size * np.int64(ranks[i, side, b]) + begin
+        if length <= 0:
+            continue
+        is_new = place > end
+        if used >= _PAGE:
+            # Nothing is added any more to what is before `place`.
+            final = used if is_new else base + place
+            offsets[run] = final
+            _step_runs(rule, weight, first_state, second_state, sums, starts, offsets, run)
+            for k in range(final, used):
+                sums[k - final] = sums[k]
+            run, used, base = 0, used - final, -place
+            if not is_new:
+                run, starts[0], offsets[0] = 1, place, 0
+        if is_new:
+            base = used - place
+            starts[run], offsets[run] = place, used
+            run += 1
+        overlap = 0 if is_new else end - place
+        into, unpaired = base + place, cpu._unpaired(length)
+        one, every = weight.dtype.type(1), cpu._ALL
+        if unpaired:
+            mask = cpu._mask(length)
+            old = cpu._mask(overlap) & mask
+            lanes.append_scaled(sums, into, terms, term, one, mask, old, mask)
+        for k in range(unpaired, length - _LANES, 2 * _LANES):
+            step = min(_LANES, length - _LANES - k)
+            old, old_after = cpu._mask(overlap - k), cpu._mask(overlap - k - step)
+            lanes.append_scaled_two(sums, into + k, terms, term + k, one, every, old, step, every, old_after)
+        end = max(end, place + length)
+        used = base + end
+    offsets[run] = used
+    _step_runs(rule, weight, first_state, second_state, sums, starts, offsets, run)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _update_summed(
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    terms: Any,
+    ranks: Any,
+    keys: Any,
+    cuts: Any,
+    counts: Any,
+    table: Any,
+) -> None:
+    for t in prange(counts.shape[0]):
+        _update_summed_share(
+            np.int64(t),
+            weight,
+            first_state,
+            second_state,
+            rule,
+            terms,
+            ranks,
+            keys,
+            cuts,
+            counts,
             table,
         )
 
@@ -225,51 +321,42 @@ def _update_pairs(
     first_state: Any,
     second_state: Any,
     rule: Any,
-    constants: Any,
+    target: Any,
+    is_whole: Any,
     pairs: Any,
     kept: Any,
     factors: Any,
     room: Any,
     table: Any,
 ) -> None:
-    moved = weight, first_state, second_state, rule, constants
-    (values, starts, offsets, counts), keys, overlapping, listed = room
-    # Sums first, then what stands alone, then the sums' steps: each needs weights the next one moves.
-    gradient = values, starts, offsets, counts
-    runs._sum_overlapping(weight, pairs, kept, factors, listed, False, overlapping, *gradient, keys, table)
-    _update_alone(*moved, pairs, kept, factors, overlapping, counts.shape[0], table)
-    _update_runs(*moved, *gradient)
+    """Step the weights with what overlaps nothing, and with the sums of all else, or of all, the target."""
+    terms, ranks, keys, listed, cuts, counts = room
+    unit = table.dim if table.num_starts == 0 else 1
+    slices = keys, listed, cuts, counts
+    overlaps._find_overlapping(pairs, is_whole, ranks, *slices, weight.shape[0] // unit, table)
+    states = first_state, second_state, rule
+    _update_alone(weight, *states, pairs, kept, factors, terms, ranks, counts.shape[0], table)
+    _update_summed(target, *states, terms, ranks, keys, cuts, counts, table)
 
 
-def _constants(weight: npt.NDArray[Any], rule: rules.Rule) -> tuple[Any, ...]:
-    return tuple(weight.dtype.type(constant) for constant in rule[1:])
+def _typed(rule: rules.Rule, weight: npt.NDArray[Any]) -> rules.Rule:
+    """The rule with constants of the weights' type."""
+    return type(rule)(*map(weight.dtype.type, rule))
 
 
 def _arguments(
     weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule
 ) -> tuple[Any, ...]:
     first, second = [*states, weight, weight][:2]  # what the rule does not use stands in for none
-    return weight, first, second, rule.kind, _constants(weight, rule)
-
-
-def update_runs(
-    weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule, gradient: runs.Runs
-) -> None:
-    """Update weights and states at the runs of a gradient."""
-    if rule.kind == rules.ROWWISE_ADAGRAD:
-        rowwise.update_runs(weight, states[0], _constants(weight, rule), gradient)
-        return
-    with cpu._launch:
-        cpu._set_threads()
-        _update_runs(*_arguments(weight, states, rule), *gradient)
+    return weight, first, second, _typed(rule, weight)
 
 
 def update_dense(
     weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule, gradient: npt.NDArray[Any]
 ) -> None:
     """Update all weights and states with a dense gradient."""
-    if rule.kind == rules.ROWWISE_ADAGRAD:
-        rowwise.update_dense(weight, states[0], _constants(weight, rule), gradient)
+    if isinstance(rule, rules.RowwiseAdagrad):
+        rowwise.update_dense(weight, states[0], _typed(rule, weight), gradient)
         return
     with cpu._launch:
         threads = cpu._set_threads()
@@ -294,19 +381,40 @@ def update_pairs(
     factors: npt.NDArray[Any],
     spec: hashing.HashSpec | hashing.FullSpec,
     context_offset: int,
-    room: runs.Room | None,
-) -> runs.Room:
+    room: overlaps.Room | None,
+) -> overlaps.Room:
     """Update weights and states with the gradient of ``Σ factors[i] · score[i]``, before dropout's scale.
 
-    Blocks that overlap no other are updated in passing, the others by their sums, see `cemb.kernels.runs`.
-    The weights must still be what they were in the forward pass. Returns `room`, or a larger one for the
-    same table. Raises ValueError as `runs.pair_runs`, and for row-wise Adagrad if not every row has a state.
+    Blocks that overlap no other are updated in passing, the others by their sums, see
+    `cemb.kernels.overlaps`. The weights must still be what they were in the forward pass. Deterministic for
+    any number of threads. Returns `room`, or a larger one for the same table.
+
+    Raises ValueError as `overlaps.Room.fitting`, and for row-wise Adagrad if not every row has a state.
     """
     with cpu._launch:
-        room = runs.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
+        room = overlaps.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
         batch = (pairs, kept, factors, room, cpu.Geometry.of(spec, context_offset))
-        if rule.kind == rules.ROWWISE_ADAGRAD:
-            rowwise.update_pairs(weight, states[0], _constants(weight, rule), *batch)
+        if isinstance(rule, rules.RowwiseAdagrad):
+            rowwise.update_pairs(weight, states[0], _typed(rule, weight), *batch)
         else:
-            _update_pairs(*_arguments(weight, states, rule), *batch)
+            _update_pairs(*_arguments(weight, states, rule), weight, False, *batch)
+        return room
+
+
+def add_pairs(
+    dense: npt.NDArray[Any],
+    weight: npt.NDArray[Any],
+    pairs: npt.NDArray[np.int64],
+    kept: npt.NDArray[np.uint16],
+    factors: npt.NDArray[Any],
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    room: overlaps.Room | None,
+) -> overlaps.Room:
+    """Add to a dense gradient what `update_pairs` would update the weights with; returns and raises as it."""
+    with cpu._launch:
+        room = overlaps.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
+        batch = (pairs, kept, factors, room, cpu.Geometry.of(spec, context_offset))
+        add = _arguments(weight, (), rules.SGD(-1.0))
+        _update_pairs(*add, dense, True, *batch)
         return room
