@@ -7,6 +7,7 @@ medians.
 
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -110,7 +111,9 @@ def run(
 ) -> list[records.Record]:
     """Measure all cases; returns one record of the machine's rates, ``kind: rates``, then theirs.
 
-    Each case is timed ``repeats · rounds`` times. Needs some 20 GB of memory at the original's sizes.
+    Each case is timed ``repeats · rounds`` times. Rates are measured after each round of cases, and their
+    medians count, so that a machine whose speed changes is not judged by its best minute. Needs some 20 GB of
+    memory at the original's sizes.
     """
     threads = threads or torch.get_num_threads()
     # All of them first, so that a case that cannot be is refused before any is measured.
@@ -118,15 +121,8 @@ def run(
         (optimizer, kind): cases(optimizer, kind, device, **sizes) for optimizer in optimizers for kind in ids
     }
     settings = ("0", "1") if device == "cpu" else ("0",)  # it is of the CPU's memory
-    if device == "cpu":
-        from cemb.kernels import floors
-
-        rates = floors.measure_rates()
-    else:
-        from cemb.kernels import cuda_floors
-
-        rates = cuda_floors.measure_rates(device)
-    found = [{"kind": "rates", **rates, **records.provenance(device)}]
+    rates: dict[str, list[float]] = defaultdict(list)
+    found = []
     with tqdm(total=len(parts) * rounds * len(settings), desc="benchmark", unit="turn") as progress:
         for (optimizer, kind), wanted in parts.items():
             progress.set_postfix_str(f"{optimizer}, {kind} ids")
@@ -138,12 +134,31 @@ def run(
                     for process in processes:
                         process("measure", repeats)
                         progress.update()
+                    for name, rate in _measure_rates(device, threads).items():
+                        rates[name].append(rate)
                 for process in processes:
                     found += process("finish", {"repeats": repeats * rounds, "rounds": rounds})
             finally:
                 for process in processes:
                     process.close()
-    return found
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    in_rounds = {f"{name}_rounds": values for name, values in rates.items()}
+    return [{"kind": "rates", **medians, **in_rounds, **records.provenance(device)}, *found]
+
+
+def _measure_rates(device: str, threads: int) -> dict[str, float]:
+    if device == "cpu":
+        from cemb.kernels import floors
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return floors.measure_rates()
+        finally:
+            torch.set_num_threads(before)
+    from cemb.kernels import cuda_floors
+
+    return cuda_floors.measure_rates(device)
 
 
 def op_tests_pass() -> bool:

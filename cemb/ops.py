@@ -347,6 +347,8 @@ def pair_scores(
     _check(weight, pairs, spec, "pairs")
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must have shape [n, 2], got {list(pairs.shape)}")
+    if context_offset and isinstance(spec, FullSpec):
+        raise ValueError(f"a full table has no context offset, got {context_offset}")
     seed = _seed(dropout, weight)
     touched: TouchedGradient | None = getattr(weight, "touched", None)
     if touched is not None and torch.is_grad_enabled():

@@ -134,10 +134,10 @@ def floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
     once, as do the optimizer's states of them; rows' single states are left out. Dense ones: moreover
     the gradient is written and read, weights and states read and written, all in order. Hashed tables: in
     a large pool as full ones, by the cache lines of blocks, or, if that is less, lines come from memory
-    once and the step goes through pool and states in order; in a small pool each line is taken from cache
-    three times, once forward, once backward and once to add to it, and the whole pool is then visited as
-    a dense table. Passes that a larger cache would save, the hash and all arithmetic are left out. None
-    on a GPU.
+    once and the step goes through pool and states in order; in a small pool each line is read from cache
+    twice, forward and backward, and added to once; what visits the pool in order is left out. At block size 1
+    the lines of components that dropout drops are not needed. Passes that a larger cache would save, the
+    hash and all arithmetic are left out. None on a GPU.
     """
     if record["device"] != "cpu":
         return None
@@ -154,8 +154,12 @@ def floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
         return 1e3 * passes * rows * row_s
     blocks = rows * -(-record["embedding_dim"] // record["block_size"])
     lines: float = blocks * (record["block_size"] * 4 + 60) / 64  # of 64 bytes, on average
+    if record["block_size"] == 1:
+        lines *= (1 - record["dropout"]) ** 2
     if size <= SMALL:
-        return 1e3 * (3 * lines / rates["cached_gathers_per_s"] + dense_s)
+        gather_s = 1 / rates["cached_gathers_per_s"]
+        add_s = 1 / rates.get("cached_adds_per_s", rates["cached_gathers_per_s"])  # older records have none
+        return 1e3 * lines * (2 * gather_s + add_s)
     lines_s = lines * min(1 / rates["random_values_per_s"], row_s * 64 / (400 + 60))
     in_order_s = passes * size * 4 / (rates["stream_gb_per_s"] * 1e9)
     return 1e3 * (lines_s + min((passes - 1) * lines_s, in_order_s))

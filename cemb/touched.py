@@ -59,7 +59,9 @@ class TouchedGradient:
             return None
         spare, self._spare_values = self._spare_values, None
         shape = (num_pairs, 2, spec.embedding_dim)
-        return spare if spare is not None and spare.shape == shape else np.empty(shape, dtype)
+        if spare is not None and spare.shape == shape and spare.dtype == dtype:
+            return spare
+        return np.empty(shape, dtype)
 
     def add(
         self,

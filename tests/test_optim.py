@@ -104,13 +104,13 @@ def test_lazy_adam_differs_from_dense_adam_only_where_steps_miss():
 
 def test_rowwise_adagrad_has_the_same_bits_for_any_number_of_threads(monkeypatch):
     found = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 300):
         monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
-        weight = nn.Parameter(torch.randn(90, 20, generator=torch.Generator().manual_seed(0)))
+        weight = nn.Parameter(torch.randn(900, 20, generator=torch.Generator().manual_seed(0)))
         optimizer = optim.RowwiseAdagrad([weight], 0.1)
         for step in range(2):
-            pairs = torch.randint(90, (40, 2), generator=torch.Generator().manual_seed(step))
-            ops.pair_scores(weight, pairs, FullSpec(90, 20)).square().sum().backward()
+            pairs = torch.randint(900, (200, 2), generator=torch.Generator().manual_seed(step))
+            ops.pair_scores(weight, pairs, FullSpec(900, 20)).square().sum().backward()
             optimizer.step()
         found.append(weight.detach())
     assert torch.equal(found[0], found[1])
@@ -372,6 +372,30 @@ def test_too_many_pairs_are_refused():
     spec = HashSpec(5, 2**20, 2**21, block_size=8)
     with pytest.raises(ValueError, match="16384 pairs of 131072 blocks are too many for one gradient"):
         overlaps.Room.fitting(None, 2**14, spec, np.dtype(np.float32), 1)
+
+
+def test_memory_is_kept_for_batches_that_fit():
+    spec, single, double = HashSpec(50, 100, 4000, block_size=25), np.dtype(np.float32), np.dtype(np.float64)
+    room = overlaps.Room.fitting(None, 20, spec, single, 2)
+    assert overlaps.Room.fitting(room, 10, spec, single, 2) is room
+    for wanted in ((21, spec, single, 2), (20, spec, double, 2), (20, spec, single, 3)):
+        other = overlaps.Room.fitting(room, *wanted)
+        assert (len(other.ranks), other.terms.dtype, len(other.counts)) == (wanted[0], *wanted[2:])
+
+
+def test_batches_may_shrink_and_parameters_change_their_type():
+    spec = HashSpec(50, 100, 4000, block_size=25)
+    start = 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    pairs = torch.randint(50, (40, 2), generator=torch.Generator().manual_seed(1))
+    optimizers = optim.SGD([ours], 0.1), torch.optim.SGD([theirs], 0.1)
+    for count, dtype in ((40, torch.float32), (15, torch.float32), (15, torch.float64), (20, torch.float64)):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.data = parameter.data.to(dtype)
+            ops.pair_scores(parameter, pairs[:count], spec).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(ours.data, theirs.data)
 
 
 def test_huge_pages_are_advice_only():

@@ -50,6 +50,15 @@ def _gather(array: Any, places: Any, threads: Any, sums: Any) -> None:
         sums[t] = total
 
 
+@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
+def _add(pools: Any, places: Any, threads: Any) -> None:
+    for t in prange(threads):
+        part = places[places.shape[0] * t // threads : places.shape[0] * (t + 1) // threads]
+        pool = pools[t]
+        for i in range(part.shape[0]):
+            pool[part[i]] += pool.dtype.type(1)
+
+
 def _best_s(kernel: Callable[..., object], *arguments: Any) -> float:
     """The shortest of several runs; arguments that are callable are drawn anew for each."""
     best = np.inf
@@ -67,8 +76,9 @@ def measure_rates(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
     Returns:
         ``stream_gb_per_s``, reading a large array in order; ``random_rows_per_s``, rows of 400 bytes of it,
         fresh ones each time, prefetched; ``random_values_per_s``, single values of it;
-        ``cached_gathers_per_s``, single values of a 1 MiB pool, which fits in a core's cache. Places are
-        read from memory in order.
+        ``cached_gathers_per_s``, single values of a 1 MiB pool, near the size of a core's cache;
+        ``cached_adds_per_s``, the same added to, each thread in a pool of its own. Places are read from
+        memory in order.
     """
     rng = np.random.default_rng(seed)
     large = np.ones(megabytes * 250_000, np.float32)
@@ -78,7 +88,7 @@ def measure_rates(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
     num_rows, wanted = large.size // _ROW, min(2**16, megabytes * 250)
     with cpu._launch:
         threads = cpu._set_threads()
-        sums = np.empty(threads, np.float32)
+        sums, own = np.empty(threads, np.float32), np.ones((threads, small.size), np.float32)
 
         def starts() -> npt.NDArray[np.int64]:
             return rng.integers(num_rows, size=wanted) * _ROW
@@ -88,4 +98,5 @@ def measure_rates(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
             "random_rows_per_s": wanted / _best_s(_rows, large, starts, _ROW, threads, sums),
             "random_values_per_s": places.size / _best_s(_gather, large, far, threads, sums),
             "cached_gathers_per_s": places.size / _best_s(_gather, small, places, threads, sums),
+            "cached_adds_per_s": places.size / _best_s(_add, own, places, threads),
         }

@@ -16,20 +16,21 @@ from numba import njit, prange
 from cemb import hashing
 from cemb.kernels import cpu
 
-_SAMPLES = 512  # of blocks, by which slices are cut
+_SAMPLES = 256  # of blocks for each thread, by which slices are cut
 
 
 class Room(NamedTuple):
     """Memory for the blocks of a batch, kept from step to step. What is not touched costs nothing.
 
     Thread t has the slice of the pool from ``cuts[t]`` to ``cuts[t + 1]``, in units: values, or rows of a
-    full table. It sums the blocks ``keys[t, 0, :counts[t]]``, sorted. Term r is ``terms[r * block_size:]``.
+    full table. It sums the blocks ``keys[t, 0, :counts[t]]``, sorted. The upper 32 bits of a block are where
+    it starts, there counted from `_lowest`, the lower ones its code. Term r is ``terms[r * block_size:]``.
     """
 
     terms: npt.NDArray[Any]
     ranks: npt.NDArray[np.int32]  # [pairs, 2, blocks]: which term is a block's; −1 if it overlaps no other
-    keys: npt.NDArray[np.uint64]  # [threads, 2, blocks of the batch + 1]
-    listed: npt.NDArray[np.uint64]
+    keys: npt.NDArray[np.uint64]  # [threads, 2, blocks of the batch]
+    listed: npt.NDArray[np.uint64]  # all blocks of the batch
     cuts: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
 
@@ -41,7 +42,7 @@ class Room(NamedTuple):
         return cls(
             np.empty(blocks * spec.block_size, dtype),
             np.empty((num_pairs, 2, spec.num_blocks), np.int32),
-            np.empty((threads, 2, blocks + 1), np.uint64),
+            np.empty((threads, 2, blocks), np.uint64),
             np.empty(blocks, np.uint64),
             np.zeros(threads + 1, np.int64),
             np.zeros(threads, np.int64),
@@ -56,13 +57,15 @@ class Room(NamedTuple):
         dtype: np.dtype[Any],
         threads: int,
     ) -> "Room":
-        """`room`, which is of the same table, or a larger one.
+        """`room`, which is of the same table, or another.
 
         Raises ValueError for more pairs than 31 bits number the blocks of.
         """
         if (2 * num_pairs) << (spec.num_blocks - 1).bit_length() > 2**31:
             raise ValueError(f"{num_pairs} pairs of {spec.num_blocks} blocks are too many for one gradient")
-        if room is not None and len(room.counts) == threads and len(room.ranks) >= num_pairs:
+        if room is None or room.terms.dtype != dtype:
+            return cls.of(num_pairs, spec, dtype, threads)
+        if len(room.counts) == threads and len(room.ranks) >= num_pairs:
             return room
         return cls.of(num_pairs, spec, dtype, threads)
 
@@ -152,7 +155,8 @@ def _decode(entry: Any, block_bits: Any) -> tuple[Any, Any, Any]:
 def _cut(cuts: Any, listed: Any, units: Any) -> None:
     """Cut the pool into slices that about as many blocks start in."""
     threads = cuts.shape[0] - 1
-    stride = max(1, listed.shape[0] // _SAMPLES) | 1  # odd, to come by blocks of both sides and all numbers
+    # Odd, to come by blocks of both sides and of all numbers.
+    stride = max(1, listed.shape[0] // (_SAMPLES * threads)) | 1
     samples = np.sort(listed[::stride] >> cpu._S32)
     cuts[0], cuts[threads] = 0, units
     for t in range(1, threads):
@@ -224,7 +228,7 @@ def _find_overlapping(
     units: Any,
     table: Any,
 ) -> None:
-    """Fill a `Room` but for its terms; if `is_whole`, as if every block overlapped another."""
+    """Find a room's slices and their blocks; ranks become 0 where terms are wanted: of all, if `is_whole`."""
     # Arrays come one by one: inside parallel loops, Numba drops what is written to those in a tuple.
     threads = counts.shape[0]
     listed = listed[: 2 * pairs.shape[0] * table.num_blocks]  # there may be room for more

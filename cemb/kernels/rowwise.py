@@ -11,8 +11,6 @@ from numba import njit, prange
 
 from cemb.kernels import cpu, lanes, overlaps, rules
 
-_AHEAD = 8  # rows on their way
-
 
 @njit(inline="always")
 def _prefetch_row(weight: Any, state: Any, row: Any, dim: Any) -> None:

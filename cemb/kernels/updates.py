@@ -14,7 +14,7 @@ from cemb.kernels import buckets, cpu, lanes, overlaps, rowwise, rules
 
 _LANES = lanes.LANES
 _PAGE = 1024  # values of float32; hardware prefetches no further
-_AHEAD = 16  # runs on their way
+_AHEAD = 16  # blocks to be summed that are on their way
 
 
 @njit(inline="always")
@@ -82,7 +82,7 @@ def _prefetch_two(rule: Any, weight: Any, first_state: Any, second_state: Any, i
         cpu._prefetch_two(second_state, i, j)
 
 
-@njit(nogil=True)
+@njit(nogil=True, error_model="numpy")
 def _update_alone_share(
     t: Any,
     weight: Any,
