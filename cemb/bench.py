@@ -122,6 +122,7 @@ def run(
     }
     settings = ("0", "1") if device == "cpu" else ("0",)  # it is of the CPU's memory
     rates: dict[str, list[float]] = defaultdict(list)
+    provenance = records.provenance(device)  # of the start: pages tell from records how long a benchmark took
     found = []
     with tqdm(total=len(parts) * rounds * len(settings), desc="benchmark", unit="turn") as progress:
         for (optimizer, kind), wanted in parts.items():
@@ -143,7 +144,7 @@ def run(
                     process.close()
     medians = {name: statistics.median(values) for name, values in rates.items()}
     in_rounds = {f"{name}_rounds": values for name, values in rates.items()}
-    return [{"kind": "rates", **medians, **in_rounds, **records.provenance(device)}, *found]
+    return [{"kind": "rates", **medians, **in_rounds, **provenance}, *found]
 
 
 def _measure_rates(device: str, threads: int) -> dict[str, float]:

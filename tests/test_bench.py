@@ -212,6 +212,7 @@ def test_a_small_benchmark_runs(monkeypatch):
     assert torch.get_num_threads() == before
     assert (found[0]["stream_gb_per_s"], found[0]["stream_gb_per_s_rounds"]) == (2.0, [4.0, 1.0, 2.0])
     speeds = found[1:]
+    assert all(r["utc_time"] > found[0]["utc_time"] for r in speeds)  # from its start to its end
     assert {r["thp_mem_alloc_enable"] for r in speeds} == {"0", "1"}
     assert {(len(r["total_ms_repeats"]), r["threads"]) for r in speeds} == {(6, 1)}
     assert {r["table"] for r in speeds} == {"full", "full-fused", "hashed"}

@@ -51,7 +51,7 @@ def _second_level_cache() -> int:
         return 2**20
 
 
-# A pool of so many values stays in a core's own cache, and comes soon enough without being asked for.
+# Single values of a pool of so many come soon enough from a core's own cache, however few are on their way.
 _CACHED = min(_second_level_cache() // 4, 2**19)
 
 # Up to this pool size each thread adds into a pool of its own (16 MiB in float32, near the last-level

@@ -63,9 +63,12 @@ class Room(NamedTuple):
         """
         if (2 * num_pairs) << (spec.num_blocks - 1).bit_length() > 2**31:
             raise ValueError(f"{num_pairs} pairs of {spec.num_blocks} blocks are too many for one gradient")
-        if room is None or room.terms.dtype != dtype:
-            return cls.of(num_pairs, spec, dtype, threads)
-        if len(room.counts) == threads and len(room.ranks) >= num_pairs:
+        if (
+            room is not None
+            and len(room.counts) == threads
+            and len(room.ranks) >= num_pairs
+            and room.terms.dtype == dtype
+        ):
             return room
         return cls.of(num_pairs, spec, dtype, threads)
 

@@ -63,8 +63,8 @@ def _alone_share(
                 rank += 1
             bits = lanes.bits_from(kept[i], 0) & cpu._mask(dim)
             lanes.append_scaled(gradient, 0, weight, partner, factors[i], bits, 0, cpu._mask(dim))
-            for k in range(cpu._LANES, dim, cpu._LANES):
-                k = min(k, dim - cpu._LANES)
+            for column in range(cpu._LANES, dim, cpu._LANES):
+                k = min(column, dim - cpu._LANES)
                 bits = lanes.bits_from(kept[i], k)
                 lanes.append_scaled(gradient, k, weight, partner + k, factors[i], bits, 0, cpu._ALL)
         for side in range(2):
