@@ -57,6 +57,7 @@ def _speed(arguments: argparse.Namespace) -> None:
         None if arguments.model.startswith("full") else arguments.pool_size,
         block_size=arguments.block_size,
         sparse_gradients=arguments.sparse_gradients,
+        one_pass=arguments.one_pass,
         num_embeddings=arguments.num_embeddings,
         embedding_dim=arguments.embedding_dim,
         batch_size=arguments.batch_size,
@@ -389,6 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--pool-size", type=int, default=262_144, help="values in the pool")
     speed.add_argument("--block-size", type=int, default=1)
     speed.add_argument("--sparse-gradients", action="store_true", help="of a full table")
+    speed.add_argument("--one-pass", action="store_true", help="scores to update in one call, of our tables")
     speed.add_argument("--num-embeddings", type=int, default=1_000_000)
     speed.add_argument("--embedding-dim", type=int, default=100)
     speed.add_argument("--batch-size", type=int, default=32_768, help="pairs a step")
@@ -412,8 +414,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--ids", nargs="+", default=["uniform", "zipf"], help="how rows are drawn")
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--threads", type=int, default=None, help="of torch and the kernels")
-    bench.add_argument("--repeats", type=int, default=5, help="timed steps a turn")
-    bench.add_argument("--rounds", type=int, default=3, help="turns")
+    bench.add_argument("--repeats", type=int, default=2, help="timed steps a turn")
+    bench.add_argument("--rounds", type=int, default=8, help="turns")
 
     command("compile", _compile, "compile the kernels for this machine beforehand; a minute or two, once")
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cemb import ops
+from cemb import ops, optim
+from cemb.hashing import HashSpec
 from cemb.reference import check_ids
 from cemb.tables import (
     ClusteredEmbedding,
@@ -118,10 +119,7 @@ class PairModel(nn.Module):
     def forward(self, pairs: Tensor) -> Tensor:
         """Scores ``[batch]`` of the (word, context) id pairs ``[batch, 2]``."""
         word_ids, context_ids = pairs.unbind(-1)
-        if self.first_context:
-            check_ids(word_ids, self.first_context)
-            check_ids(context_ids, self.word_table.num_embeddings - self.first_context)
-            pairs = pairs + torch.tensor([0, self.first_context], device=pairs.device)
+        pairs = self._rows(pairs)
         dropout = self.dropout if self.training else 0.0
         if self._is_fused:
             scores: Tensor = self.word_table.pair_scores(pairs, self.context_table, dropout)
@@ -134,6 +132,43 @@ class PairModel(nn.Module):
         if self.word_bias is not None and self.context_bias is not None:
             scores = scores + self.word_bias[word_ids] + self.context_bias[context_ids]
         return scores
+
+    def _rows(self, pairs: Tensor) -> Tensor:
+        """Rows of the tables for a pair's ids."""
+        if not self.first_context:
+            return pairs
+        check_ids(pairs[:, 0], self.first_context)
+        check_ids(pairs[:, 1], self.word_table.num_embeddings - self.first_context)
+        return pairs + torch.tensor([0, self.first_context], device=pairs.device)
+
+    @property
+    def has_one_pass(self) -> bool:
+        """Whether the model has a `squared_error_step`: one of `cemb`'s own tables and no biases."""
+        return self._is_fused and self.word_bias is None
+
+    def squared_error_step(
+        self, optimizer: optim.Touched, pairs: Tensor, values: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Make a training step as `cemb.optim.Touched.squared_error_step` does; returns the loss before it.
+
+        Raises ValueError for models that do not have it, see `has_one_pass`, and as that does.
+        """
+        if not self.has_one_pass:
+            raise ValueError(
+                "a step in one pass is for models of one pool or fused full table without biases, got "
+                f"{type(self.word_table).__name__} and {type(self.context_table).__name__}, "
+                f"{'with' if self.word_bias is not None else 'without'} biases"
+            )
+        spec = self.context_table.spec
+        return optimizer.squared_error_step(
+            self.word_table.weight,
+            self._rows(pairs),
+            values,
+            self.word_table.spec,
+            weights=weights,
+            context_offset=spec.table_offset if isinstance(spec, HashSpec) else 0,
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """All word vectors ``[num_words, dim]`` and context vectors ``[num_contexts, dim]``."""

@@ -313,8 +313,20 @@ class _TouchedPairScores(torch.autograd.Function):
         return (None,) * 7
 
 
-def _seed(dropout: float, like: Tensor) -> Tensor:
-    """A seed for one step. Triton's kernels find it on the GPU, so that a captured graph draws it anew."""
+def check_pairs(weight: Tensor, pairs: Tensor, spec: Spec, context_offset: int) -> None:
+    """Raise what `pair_scores` raises, but for ids outside the table."""
+    _check(weight, pairs, spec, "pairs")
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must have shape [n, 2], got {list(pairs.shape)}")
+    if context_offset and isinstance(spec, FullSpec):
+        raise ValueError(f"a full table has no context offset, got {context_offset}")
+
+
+def draw_seed(dropout: float, like: Tensor) -> Tensor:
+    """A seed for one step. Triton's kernels find it on the GPU, so that a captured graph draws it anew.
+
+    Raises ValueError for shares outside [0, 1).
+    """
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     is_triton = backend(like.device, like.dtype) == "triton"
@@ -344,12 +356,8 @@ def pair_scores(
         errors are those of `hashed_lookup`. Differentiable once. If an optimizer of `cemb.optim` holds
         `weight`, the gradient goes to it, not to ``weight.grad``.
     """
-    _check(weight, pairs, spec, "pairs")
-    if pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs must have shape [n, 2], got {list(pairs.shape)}")
-    if context_offset and isinstance(spec, FullSpec):
-        raise ValueError(f"a full table has no context offset, got {context_offset}")
-    seed = _seed(dropout, weight)
+    check_pairs(weight, pairs, spec, context_offset)
+    seed = draw_seed(dropout, weight)
     touched: TouchedGradient | None = getattr(weight, "touched", None)
     if touched is not None and torch.is_grad_enabled():
         arguments = (weight, pairs, spec, context_offset, dropout, seed, touched)
@@ -435,5 +443,5 @@ def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
     """
     if vectors.dim() != 3 or vectors.shape[1] != 2:
         raise ValueError(f"vectors must have shape [n, 2, dim], got {list(vectors.shape)}")
-    scores: Tensor = _vector_scores(vectors, dropout, _seed(dropout, vectors))
+    scores: Tensor = _vector_scores(vectors, dropout, draw_seed(dropout, vectors))
     return scores

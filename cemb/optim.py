@@ -12,17 +12,28 @@ other ops, in ``parameter.grad``, are taken in too, and then all values are visi
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cemb.kernels import rules, updates
+from cemb import ops, reference
+from cemb.hashing import HashSpec, PairDropout
+from cemb.kernels import cpu, rules, updates
 from cemb.touched import TouchedGradient, advise_huge_pages
 
 
-class _Touched(torch.optim.Optimizer):
-    """What they share: finding the gradient, and its state on huge pages."""
+def _flat(tensor: Tensor) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = tensor.detach().view(-1).numpy()
+    return array
+
+
+class Touched(torch.optim.Optimizer):
+    """What these optimizers share; not to be used by itself."""
 
     state_names: tuple[str, ...] = ()
+    # Whether a step is to visit all values; None if it makes no difference to those that have no gradient.
+    visits_all: bool | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; takes over the gradients of the group's parameters."""
@@ -64,25 +75,105 @@ class _Touched(torch.optim.Optimizer):
                 touched = parameter.touched
                 if touched.is_empty and parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    for name in self.state_names:
-                        room = advise_huge_pages(self._room_for_state(parameter))
-                        state[name] = room.fill_(self._initial(group))
-                state["step"] += 1
-                arrays = [state[name].view(-1).numpy() for name in self.state_names]
-                weight, rule = parameter.view(-1).numpy(), self._rule(group, state["step"])
-                if parameter.grad is None:
-                    touched.update(weight, arrays, rule)
+                weight, states, rule = self._advance(group, parameter)
+                if parameter.grad is None and not self.visits_all:
+                    touched.update(weight, states, rule)
                 else:
-                    dense = parameter.grad.view(-1).numpy()
+                    dense = np.zeros_like(weight) if parameter.grad is None else _flat(parameter.grad)
                     touched.add_to(dense, weight)
-                    updates.update_dense(weight, arrays, rule, dense)
+                    updates.update_dense(weight, states, rule, dense)
                     touched.clear()
                 # Kernels write past autograd, which would let a graph of before the step be used after it.
                 torch.autograd.graph.increment_version(parameter)
         return loss
+
+    def _advance(
+        self, group: dict[str, Any], parameter: Tensor
+    ) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]], rules.Rule]:
+        """Count a step; the parameter and its states, which the first makes, as flat arrays, and the rule."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in self.state_names:
+                room = advise_huge_pages(self._room_for_state(parameter))
+                state[name] = room.fill_(self._initial(group))
+        state["step"] += 1
+        states = [_flat(state[name]) for name in self.state_names]
+        return _flat(parameter), states, self._rule(group, state["step"])
+
+    @torch.no_grad()
+    def squared_error_step(
+        self,
+        weight: Tensor,
+        pairs: Tensor,
+        values: Tensor,
+        spec: ops.Spec,
+        *,
+        weights: Tensor | None = None,
+        context_offset: int = 0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """A training step on ``Σ weights[i] (score[i] − values[i])²`` of pairs, in one pass over them.
+
+        It does what `cemb.ops.pair_scores`, this loss, its backward pass, `step` and `zero_grad` do one after
+        the other, without autograd. Row-wise Adagrad, and block size 1 in pools larger than
+        `cemb.kernels.cpu.PRIVATE_POOL_LIMIT`, take that way. Deterministic for any number of threads, in
+        hashed pools up to that limit for a given one.
+
+        Args:
+            weight: a parameter of this optimizer: pool or full table, as for `cemb.ops.pair_scores`, as
+                `pairs`, `spec`, `context_offset` and `dropout` are.
+            values: what the scores are to be, ``[n]``.
+            weights: of the pairs, ``[n]``; None for 1/n each, which makes the loss the mean squared error.
+
+        Returns:
+            The loss before the step, a scalar.
+
+        Raises:
+            ValueError: `weight` is not of this optimizer, or `values` or `weights` is not ``[n]``.
+            RuntimeError: `weight` has a gradient that no step has used.
+            IndexError, TypeError, ValueError: as `cemb.ops.pair_scores`.
+        """
+        group = self._group_of(weight)
+        ops.check_pairs(weight, pairs, spec, context_offset)
+        n = len(pairs)
+        for name, tensor in (("values", values), ("weights", weights)):
+            if tensor is not None and tensor.shape != (n,):
+                raise ValueError(f"{name} must have shape [{n}], one for each pair, got {list(tensor.shape)}")
+        touched: TouchedGradient = weight.touched  # type: ignore[attr-defined]
+        if weight.grad is not None or not touched.is_empty:
+            raise RuntimeError("the parameter has a gradient that no step has used: step or zero_grad first")
+        if weights is None:
+            weights = weight.new_full((1,), 1 / max(n, 1))
+        values, weights = (cells.detach().to(weight.dtype).contiguous() for cells in (values, weights))
+        is_small = isinstance(spec, HashSpec) and spec.pool_size <= cpu.PRIVATE_POOL_LIMIT
+        if not self._is_one_pass(spec, is_small):
+            with torch.enable_grad():
+                scores = ops.pair_scores(weight, pairs, spec, context_offset=context_offset, dropout=dropout)
+                loss = (weights * (scores - values).square()).sum()
+            loss.backward()
+            self.step()
+            return loss.detach()
+        drop = PairDropout(dropout, int(ops.draw_seed(dropout, weight)))
+        reference.check_ids(pairs, spec.num_embeddings)
+        fit: Callable[..., float] = touched.fit
+        if is_small and (self.visits_all is not False or cpu.is_single(spec)):
+            fit = updates.fit_pairs_of_all
+        batch = pairs.long().contiguous().numpy(), values.numpy(), weights.numpy(), spec, context_offset, drop
+        found = fit(*self._advance(group, weight), *batch)
+        torch.autograd.graph.increment_version(weight)
+        return weight.new_tensor(found)
+
+    def _is_one_pass(self, spec: ops.Spec, is_small: bool) -> bool:
+        return is_small or not (cpu.is_single(spec) or self.visits_all)
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(parameter is own for own in group["params"]):
+                return group
+        raise ValueError(
+            f"weight must be a parameter of this optimizer, got another of shape {list(parameter.shape)}"
+        )
 
     def _room_for_state(self, parameter: Tensor) -> Tensor:
         return torch.empty_like(parameter)
@@ -102,7 +193,7 @@ class _Touched(torch.optim.Optimizer):
             super().zero_grad(set_to_none)
 
 
-class SGD(_Touched):
+class SGD(Touched):
     """``w -= lr · g``: what `torch.optim.SGD` does, at the cost of what was touched."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float = 1e-3) -> None:
@@ -112,7 +203,7 @@ class SGD(_Touched):
         return rules.SGD(group["lr"])
 
 
-class Adagrad(_Touched):
+class Adagrad(Touched):
     """``s += g²; w -= lr · g / (√s + eps)``: what `torch.optim.Adagrad` does (Duchi et al., JMLR 2011)."""
 
     state_names = ("sum",)
@@ -157,16 +248,18 @@ class RowwiseAdagrad(Adagrad):
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
         return rules.RowwiseAdagrad(group["lr"], group["eps"])
 
+    def _is_one_pass(self, spec: ops.Spec, is_small: bool) -> bool:
+        return False
 
-class LazyAdam(_Touched):
-    """Adam (Kingma and Ba, ICLR 2015) whose moments rest where a step touches nothing.
 
-    `torch.optim.SparseAdam` does the same for sparse gradients. Dense Adam goes on moving a value by its
-    decaying mean, and lets the square decay, in steps that do not touch it; the two agree only where every
-    step touches everything. A pool of block size 1 counts as touched everywhere.
+class Adam(Touched):
+    """What `torch.optim.Adam` does (Kingma and Ba, ICLR 2015). Every step visits all values.
+
+    It is for small pools, which every batch touches everywhere; see `LazyAdam` for others.
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    visits_all = True
 
     def __init__(
         self,
@@ -177,7 +270,22 @@ class LazyAdam(_Touched):
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
 
-    def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
+    def _rule(self, group: dict[str, Any], step: int) -> rules.Adam:
         beta1, beta2 = group["betas"]
-        step_size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        return rules.Adam(step_size, group["eps"], beta1, beta2)
+        root = (1 - beta2**step) ** 0.5
+        return rules.Adam(group["lr"] * root / (1 - beta1**step), group["eps"] * root, beta1, beta2)
+
+
+class LazyAdam(Adam):
+    """`Adam` whose moments rest where a step touches nothing.
+
+    `torch.optim.SparseAdam` does the same for sparse gradients, and as there `eps` is added before the
+    correction of the square's bias. Dense Adam goes on moving a value by its decaying mean, and lets the
+    square decay, in steps that do not touch it; the two agree only where every step touches everything. A
+    pool of block size 1 counts as touched everywhere.
+    """
+
+    visits_all = False
+
+    def _rule(self, group: dict[str, Any], step: int) -> rules.Adam:
+        return super()._rule(group, step)._replace(eps=group["eps"])

@@ -3,7 +3,7 @@
 As in the 2021 project: uniform random pairs, one table shared by words and contexts, no bias, dropout 0.1,
 mean squared error. `forward` is the scores, `gradient` the backward pass from the loss, `step` the
 optimizer's update and the clearing of gradients (what that project calls the backward pass). The loss
-itself is not timed.
+itself is not timed, but in steps that make all of it in one pass.
 """
 
 import csv
@@ -33,8 +33,9 @@ class SpeedCase:
     """What one record of the speed study measures. `pool_size` is None for a full table.
 
     `table` is one of `cemb.model.TABLES` or of `cemb.rivals.NAMES`. `sparse_gradients` is for full tables of
-    torch: only the rows of a batch have gradients, and Adam is lazy. `ids` says how rows are drawn: all
-    alike, or row i in proportion to 1/(i + 1).
+    torch: only the rows of a batch have gradients, and Adam is lazy. `one_pass` is for our tables on the CPU:
+    scores, loss, gradient and update are one call, `cemb.optim.Touched.squared_error_step`, and its time is
+    that of the phase `step`. `ids` says how rows are drawn: all alike, or row i in proportion to 1/(i + 1).
     """
 
     table: str
@@ -42,6 +43,7 @@ class SpeedCase:
     pool_size: int | None = None
     block_size: int = 1
     sparse_gradients: bool = False
+    one_pass: bool = False
     num_embeddings: int = 1_000_000
     embedding_dim: int = 100
     batch_size: int = 32_768
@@ -59,6 +61,11 @@ class SpeedCase:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} was asked for, and torch sees no CUDA device")
+        if self.one_pass and (self.table not in ("full-fused", "hashed") or self.device != "cpu"):
+            raise ValueError(
+                "a step in one pass is for the tables full-fused and hashed on the CPU, got "
+                f"{self.table!r} on {self.device!r}"
+            )
         for name in ("num_embeddings", "embedding_dim", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -68,9 +75,10 @@ class SpeedCase:
         """A short name, distinct among the cases of one run."""
         if self.table == "full":
             return f"full, {'sparse' if self.sparse_gradients else 'dense'} gradients"
-        if self.pool_size is None:
-            return self.table
-        return f"{self.table}, pool {self.pool_size:,}, block {self.block_size}"
+        name = self.table
+        if self.pool_size is not None:
+            name += f", pool {self.pool_size:,}, block {self.block_size}"
+        return f"{name}, one pass" if self.one_pass else name
 
     @property
     def is_touched(self) -> bool:
@@ -103,12 +111,24 @@ def _batches(case: SpeedCase) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class Timed:
-    """A case made ready to be timed: its model, optimizer and batches. Call it with a `measure.Clock`."""
+    """A case made ready to be timed: its model, optimizer and batches. Call it with a `measure.Clock`.
 
-    def __init__(self, case: SpeedCase):
+    Its tables may be those of the same case without `one_pass`, to save memory.
+    """
+
+    num_parameters: int
+    _score: Any
+    _optimizer: Any
+
+    def __init__(self, case: SpeedCase, tables: "Timed | None" = None):
         self.case = case
         self._batches = _batches(case)
         self._calls = 0
+        if tables is not None:
+            assert tables.case == replace(case, one_pass=False)
+            self._score, self._optimizer = tables._score, tables._optimizer
+            self.num_parameters = tables.num_parameters
+            return
         torch.manual_seed(0)
         rate = LEARNING_RATES[case.optimizer]
         if case.table in rivals.NAMES:
@@ -130,18 +150,24 @@ class Timed:
                     advise_huge_pages(parameter)
                 # Drawing normal deviates would take longer than the measurement; no time depends on values.
                 parameter.uniform_(-0.1, 0.1)
-        self._score, self.num_parameters = model.train(), model.num_parameters
+        self._score = model.train()
+        self.num_parameters = model.num_parameters
         self._optimizer = make_optimizer(
             case.optimizer,
             model.parameters(),
             rate,
             sparse=case.sparse_gradients,
             touched=case.is_touched,
+            one_pass=case.one_pass,
         )
 
     def __call__(self, clock: measure.Clock) -> None:
         pairs, values = self._batches[self._calls % _NUM_BATCHES]
         self._calls += 1
+        if self.case.one_pass:
+            with clock.phase("step"):
+                self._score.squared_error_step(self._optimizer, pairs, values)
+            return
         with clock.phase("forward"):
             scores = self._score(pairs)
         loss = mse_loss(scores, values)

@@ -83,8 +83,7 @@ class TouchedGradient:
                 f"a touched gradient is of one table at a time: it has pairs of {self._geometry[0]}, and got "
                 f"pairs of {spec}; step in between, or use torch.optim, whose gradients add up"
             )
-        if self._geometry != (spec, context_offset):
-            self._geometry, self._room, self._buckets = (spec, context_offset), None, None
+        self._prepare(spec, context_offset)
         needed = (weight, pairs) if values is None else (pairs,)
         self._versions += [(tensor, tensor._version) for tensor in needed]
         ids = pairs.long().contiguous().numpy()
@@ -92,6 +91,28 @@ class TouchedGradient:
         kept = cpu.draw(len(ids), spec.embedding_dim, dropout)
         batch = (ids, kept, factors * factors.dtype.type(dropout.scale))
         self._seen.append(batch if values is None else (*batch, values))
+
+    def _prepare(self, spec: HashSpec | FullSpec, context_offset: int) -> None:
+        if self._geometry != (spec, context_offset):
+            self._geometry, self._room, self._buckets = (spec, context_offset), None, None
+
+    def fit(
+        self,
+        weight: npt.NDArray[Any],
+        states: Sequence[npt.NDArray[Any]],
+        rule: rules.Rule,
+        pairs: npt.NDArray[np.int64],
+        values: npt.NDArray[Any],
+        weights: npt.NDArray[Any],
+        spec: HashSpec | FullSpec,
+        context_offset: int,
+        dropout: PairDropout,
+    ) -> float:
+        """Score pairs and update weights and states; returns the loss, see `updates.fit_pairs`."""
+        self._prepare(spec, context_offset)
+        batch = pairs, values, weights, spec, context_offset, dropout
+        loss, self._room = updates.fit_pairs(weight, states, rule, *batch, self._room)
+        return loss
 
     def _batch(self) -> tuple[npt.NDArray[Any], ...]:
         """All pairs seen, with what dropout keeps of them, their factors, and the values kept if any were."""

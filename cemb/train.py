@@ -32,19 +32,21 @@ def make_optimizer(
     *,
     sparse: bool = False,
     touched: bool = False,
+    one_pass: bool = False,
     betas: tuple[float, float] = ADAM_BETAS,
 ) -> torch.optim.Optimizer:
-    """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s if `touched`.
+    """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s.
 
-    Over sparse and touched gradients Adam is lazy: what a step does not touch keeps its moments and does
-    not move. `betas` are Adam's.
+    These are for pools and tables of which a step is to update what it `touched`, and for steps in
+    `one_pass`. Over sparse and touched gradients Adam is lazy: what a step does not touch keeps its moments
+    and does not move. `betas` are Adam's.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     parameters = list(parameters)
-    if touched:
+    if touched or one_pass:
         if name == "adam":
-            return optim.LazyAdam(parameters, learning_rate, betas)
+            return (optim.LazyAdam if touched else optim.Adam)(parameters, learning_rate, betas)
         return (optim.SGD if name == "sgd" else optim.Adagrad)(parameters, learning_rate)
     if sparse:
         # torch's default; where it is not asked for, some optimizers warn of it at their first step.

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from cemb import bench, rivals, speed, targets
+from cemb import bench, measure, rivals, speed, targets
 from cemb.kernels import floors
 
 SIZES = {"num_embeddings": 400, "embedding_dim": 8, "batch_size": 16}
@@ -78,6 +78,16 @@ def test_our_full_table_has_a_state_for_each_row_against_a_peer_that_has():
     assert targets.of_one_rule(hashed).evaluate(found)[0] == pytest.approx(2 / 10)
 
 
+def test_ours_may_be_a_step_in_one_pass():
+    target, said = targets.targets()[0], []
+    fields = {"pool_size": targets.SMALL, "block_size": targets.BLOCK, "one_pass": True}
+    found = [*_found(3.0), _record("hashed", 1.5, **fields)]
+    assert target.evaluate(found)[0] == pytest.approx(0.05)
+    assert target.evaluate(targets.by_autograd(found))[0] == pytest.approx(0.1)
+    targets.check_targets(found, said.append)
+    assert any("0.050 (at most 0.2, 0.100 by autograd), 1.50 ms / 30.00 ms" in line for line in said)
+
+
 @pytest.mark.parametrize(("hashed_ms", "reached"), [(3.0, True), (6.1, False)])
 def test_targets_are_judged(hashed_ms, reached):
     said = []
@@ -130,6 +140,8 @@ def test_floors_count_what_must_move():
     older = {name: rate for name, rate in RATES.items() if name != "cached_adds_per_s"}
     small = floor("hashed", rates=older, pool_size=targets.SMALL)
     assert small == pytest.approx(3 * 0.81 * 6_553_600 / 1e9 * 1e3)
+    in_one_pass = floor("hashed", pool_size=targets.SMALL, one_pass=True)
+    assert in_one_pass == pytest.approx(floor("hashed", pool_size=targets.SMALL) * 3 / 4)
     assert targets.floor_ms({"device": "cuda"}, RATES) is None
 
 
@@ -217,6 +229,47 @@ def test_a_small_benchmark_runs(monkeypatch):
     assert {(len(r["total_ms_repeats"]), r["threads"]) for r in speeds} == {(6, 1)}
     assert {r["table"] for r in speeds} == {"full", "full-fused", "hashed"}
     assert any(r["num_embeddings"] == targets.HUGE_TABLE for r in speeds)
+    labels = [r["label"] for r in speeds if r["one_pass"] and r["thp_mem_alloc_enable"] == "0"]
+    small = ["hashed, pool 64, block 1, one pass", *["hashed, pool 64, block 4, one pass"] * 2]
+    # At this size both pools are small.
+    large = [f"hashed, pool 256, block {block}, one pass" for block in (1, 4)]
+    assert sorted(labels) == sorted(["full-fused, one pass", *small, *large])
+    (record,) = (r for r in speeds if r["label"] == labels[0] and r["thp_mem_alloc_enable"] == "0")
+    assert (record["total_ms"], record["backend"], record["touched_only"]) == (
+        record["step_ms"],
+        "numba",
+        True,
+    )
+
+
+def test_large_pools_in_blocks_and_full_tables_have_a_step_in_one_pass():
+    def found(optimizer, **options):
+        return [c for c in bench.cases(optimizer, **options) if c.one_pass]
+
+    assert [(c.table, c.pool_size, c.block_size) for c in found("adam")] == [
+        ("full-fused", None, 1),
+        ("hashed", targets.SMALL, 1),
+        ("hashed", targets.SMALL, targets.BLOCK),
+        ("hashed", targets.LARGE, targets.BLOCK),
+        ("hashed", targets.SMALL, targets.BLOCK),
+    ]
+
+
+def test_a_step_in_one_pass_trains_the_tables_of_the_usual_one():
+    case = speed.SpeedCase("full-fused", "sgd", **SIZES)
+    usual = speed.Timed(case)
+    weight = usual._score.word_table.weight
+    one_pass = speed.Timed(dataclasses.replace(case, one_pass=True), usual)
+    before = weight.detach().clone()
+    clock = measure.Clock()
+    one_pass(clock)
+    assert set(clock.phases_ms) == {"step"}
+    assert not torch.equal(weight, before)
+    for table, device in (("full", "cpu"), ("hashed-reference", "cpu")):
+        with pytest.raises(
+            ValueError, match=f"full-fused and hashed on the CPU, got '{table}' on '{device}'"
+        ):
+            speed.SpeedCase(table, "sgd", 64, one_pass=True, device=device)
 
 
 def test_a_process_that_dies_is_an_error():

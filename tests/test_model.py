@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cemb import PairModel
+from cemb import PairModel, optim
 from cemb.model import (
     LOSSES,
     all_cells_loss,
@@ -47,6 +47,37 @@ def test_words_and_contexts_of_one_parameter_are_apart():
         PairModel(model.word_table, model.word_table, first_context=12)
     with pytest.raises(ValueError, match="first_context must be a row of the table, got 24"):
         PairModel(model.word_table, first_context=24)
+
+
+@pytest.mark.parametrize("shared_table", [True, False])
+@pytest.mark.parametrize("table", ["full-fused", "hashed"])
+def test_a_step_in_one_pass_is_that_of_the_scores(table, shared_table):
+    pool = {"pool_size": 200, "block_size": 8} if table == "hashed" else {}
+    options = {"dropout": 0.2, "shared_table": shared_table, **pool}
+    models = [build_model(table, 12, 40, **options) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    pairs, values = torch.tensor([[0, 11], [3, 3], [7, 2]]), torch.tensor([1.0, -1, 3])
+    weights = torch.tensor([0.5, 2, 1])
+    torch.manual_seed(0)
+    optimizer = optim.SGD(models[0].parameters(), 0.1)
+    loss = models[0].squared_error_step(optimizer, pairs, values, weights)
+    torch.manual_seed(0)
+    expected = all_cells_loss(models[1](pairs), values, weights)
+    expected.backward()
+    torch.optim.SGD(models[1].parameters(), 0.1).step()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(models[0].word_table.weight, models[1].word_table.weight)
+    with pytest.raises(IndexError):
+        models[0].squared_error_step(optimizer, torch.tensor([[12, 0]]), values[:1])
+
+
+@pytest.mark.parametrize(("table", "bias"), [("full", "none"), ("full-fused", "shared")])
+def test_other_models_have_no_step_in_one_pass(table, bias):
+    model = build_model(table, 12, 5, bias=bias)
+    assert not model.has_one_pass
+    name = "FullEmbedding" if table == "full" else "FusedFullEmbedding"
+    with pytest.raises(ValueError, match=f"one pool or fused full table without biases, got {name} and"):
+        model.squared_error_step(optim.SGD(model.parameters()), torch.tensor([[0, 1]]), torch.ones(1))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,19 @@ def test_lookup_equals_the_specification(spec):
     assert ops.hashed_lookup(pool, ids, spec).tolist() == expected
 
 
+@pytest.mark.parametrize("dim", [1, 7, 16, 100])
+def test_places_in_groups_of_keys_are_the_specification(dim):
+    find = njit(lambda places, key, table: cpu._find_places(places, key, table))
+    spec = HashSpec(10**6, dim, 262_144)
+    keys = [0, 1, 15, 16, 2**30 - 50, 2**34 - 3, 2**64 - 60, 2**63 + 2**40 + 2**31 + 7, *map(mix, range(50))]
+    for key in keys:
+        places = np.zeros(dim + 2 * cpu._LANES, np.uint32)
+        find(places, np.uint64(key), cpu.Geometry.of(spec))
+        hashes = [mix((key + j) % 2**64) for j in range(dim)]
+        expected = [(h >> 32) * spec.num_starts >> 32 for h in hashes]
+        assert places[cpu._FIRST :][:dim].tolist() == expected, key
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_lookup_equals_the_reference_bit_for_bit(spec, dtype):

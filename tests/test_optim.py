@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from cemb import ops, optim
+from cemb import ops, optim, reference
 from cemb.hashing import FullSpec, HashSpec, PairDropout
 from cemb.kernels import buckets, cpu, overlaps
 from cemb.tables import FusedFullEmbedding, HashedEmbedding
@@ -403,3 +403,139 @@ def test_huge_pages_are_advice_only():
     assert advise_huge_pages(tensor) is tensor
     assert advise_huge_pages(torch.empty(2**23, device="meta")).device.type == "meta"
     assert TouchedGradient().is_empty
+
+
+ONE_PASS_SPECS = [
+    *SPECS,
+    HashSpec(3000, 100, cpu.PRIVATE_POOL_LIMIT + 50, block_size=25, signed=True),  # few blocks overlap
+    HashSpec(60, 100, cpu.PRIVATE_POOL_LIMIT + 1, signed=True),
+    HashSpec(60, 7, 300, signed=True, table_offset=2**40),
+]
+ONE_PASS_IDS = [f"{type(spec).__name__}-{spec.block_size}-{spec.pool_size}" for spec in ONE_PASS_SPECS]
+OFFSET = 10**6
+
+
+def _fit(make, spec, *, steps=4, num_pairs=70, dtype=torch.float64, one_pass=True):
+    """Weights and losses of steps on squared errors; by naive PyTorch if not `one_pass`."""
+    generator = torch.Generator().manual_seed(0)
+    start = 0.3 * torch.randn(spec.pool_size, generator=generator, dtype=dtype)
+    weight = nn.Parameter(start.view(60, 100) if spec == FullSpec(60, 100) else start)
+    optimizer, losses = make([weight]), []
+    offset = 0 if isinstance(spec, FullSpec) else OFFSET
+    for step in range(steps):
+        pairs = torch.randint(spec.num_embeddings, (num_pairs, 2), generator=generator)
+        values, weights = torch.rand(2, num_pairs, generator=generator, dtype=dtype)
+        options = {"dropout": 0.1, "context_offset": offset, "weights": weights if step % 2 else None}
+        torch.manual_seed(step)
+        if one_pass:
+            losses.append(optimizer.squared_error_step(weight, pairs, values, spec, **options))
+            continue
+        dropout = PairDropout(0.1, int(torch.randint(2**62, ())))
+        errors = reference.pair_scores(weight.view(-1), pairs, spec, offset, dropout) - values
+        loss = (weights * errors.square()).sum() if step % 2 else errors.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return weight.detach().view(-1), torch.stack(losses)
+
+
+@pytest.mark.parametrize("spec", ONE_PASS_SPECS, ids=ONE_PASS_IDS)
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam"])
+def test_a_step_in_one_pass_is_that_of_naive_pytorch(spec, name):
+    found = _fit(lambda p: getattr(optim, name)(p, lr=0.05), spec)
+    expected = _fit(lambda p: getattr(torch.optim, name)(p, lr=0.05), spec, one_pass=False)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [(optim.RowwiseAdagrad, FullSpec(60, 100)), *((optim.LazyAdam, spec) for spec in ONE_PASS_SPECS)],
+    ids=["RowwiseAdagrad", *ONE_PASS_IDS],
+)
+def test_a_step_in_one_pass_is_a_backward_pass_and_a_step(make, spec):
+    shape = (spec.num_embeddings, -1) if isinstance(spec, FullSpec) else (-1,)
+    start = torch.randn(spec.pool_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, theirs = (nn.Parameter(start.clone().view(shape)) for _ in range(2))
+    optimizers = make([ours], 0.1), make([theirs], 0.1)
+    for step in range(3):
+        pairs = torch.randint(spec.num_embeddings, (40, 2), generator=torch.Generator().manual_seed(step))
+        values = torch.linspace(-1, 1, 40, dtype=torch.float64)
+        torch.manual_seed(step)
+        loss = optimizers[0].squared_error_step(ours, pairs, values, spec, dropout=0.2)
+        torch.manual_seed(step)
+        expected = (ops.pair_scores(theirs, pairs, spec, dropout=0.2) - values).square().mean()
+        expected.backward()
+        optimizers[1].step()
+        torch.testing.assert_close((ours, loss), (theirs, expected), rtol=1e-9, atol=1e-9)
+    for name, state in optimizers[0].state[ours].items():
+        torch.testing.assert_close(state, optimizers[1].state[theirs][name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", ONE_PASS_SPECS, ids=ONE_PASS_IDS)
+def test_steps_in_one_pass_on_any_number_of_threads(spec, monkeypatch):
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
+        found.append(_fit(lambda p: optim.SGD(p, 0.5), spec))
+    for other in found[1:]:
+        if isinstance(spec, HashSpec) and spec.pool_size <= cpu.PRIVATE_POOL_LIMIT:
+            torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
+        else:
+            assert all(map(torch.equal, other, found[0]))
+
+
+def test_a_step_in_one_pass_clears_the_memory_it_finds():
+    for block_size in (25, 1):
+        spec = HashSpec(60, 100, 3000, block_size=block_size)
+        expected = _fit(lambda p: optim.SGD(p, 0.5), spec, steps=1)
+        cpu._kept_pools.fill(np.nan)
+        assert all(map(torch.equal, _fit(lambda p: optim.SGD(p, 0.5), spec, steps=1), expected))
+
+
+def test_adam_visits_what_a_backward_pass_does_not_touch():
+    spec = FullSpec(4, 6)
+    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = [nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [optim.Adam(weights[:1], lr=0.1, eps=0.01), torch.optim.Adam(weights[1:], lr=0.1, eps=0.01)]
+    for pairs in ([[0, 1]], [[0, 2]], [[2, 2]]):
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            (ops.pair_scores(weight, torch.tensor(pairs), spec) - 1).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_in_one_pass_refuses_what_it_cannot_do():
+    weight, spec = nn.Parameter(torch.ones(5, 4)), FullSpec(5, 4)
+    optimizer, pairs, values = optim.SGD([weight], lr=1.0), torch.tensor([[0, 1], [4, 4]]), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"a parameter of this optimizer, got another of shape \[5, 4\]"):
+        optimizer.squared_error_step(nn.Parameter(torch.ones(5, 4)), pairs, values, spec)
+    for name, options in (("values", {}), ("weights", {"weights": torch.ones(2, 1)})):
+        wanted = torch.zeros(3) if name == "values" else values
+        with pytest.raises(ValueError, match=rf"{name} must have shape \[2\], one for each pair, got \["):
+            optimizer.squared_error_step(weight, pairs, wanted, spec, **options)
+    with pytest.raises(IndexError, match="5"):
+        optimizer.squared_error_step(weight, pairs + 1, values, spec)
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
+        optimizer.squared_error_step(weight, pairs, values, spec, dropout=1.0)
+    with pytest.raises(ValueError, match="a full table has no context offset, got 7"):
+        optimizer.squared_error_step(weight, pairs, values, spec, context_offset=7)
+    ops.pair_scores(weight, pairs, spec).sum().backward()
+    with pytest.raises(RuntimeError, match="a gradient that no step has used: step or zero_grad first"):
+        optimizer.squared_error_step(weight, pairs, values, spec)
+    assert torch.equal(weight, torch.ones(5, 4))
+    assert optimizer.state[weight] == {}
+    optimizer.zero_grad()
+    loss = ops.pair_scores(weight, pairs, spec).sum()
+    assert optimizer.squared_error_step(weight, pairs, values, spec) == 16
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("spec", [FullSpec(5, 4), HashSpec(5, 4, 30, block_size=2), HashSpec(5, 4, 30)])
+def test_a_step_in_one_pass_of_no_pairs_changes_nothing(spec):
+    weight = nn.Parameter(torch.ones(spec.pool_size))
+    none = torch.empty((0, 2), dtype=torch.int64)
+    assert optim.SGD([weight]).squared_error_step(weight, none, torch.empty(0), spec) == 0
+    assert torch.equal(weight, torch.ones(spec.pool_size))

@@ -51,14 +51,14 @@ def _pair_scores(
     n, dim = pairs.shape[0], table.dim
     for t in prange(threads):
         ones = np.ones(cpu._LANES, weight.dtype)
-        factors, places = np.empty(dim, weight.dtype), np.empty((2, dim), np.uint32)
+        factors, places = np.empty(dim, weight.dtype), cpu._place_memory(dim)
         for i in range(n * t // threads, n * (t + 1) // threads):
             word = cpu._key(table, cpu._row(table, pairs, i, 0))
             context = cpu._key(table, cpu._row(table, pairs, i, 1))
             cpu._find_single(factors, places, kept[i], scale, ones, table, word, context)
             for side in range(2):
                 for j in range(dim):
-                    values[i, side, j] = weight[np.int64(places[side, j])]
+                    values[i, side, j] = weight[np.int64(places[side, cpu._FIRST + j])]
             total = weight.dtype.type(0)
             for j in range(dim):
                 total += factors[j] * values[i, 0, j] * values[i, 1, j]
@@ -71,17 +71,14 @@ def _count(pairs: Any, counts: Any, table: Any) -> None:
     for t in prange(threads):
         found = counts[t]
         found[:] = 0
-        buckets = np.empty((2, dim), np.uint32)
+        places = cpu._place_memory(dim)
         for i in range(n * t // threads, n * (t + 1) // threads):
             for side in range(2):
                 key = cpu._key(table, cpu._row(table, pairs, i, side))
-                for j in range(dim):
-                    buckets[side, j] = np.uint32(
-                        cpu._start(table, cpu._mix(key + np.uint64(j))) >> SLICE_BITS
-                    )
+                cpu._find_places(places[side], key, table)
             for side in range(2):
                 for j in range(dim):
-                    found[np.int64(buckets[side, j])] += 1
+                    found[np.int64(places[side, cpu._FIRST + j]) >> SLICE_BITS] += 1
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
@@ -93,14 +90,14 @@ def _fill(
     for t in prange(threads):
         following = next_entries[t]
         ones = np.ones(cpu._LANES, entries.dtype)
-        terms, places = np.empty(dim, entries.dtype), np.empty((2, dim), np.uint32)
+        terms, places = np.empty(dim, entries.dtype), cpu._place_memory(dim)
         for i in range(n * t // threads, n * (t + 1) // threads):
             word = cpu._key(table, cpu._row(table, pairs, i, 0))
             context = cpu._key(table, cpu._row(table, pairs, i, 1))
             cpu._find_single(terms, places, kept[i], factors[i], ones, table, word, context)
             for j in range(dim):
                 for side in range(2):
-                    place = np.int64(places[side, j])
+                    place = np.int64(places[side, cpu._FIRST + j])
                     x = following[place >> SLICE_BITS]
                     following[place >> SLICE_BITS] = x + 1
                     entries[x, 0] = terms[j] * values[i, 1 - side, j]

@@ -17,6 +17,7 @@ used pair by pair they are asked for a pair or a few ahead, one as one is used: 
 lines on their way, and all of a tile's at once would keep it waiting.
 """
 
+import functools
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,14 @@ _MULTIPLIER_1 = np.uint64(hashing.MULTIPLIER_1)
 _MULTIPLIER_2 = np.uint64(hashing.MULTIPLIER_2)
 _S27, _S30, _S31, _S32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 _ONE = np.uint64(1)
+_LANE = np.uint64(lanes.LANES - 1)  # bits of a lane's number
+# Products of lanes' numbers by the first multiplier, after an exclusive or with each number.
+_STEPS = np.array(
+    [[(n ^ lane) * hashing.MULTIPLIER_1 % 2**64 for lane in range(lanes.LANES)] for n in range(lanes.LANES)],
+    np.uint64,
+)
 _LANES = lanes.LANES
+_FIRST = _LANES
 _ALL = (1 << _LANES) - 1  # lanes
 _TILE = 32
 _RING = 2 * _TILE - 1  # of the memory of two tiles, what wraps a slot
@@ -77,6 +85,7 @@ class Geometry(NamedTuple):
     context_offset: np.int64  # to that of its second
 
     @classmethod
+    @functools.lru_cache(maxsize=64)  # what it takes is a part of a small step
     def of(cls, spec: hashing.HashSpec | hashing.FullSpec, context_offset: int = 0) -> "Geometry":
         return cls(
             spec.embedding_dim,
@@ -187,14 +196,35 @@ _is_single = njit(inline="always")(is_single)
 
 
 @njit(inline="always")
-def _find_row(places: Any, signs: Any, key: Any, table: Any) -> None:
-    """Places and signs of a row's values at block size 1.
+def _place_memory(dim: Any) -> Any:
+    """Memory for the places of a pair's values at block size 1, of both rows, each from `_FIRST` on."""
+    return np.empty((2, dim + 2 * _LANES), np.uint32)
 
-    They are found before any is used, so that many values are on their way at once: the hash would take most
+
+@njit(inline="always")
+def _find_places(places: Any, key: Any, table: Any) -> None:
+    """Places of a row's values at block size 1, from `_FIRST` on.
+
+    All are found before any is used, so that many values are on their way at once: the hash would take most
     of the instructions that a processor looks ahead.
+
+    The keys are taken in groups that differ in the number of a lane alone. In such a group the hash's first
+    exclusive or is with one number, and products by its first multiplier are that of the lane 0 and a step
+    from a table. What is found of other rows, where these groups begin and end, stands before and behind.
     """
-    for j in range(table.dim):
-        places[j] = np.uint32(_start(table, _mix(key + np.uint64(j))))
+    lane = np.int64(key & _LANE)
+    group, at = key ^ np.uint64(lane), _FIRST - lane
+    for _ in range((lane + table.dim + _LANES - 1) // _LANES):
+        mixed = group ^ (group >> _S30)
+        row = np.int64(mixed & _LANE)
+        lanes.finish_hash(places, at, (mixed & ~_LANE) * _MULTIPLIER_1, _STEPS, row, table.num_starts)
+        group, at = group + np.uint64(_LANES), at + _LANES
+
+
+@njit(inline="always")
+def _find_row(places: Any, signs: Any, key: Any, table: Any) -> None:
+    """Places of a row's values at block size 1, see `_find_places`, and their signs."""
+    _find_places(places, key, table)
     if table.sign_mask:
         for j in range(table.dim):
             signs[j] = np.int64(1) - np.int64((_mix(key + np.uint64(j)) & _ONE) << _ONE)
@@ -204,13 +234,13 @@ def _find_row(places: Any, signs: Any, key: Any, table: Any) -> None:
 def _lookup(weight: Any, ids: Any, out: Any, threads: Any, table: Any) -> None:
     rows = ids.shape[0]
     for t in prange(threads):
-        places, signs = np.empty(table.dim, np.uint32), np.ones(table.dim, out.dtype)
+        places, signs = _place_memory(table.dim)[0], np.ones(table.dim, out.dtype)
         for i in range(rows * t // threads, rows * (t + 1) // threads):
             key = _key(table, ids[i] + table.word_offset)
             if _is_single(table):
                 _find_row(places, signs, key, table)
                 for j in range(table.dim):
-                    out[i, j] = signs[j] * lanes.value_at(weight, np.int64(places[j]))
+                    out[i, j] = signs[j] * lanes.value_at(weight, np.int64(places[_FIRST + j]))
                 continue
             for b in range(table.num_blocks):
                 start, sign = _locate(table, key, b)
@@ -229,13 +259,13 @@ def _scatter_private(grad: Any, ids: Any, pool: Any, private: Any, table: Any) -
         target = pool if t == 0 else private[t - 1]
         if t > 0:
             target[:] = 0
-        places, signs = np.empty(table.dim, np.uint32), np.ones(table.dim, pool.dtype)
+        places, signs = _place_memory(table.dim)[0], np.ones(table.dim, pool.dtype)
         for i in range(rows * t // threads, rows * (t + 1) // threads):
             key = _key(table, ids[i] + table.word_offset)
             if _is_single(table):
                 _find_row(places, signs, key, table)
                 for j in range(table.dim):
-                    target[np.int64(places[j])] += signs[j] * grad[i, j]
+                    target[np.int64(places[_FIRST + j])] += signs[j] * grad[i, j]
                 continue
             for b in range(table.num_blocks):
                 start, sign = _locate(table, key, b)
@@ -255,7 +285,7 @@ def _scatter_owned(grad: Any, ids: Any, pool: Any, threads: Any, table: Any) -> 
     size = pool.shape[0]
     for t in prange(threads):
         low, high = size * t // threads, size * (t + 1) // threads
-        places, signs = np.empty(table.dim, np.uint32), np.ones(table.dim, pool.dtype)
+        places, signs = _place_memory(table.dim)[0], np.ones(table.dim, pool.dtype)
         own = np.empty(table.dim + 1, np.int64)  # columns whose places this thread owns
         for i in range(ids.shape[0]):
             key = _key(table, ids[i] + table.word_offset)
@@ -265,10 +295,10 @@ def _scatter_owned(grad: Any, ids: Any, pool: Any, threads: Any, table: Any) -> 
                 for j in range(table.dim):
                     own[count] = j
                     # No branch, since none could be predicted.
-                    count += np.int64(places[j] >= low) & np.int64(places[j] < high)
+                    count += np.int64(places[_FIRST + j] >= low) & np.int64(places[_FIRST + j] < high)
                 for x in range(count):
                     j = own[x]
-                    pool[np.int64(places[j])] += signs[j] * grad[i, j]
+                    pool[np.int64(places[_FIRST + j])] += signs[j] * grad[i, j]
                 continue
             for b in range(table.num_blocks):
                 start, sign = _locate(table, key, b)
@@ -323,27 +353,40 @@ def scatter(
 
 
 @njit(inline="always")
-def _draw_rows(kept: Any, hashes: Any, low: Any, high: Any, dim: Any, salt: Any, threshold: Any) -> None:
-    """Which components dropout keeps of the pairs from `low` to `high`; `hashes` is scratch memory."""
+def _kept_width(dim: Any) -> Any:
+    """Words for the mask of what dropout keeps of a pair, with room for `lanes.bits_from` to read in."""
+    return (dim + _LANES - 1) // _LANES + 2
+
+
+@njit(inline="always")
+def _room_for_hashes(dim: Any) -> Any:
+    return np.empty(4 * (_kept_width(dim) - 2), np.uint64)
+
+
+@njit(inline="always")
+def _draw_rows(kept: Any, hashes: Any, first: Any, dim: Any, salt: Any, threshold: Any) -> None:
+    """Which components dropout keeps of the pairs from `first` on, a row of `kept` for each.
+
+    `hashes` is scratch memory.
+    """
     quads = np.uint64((dim + 3) // 4)
     parts = hashes.view(np.uint16)
-    for i in range(low, high):
+    for i in range(kept.shape[0]):
         if threshold == 0:
             kept[i] = 0xFFFF
             continue
-        key = salt + np.uint64(i) * quads
+        key = salt + np.uint64(first + i) * quads
         for g in range(hashes.shape[0]):
             hashes[g] = _mix(key + np.uint64(g))
-        for w in range(kept.shape[1] - 2):  # the rest is room for `bits_from` to read in
+        for w in range(kept.shape[1] - 2):
             kept[i, w] = lanes.at_least(parts, w * _LANES, threshold)
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _draw(kept: Any, dim: Any, salt: Any, threshold: Any, threads: Any) -> None:
     for t in prange(threads):
-        hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
         low, high = kept.shape[0] * t // threads, kept.shape[0] * (t + 1) // threads
-        _draw_rows(kept, hashes, low, high, dim, salt, threshold)
+        _draw_rows(kept[low:high], _room_for_hashes(dim), low, dim, salt, threshold)
 
 
 _last_kept: tuple[tuple[int, ...], npt.NDArray[np.uint16]] = ((), np.empty((0, 0), np.uint16))
@@ -359,7 +402,7 @@ def _room_for_kept(
     """
     if _last_kept[0] == (num_pairs, dim, dropout.salt, dropout.threshold):
         return _last_kept[1], True
-    return np.empty((num_pairs, -(-dim // _LANES) + 2), np.uint16), False
+    return np.empty((num_pairs, _kept_width(dim)), np.uint16), False
 
 
 def _keep(kept: npt.NDArray[np.uint16], dim: int, dropout: hashing.PairDropout) -> None:
@@ -427,12 +470,10 @@ def _find(table: Any, pairs: Any, low: Any, high: Any, keys: Any, places: Any, s
 def _find_single(
     factors: Any, places: Any, kept: Any, factor: Any, ones: Any, table: Any, word: Any, context: Any
 ) -> None:
-    """Places of the values of a pair at block size 1, ``places[side]``, and their factors, signs included."""
+    """Places of a pair's values at block size 1, as `_find_places`, and their factors, signs included."""
     _spread(factors, kept, factor, ones)
-    for j in range(table.dim):
-        places[0, j] = np.uint32(_start(table, _mix(word + np.uint64(j))))
-    for j in range(table.dim):
-        places[1, j] = np.uint32(_start(table, _mix(context + np.uint64(j))))
+    _find_places(places[0], word, table)
+    _find_places(places[1], context, table)
     if table.sign_mask:
         for j in range(table.dim):
             if (_mix(word + np.uint64(j)) ^ _mix(context + np.uint64(j))) & _ONE:
@@ -447,6 +488,74 @@ def _score_single(weight: Any, factors: Any, table: Any, word: Any, context: Any
         h, g = _mix(word + np.uint64(j)), _mix(context + np.uint64(j))
         product = lanes.value_at(weight, _start(table, h)) * lanes.value_at(weight, _start(table, g))
         total += factors[j] * (product if (h ^ g) & table.sign_mask == 0 else -product)
+    return total
+
+
+@njit(nogil=True, fastmath=_FAST)
+def _sum_rows(terms: Any, sums: Any) -> None:
+    for i in range(sums.shape[0]):
+        total = sums.dtype.type(0)
+        for j in range(terms.shape[1]):
+            total += terms[i, j]
+        sums[i] = total
+
+
+@njit(inline="always")
+def _score_tile(
+    weight: Any,
+    kept: Any,
+    scores: Any,
+    terms: Any,
+    scale: Any,
+    places: Any,
+    signs: Any,
+    slot: Any,
+    distance: Any,
+    table: Any,
+) -> None:
+    """Scores ``[n]`` of pairs whose places stand from `slot` on; `terms` ``[_TILE, dim]`` is scratch memory.
+
+    What is read `distance` pairs later is asked for.
+    """
+    for i in range(scores.shape[0]):
+        here, ahead = slot + i, (slot + i + distance) & _RING
+        for b in range(table.num_blocks):
+            word, context = places[0, b, here], places[1, b, here]
+            next_word, next_context = places[0, b, ahead], places[1, b, ahead]
+            first, length = b * table.block_size, _block_length(table, b)
+            _prefetch_ends(weight, next_word, next_context, length)
+            factor = scale * (signs[0, b, here] * signs[1, b, here])
+            mask = _mask(length)
+            bits = lanes.bits_from(kept[i], first) & mask
+            lanes.multiply(terms[i], first, weight, word, weight, context, factor, bits, mask)
+            for follows in range(_LANES, length, _LANES):
+                k = min(follows, length - _LANES)
+                _prefetch_two(weight, next_word + k, next_context + k)
+                bits = lanes.bits_from(kept[i], first + k)
+                lanes.multiply(terms[i], first + k, weight, word + k, weight, context + k, factor, bits, _ALL)
+    _sum_rows(terms, scores)
+
+
+@njit(inline="always")
+def _differentiate(errors: Any, slopes: Any, cells: Any, first: Any) -> None:
+    """Make errors of the scores of pairs from `first` on, and slopes of their weighted squares.
+
+    `cells` are what the scores are to be, and weights: of each pair, or one for all.
+    """
+    values, weights = cells
+    last = weights.shape[0] - 1
+    for i in range(errors.shape[0]):
+        errors[i] -= values[first + i]
+        slopes[i] = 2 * weights[min(first + i, last)] * errors[i]
+
+
+@njit(nogil=True, fastmath=_FAST)
+def _loss(errors: Any, weights: Any) -> Any:
+    """The weighted sum of squares, see `_differentiate`."""
+    last = weights.shape[0] - 1
+    total = errors.dtype.type(0)
+    for i in range(errors.shape[0]):
+        total += weights[min(i, last)] * errors[i] * errors[i]
     return total
 
 
@@ -467,8 +576,8 @@ def _pair_scores_share(
     n, dim = pairs.shape[0], table.dim
     ones = np.ones(_LANES, scores.dtype)
     terms = np.zeros((_TILE, dim), scores.dtype)
-    pair_places = np.empty((2, dim), np.uint32)
-    hashes = np.empty(4 * (kept.shape[1] - 2), np.uint64)
+    pair_places = _place_memory(dim)
+    hashes = _room_for_hashes(dim)
     keys, places, signs = _tile_memory(table)
     distance = _AHEAD if weight.shape[0] > PRIVATE_POOL_LIMIT else _NEAR
     begin, end = n * t // threads, n * (t + 1) // threads
@@ -477,7 +586,7 @@ def _pair_scores_share(
     for low in range(begin, end, _TILE):
         high = min(low + _TILE, end)
         if not is_drawn:
-            _draw_rows(kept, hashes, low, high, dim, salt, threshold)
+            _draw_rows(kept[low:high], hashes, low, dim, salt, threshold)
         if _is_single(table) and (weight.shape[0] > _CACHED or not lanes.has_gather()):
             # Places first, for the reason that `_find_row` gives.
             for i in range(low, high):
@@ -486,8 +595,8 @@ def _pair_scores_share(
                 _find_single(terms[0], pair_places, kept[i], scale, ones, table, word, context)
                 total = scores.dtype.type(0)
                 for j in range(dim):
-                    left = lanes.value_at(weight, np.int64(pair_places[0, j]))
-                    total += terms[0, j] * left * lanes.value_at(weight, np.int64(pair_places[1, j]))
+                    left = lanes.value_at(weight, np.int64(pair_places[0, _FIRST + j]))
+                    total += terms[0, j] * left * lanes.value_at(weight, np.int64(pair_places[1, _FIRST + j]))
                 scores[i] = total
             continue
         if _is_single(table):
@@ -500,29 +609,8 @@ def _pair_scores_share(
             continue
         slot = (low - begin) & _RING
         _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
-        for i in range(high - low):
-            here, ahead = slot + i, (slot + i + distance) & _RING
-            for b in range(table.num_blocks):
-                word, context = places[0, b, here], places[1, b, here]
-                next_word, next_context = places[0, b, ahead], places[1, b, ahead]
-                first, length = b * table.block_size, _block_length(table, b)
-                _prefetch_ends(weight, next_word, next_context, length)
-                factor = scale * (signs[0, b, here] * signs[1, b, here])
-                mask = _mask(length)
-                bits = lanes.bits_from(kept[low + i], first) & mask
-                lanes.multiply(terms[i], first, weight, word, weight, context, factor, bits, mask)
-                for follows in range(_LANES, length, _LANES):
-                    k = min(follows, length - _LANES)
-                    _prefetch_two(weight, next_word + k, next_context + k)
-                    bits = lanes.bits_from(kept[low + i], first + k)
-                    lanes.multiply(
-                        terms[i], first + k, weight, word + k, weight, context + k, factor, bits, _ALL
-                    )
-        for i in range(high - low):
-            total = scores.dtype.type(0)
-            for j in range(dim):
-                total += terms[i, j]
-            scores[low + i] = total
+        tile = kept[low:high], scores[low:high]
+        _score_tile(weight, tile[0], tile[1], terms, scale, places, signs, slot, distance, table)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -544,46 +632,81 @@ def _pair_scores(
         )
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def _pair_private_share(
+    t: Any,
+    threads: Any,
+    target: Any,
+    weight: Any,
+    pairs: Any,
+    kept: Any,
+    grad: Any,
+    scale: Any,
+    table: Any,
+    cells: Any,
+    errors: Any,
+    dropping: Any,
+) -> None:
+    """Add to `target` the gradient of the thread's pairs, ``Σ grad[i] · score[i]``.
+
+    Or with `cells`, see `_differentiate`, that of their weighted squared errors. Errors are written then, and
+    what dropout keeps is drawn, by its salt and threshold; there is no `kept` and no `grad`.
+    """
+    n = pairs.shape[0]
+    terms = np.zeros((_TILE, table.dim), target.dtype)
+    hashes, drawn = _room_for_hashes(table.dim), np.empty((_TILE, _kept_width(table.dim)), np.uint16)
+    slopes = np.empty(_TILE, target.dtype)
+    keys, places, signs = _tile_memory(table)
+    begin, end = n * t // threads, n * (t + 1) // threads
+    _find(table, pairs, begin, min(begin + _TILE, end), keys, places, signs, 0)
+    for low in range(begin, end, _TILE):
+        high = min(low + _TILE, end)
+        slot = (low - begin) & _RING
+        _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
+        if kept is not None:
+            tile_kept, tile_grad = kept[low:high], grad[low:high]
+        if cells is not None:
+            tile_kept, tile_grad, tile_errors = drawn[: high - low], slopes[: high - low], errors[low:high]
+            _draw_rows(tile_kept, hashes, low, table.dim, dropping[0], dropping[1])
+            _score_tile(weight, tile_kept, tile_errors, terms, scale, places, signs, slot, _NEAR, table)
+            _differentiate(tile_errors, tile_grad, cells, low)
+        for i in range(high - low):
+            here, ahead = slot + i, (slot + i + _NEAR) & _RING
+            for b in range(table.num_blocks):
+                word, context = places[0, b, here], places[1, b, here]
+                next_word, next_context = places[0, b, ahead], places[1, b, ahead]
+                first, length = b * table.block_size, _block_length(table, b)
+                _prefetch_ends(weight, next_word, next_context, length)
+                _prefetch_ends(target, next_word, next_context, length)
+                factor = tile_grad[i] * scale * (signs[0, b, here] * signs[1, b, here])
+                row, unpaired = tile_kept[i], _unpaired(length)
+                if unpaired:
+                    mask = _mask(length)
+                    bits = lanes.bits_from(row, first) & mask
+                    lanes.add_scaled(target, word, weight, context, factor, bits, mask)
+                    lanes.add_scaled(target, context, weight, word, factor, bits, mask)
+                for k in range(unpaired, length - _LANES, 2 * _LANES):
+                    step = min(_LANES, length - _LANES - k)
+                    for m in (k, k + step):
+                        _prefetch_two(weight, next_word + m, next_context + m)
+                        _prefetch_two(target, next_word + m, next_context + m)
+                    bits, after = lanes.bits_from(row, first + k), lanes.bits_from(row, first + k + step)
+                    lanes.add_scaled_two(target, word + k, weight, context + k, factor, bits, step, after)
+                    lanes.add_scaled_two(target, context + k, weight, word + k, factor, bits, step, after)
+
+
+@njit(parallel=True, cache=True, nogil=True)
 def _pair_private(
     weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, private: Any, table: Any
 ) -> None:
-    n = pairs.shape[0]
     threads = private.shape[0] + 1
     for t in prange(threads):
         target = pool if t == 0 else private[t - 1]
         if t > 0:
             target[:] = 0
-        keys, places, signs = _tile_memory(table)
-        begin, end = n * t // threads, n * (t + 1) // threads
-        _find(table, pairs, begin, min(begin + _TILE, end), keys, places, signs, 0)
-        for low in range(begin, end, _TILE):
-            high = min(low + _TILE, end)
-            slot = (low - begin) & _RING
-            _find(table, pairs, high, min(high + _TILE, end), keys, places, signs, _TILE - slot)
-            for i in range(high - low):
-                here, ahead = slot + i, (slot + i + _NEAR) & _RING
-                for b in range(table.num_blocks):
-                    word, context = places[0, b, here], places[1, b, here]
-                    next_word, next_context = places[0, b, ahead], places[1, b, ahead]
-                    first, length = b * table.block_size, _block_length(table, b)
-                    _prefetch_ends(weight, next_word, next_context, length)
-                    _prefetch_ends(target, next_word, next_context, length)
-                    factor = grad[low + i] * scale * (signs[0, b, here] * signs[1, b, here])
-                    row, unpaired = kept[low + i], _unpaired(length)
-                    if unpaired:
-                        mask = _mask(length)
-                        bits = lanes.bits_from(row, first) & mask
-                        lanes.add_scaled(target, word, weight, context, factor, bits, mask)
-                        lanes.add_scaled(target, context, weight, word, factor, bits, mask)
-                    for k in range(unpaired, length - _LANES, 2 * _LANES):
-                        step = min(_LANES, length - _LANES - k)
-                        for m in (k, k + step):
-                            _prefetch_two(weight, next_word + m, next_context + m)
-                            _prefetch_two(target, next_word + m, next_context + m)
-                        bits, after = lanes.bits_from(row, first + k), lanes.bits_from(row, first + k + step)
-                        lanes.add_scaled_two(target, word + k, weight, context + k, factor, bits, step, after)
-                        lanes.add_scaled_two(target, context + k, weight, word + k, factor, bits, step, after)
+        _pair_private_share(
+            np.int64(t), threads, target, weight, pairs, kept, grad, scale, table, None, None, None
+        )
     for t in prange(threads):
         low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
         for other in range(threads - 1):
@@ -591,28 +714,69 @@ def _pair_private(
                 pool[p] += private[other, p]
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=_FAST)
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def _pair_private_single_share(
+    t: Any,
+    threads: Any,
+    both: Any,
+    weight: Any,
+    pairs: Any,
+    kept: Any,
+    grad: Any,
+    scale: Any,
+    table: Any,
+    cells: Any,
+    errors: Any,
+    dropping: Any,
+) -> None:
+    """`_pair_private_share` at block size 1; the gradient is the second column of `both`, which it clears."""
+    n, dim = pairs.shape[0], table.dim
+    # Weight and gradient side by side, so that one cache line brings both.
+    for p in range(weight.shape[0]):
+        both[2 * p] = lanes.value_at(weight, p)
+        both[2 * p + 1] = 0
+    ones = np.ones(_LANES, both.dtype)
+    hashes, drawn = _room_for_hashes(dim), np.empty((1, _kept_width(dim)), np.uint16)
+    slopes = np.empty(1, both.dtype)
+    factors, places = np.empty(dim, both.dtype), _place_memory(dim)
+    found, terms = np.empty((2, dim), both.dtype), np.empty((2, dim), both.dtype)
+    for i in range(n * t // threads, n * (t + 1) // threads):
+        word, context = _key(table, _row(table, pairs, i, 0)), _key(table, _row(table, pairs, i, 1))
+        if kept is not None:
+            row = kept[i]
+        if cells is not None:
+            row = drawn[0]
+            _draw_rows(drawn, hashes, i, dim, dropping[0], dropping[1])
+        _find_single(factors, places, row, scale, ones, table, word, context)
+        for j in range(dim):
+            found[0, j] = both[2 * np.int64(places[0, _FIRST + j])]
+            found[1, j] = both[2 * np.int64(places[1, _FIRST + j])]
+        if grad is not None:
+            slope = grad[i]
+        if cells is not None:
+            total = both.dtype.type(0)
+            for j in range(dim):
+                total += factors[j] * found[0, j] * found[1, j]
+            errors[i] = total
+            _differentiate(errors[i : i + 1], slopes, cells, i)
+            slope = slopes[0]
+        for j in range(dim):
+            factor = slope * factors[j]
+            terms[0, j], terms[1, j] = factor * found[1, j], factor * found[0, j]
+        for j in range(dim):
+            both[2 * np.int64(places[0, _FIRST + j]) + 1] += terms[0, j]
+            both[2 * np.int64(places[1, _FIRST + j]) + 1] += terms[1, j]
+
+
+@njit(parallel=True, cache=True, nogil=True)
 def _pair_private_single(
     weight: Any, pairs: Any, kept: Any, grad: Any, scale: Any, pool: Any, private: Any, table: Any
 ) -> None:
-    n, dim = pairs.shape[0], table.dim
     threads = private.shape[0]
     for t in prange(threads):
-        # Weight and gradient side by side, so that one cache line brings both.
-        both = private[t]
-        for p in range(pool.shape[0]):
-            both[2 * p] = lanes.value_at(weight, p)
-            both[2 * p + 1] = 0
-        ones = np.ones(_LANES, pool.dtype)
-        factors, places = np.empty(dim, pool.dtype), np.empty((2, dim), np.uint32)
-        for i in range(n * t // threads, n * (t + 1) // threads):
-            word, context = _key(table, _row(table, pairs, i, 0)), _key(table, _row(table, pairs, i, 1))
-            _find_single(factors, places, kept[i], grad[i] * scale, ones, table, word, context)
-            for j in range(dim):
-                w, c = 2 * np.int64(places[0, j]), 2 * np.int64(places[1, j])
-                to_word, to_context = factors[j] * both[c], factors[j] * both[w]
-                both[w + 1] += to_word
-                both[c + 1] += to_context
+        _pair_private_single_share(
+            np.int64(t), threads, private[t], weight, pairs, kept, grad, scale, table, None, None, None
+        )
     for t in prange(threads):
         low, high = pool.shape[0] * t // threads, pool.shape[0] * (t + 1) // threads
         for other in range(threads):
@@ -628,7 +792,7 @@ def _pair_owned_single(
     for t in prange(threads):
         low_end, high_end = size * t // threads, size * (t + 1) // threads
         ones = np.ones(_LANES, pool.dtype)
-        factors, places = np.empty(dim, pool.dtype), np.empty((2, dim), np.uint32)
+        factors, places = np.empty(dim, pool.dtype), _place_memory(dim)
         # Of each value this thread owns: its place, its partner's, and the factor.
         own, partner = np.empty(2 * _TILE * dim + 1, np.uint32), np.empty(2 * _TILE * dim + 1, np.uint32)
         term = np.empty(2 * _TILE * dim + 1, pool.dtype)
@@ -642,8 +806,12 @@ def _pair_owned_single(
                 _find_single(factors, places, kept[i], grad[i] * scale, ones, table, word, context)
                 for side in range(2):
                     for j in range(dim):
-                        place = np.int64(places[side, j])
-                        own[count], partner[count], term[count] = place, places[1 - side, j], factors[j]
+                        place = np.int64(places[side, _FIRST + j])
+                        own[count], partner[count], term[count] = (
+                            place,
+                            places[1 - side, _FIRST + j],
+                            factors[j],
+                        )
                         # No branch, since none could be predicted.
                         count += np.int64(place >= low_end) & np.int64(place < high_end)
             for x in range(count):

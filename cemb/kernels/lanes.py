@@ -19,6 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from cemb import hashing
+
 LANES = 16
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BITS = ir.VectorType(ir.IntType(1), LANES)
@@ -252,6 +254,41 @@ def multiply(
 
     ints = types.intp
     return types.void(out, ints, a, ints, b, ints, _factor_type(a), ints, ints), generate
+
+
+@intrinsic
+def finish_hash(
+    typing: Any, out: Any, i: Any, first: Any, steps: Any, row: Any, num_starts: Any
+) -> tuple[Any, Any]:
+    """Write to ``out[i + l]``, for all lanes l, where a block starts whose hash is half done.
+
+    ``first + steps[row, l]`` is the product by the hash's first multiplier, see `cemb.hashing`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+        out_type, _, _, steps_type, _, _ = signature.args
+        out, i, first, steps, row, num_starts = arguments
+        words, starts = ir.VectorType(ir.IntType(64), LANES), ir.VectorType(_I32, LANES)
+
+        def shifted(value: Any, count: int) -> Any:
+            return builder.lshr(value, ir.Constant(words, [count] * LANES))
+
+        pointer = _pointer(
+            context, builder, steps_type, steps, builder.mul(row, ir.Constant(row.type, LANES))
+        )
+        step = builder.load(builder.bitcast(pointer, words.as_pointer()), align=8)
+        product = builder.add(_splat(builder, first, words), step)
+        mixed = builder.xor(product, shifted(product, 27))
+        product = builder.mul(mixed, ir.Constant(words, [hashing.MULTIPLIER_2] * LANES))
+        # The upper half of ``product ^ (product >> 31)``.
+        half = builder.xor(shifted(product, 32), shifted(product, 63))
+        scaled = builder.mul(half, _splat(builder, builder.zext(num_starts, words.element), words))
+        pointer = _pointer(context, builder, out_type, out, i)
+        start = builder.trunc(shifted(scaled, 32), starts)
+        builder.store(start, builder.bitcast(pointer, starts.as_pointer()), align=4)
+
+    ints, word = types.intp, types.uint64
+    return types.void(out, ints, word, steps, ints, types.uint32), generate
 
 
 @intrinsic

@@ -50,6 +50,55 @@ def _update_dense(
 
 
 @njit(parallel=True, cache=True, nogil=True)
+def _fit_privately(
+    weight: Any,
+    first_state: Any,
+    second_state: Any,
+    rule: Any,
+    private: Any,
+    pairs: Any,
+    scale: Any,
+    table: Any,
+    cells: Any,
+    dropping: Any,
+) -> Any:
+    threads = private.shape[0]
+    errors = np.empty(pairs.shape[0], weight.dtype)
+    for t in prange(threads):
+        share = np.int64(t)
+        if cpu._is_single(table):
+            cpu._pair_private_single_share(
+                share, threads, private[t], weight, pairs, None, None, scale, table, cells, errors, dropping
+            )
+        else:
+            private[t] = 0
+            cpu._pair_private_share(
+                share, threads, private[t], weight, pairs, None, None, scale, table, cells, errors, dropping
+            )
+    for t in prange(threads):
+        low, high = weight.shape[0] * t // threads, weight.shape[0] * (t + 1) // threads
+        for page in range(low, high, _PAGE):
+            after = min(page + _PAGE, high)
+            first, second = first_state[page:after], second_state[page:after]
+            _update_slice(rule, weight[page:after], first, second, _sums(private, page, after, table))
+    return cpu._loss(errors, cells[1])
+
+
+@njit(nogil=True)
+def _sums(private: Any, low: Any, high: Any, table: Any) -> Any:
+    """Sums of all threads' gradients of the weights from `low` to `high`."""
+    sums = np.zeros(high - low, private.dtype)
+    for t in range(private.shape[0]):
+        if cpu._is_single(table):
+            for p in range(low, high):
+                sums[p - low] += private[t, 2 * p + 1]
+        else:
+            for p in range(low, high):
+                sums[p - low] += private[t, p]
+    return sums
+
+
+@njit(parallel=True, cache=True, nogil=True)
 def _update_buckets(
     weight: Any,
     first_state: Any,
@@ -73,9 +122,12 @@ def _update_buckets(
 
 
 @njit(inline="always")
-def _prefetch_two(rule: Any, weight: Any, first_state: Any, second_state: Any, i: Any, j: Any) -> None:
-    """Ask for the cache lines of two weights and of the states that a rule has."""
-    cpu._prefetch_two(weight, i, j)
+def _prefetch_two(
+    rule: Any, is_near: Any, weight: Any, first_state: Any, second_state: Any, i: Any, j: Any
+) -> None:
+    """Ask for the cache lines of two weights, unless they are near, and of the states that a rule has."""
+    if not is_near:
+        cpu._prefetch_two(weight, i, j)
     if rules.num_states(rule) > 0:
         cpu._prefetch_two(first_state, i, j)
     if rules.num_states(rule) > 1:
@@ -92,6 +144,10 @@ def _update_alone_share(
     pairs: Any,
     kept: Any,
     factors: Any,
+    scale: Any,
+    cells: Any,
+    errors: Any,
+    dropping: Any,
     terms: Any,
     ranks: Any,
     threads: Any,
@@ -100,17 +156,32 @@ def _update_alone_share(
     n, blocks, size = pairs.shape[0], table.num_blocks, table.block_size
     keys, places, signs = cpu._tile_memory(table)
     begin, end = n * t // threads, n * (t + 1) // threads
+    is_near = cells is not None  # what was just scored
+    products = np.zeros((cpu._TILE, table.dim), weight.dtype)
+    hashes = cpu._room_for_hashes(table.dim)
+    drawn = np.empty((cpu._TILE, cpu._kept_width(table.dim)), np.uint16)
+    slopes = np.empty(cpu._TILE, weight.dtype)
     cpu._find(table, pairs, begin, min(begin + cpu._TILE, end), keys, places, signs, 0)
     rank = np.int64(2 * blocks * begin)
     for low in range(begin, end, cpu._TILE):
         high = min(low + cpu._TILE, end)
         slot = (low - begin) & cpu._RING
         cpu._find(table, pairs, high, min(high + cpu._TILE, end), keys, places, signs, cpu._TILE - slot)
+        if kept is not None:
+            tile_kept, tile_factors = kept[low:high], factors[low:high]
+        if cells is not None:
+            # Of these pairs nothing was updated yet: blocks that overlap others' are left for later.
+            tile_kept, tile_factors, tile_errors = drawn[: high - low], slopes[: high - low], errors[low:high]
+            cpu._draw_rows(tile_kept, hashes, low, table.dim, dropping[0], dropping[1])
+            cpu._score_tile(
+                weight, tile_kept, tile_errors, products, scale, places, signs, slot, cpu._AHEAD, table
+            )
+            cpu._differentiate(tile_errors, tile_factors, cells, low)
         for i in range(low, high):
             here, ahead = slot + i - low, (slot + i - low + cpu._AHEAD) & cpu._RING
             for b in range(blocks):
                 first, length = b * size, cpu._block_length(table, b)
-                factor = factors[i] * (signs[0, b, here] * signs[1, b, here])
+                factor = tile_factors[i - low] * scale * (signs[0, b, here] * signs[1, b, here])
                 word, context = places[0, b, here], places[1, b, here]
                 word_term, context_term = np.int64(-size), np.int64(-size)
                 if ranks[i, 0, b] >= 0:
@@ -119,11 +190,13 @@ def _update_alone_share(
                 if ranks[i, 1, b] >= 0:
                     ranks[i, 1, b], context_term = rank, size * rank
                     rank += 1
-                row, unpaired = kept[i], cpu._unpaired(length)
+                row, unpaired = tile_kept[i - low], cpu._unpaired(length)
                 next_word, next_context = places[0, b, ahead], places[1, b, ahead]
                 last = lanes.num_read(length) - 1
-                _prefetch_two(rule, weight, first_state, second_state, next_word, next_context)
-                _prefetch_two(rule, weight, first_state, second_state, next_word + last, next_context + last)
+                _prefetch_two(rule, is_near, weight, first_state, second_state, next_word, next_context)
+                _prefetch_two(
+                    rule, is_near, weight, first_state, second_state, next_word + last, next_context + last
+                )
                 if unpaired:
                     rules.exchange(
                         rule,
@@ -141,9 +214,13 @@ def _update_alone_share(
                     )
                 for k in range(unpaired, length - _LANES, 2 * _LANES):
                     step = min(_LANES, length - _LANES - k)
-                    _prefetch_two(rule, weight, first_state, second_state, next_word + k, next_context + k)
+                    _prefetch_two(
+                        rule, is_near, weight, first_state, second_state, next_word + k, next_context + k
+                    )
                     m = k + step
-                    _prefetch_two(rule, weight, first_state, second_state, next_word + m, next_context + m)
+                    _prefetch_two(
+                        rule, is_near, weight, first_state, second_state, next_word + m, next_context + m
+                    )
                     rules.exchange_two(
                         rule,
                         weight,
@@ -170,6 +247,10 @@ def _update_alone(
     pairs: Any,
     kept: Any,
     factors: Any,
+    scale: Any,
+    cells: Any,
+    errors: Any,
+    dropping: Any,
     terms: Any,
     ranks: Any,
     threads: Any,
@@ -185,6 +266,10 @@ def _update_alone(
             pairs,
             kept,
             factors,
+            scale,
+            cells,
+            errors,
+            dropping,
             terms,
             ranks,
             threads,
@@ -326,17 +411,29 @@ def _update_pairs(
     pairs: Any,
     kept: Any,
     factors: Any,
+    scale: Any,
+    cells: Any,
+    dropping: Any,
     room: Any,
     table: Any,
-) -> None:
-    """Step the weights with what overlaps nothing, and with the sums of all else, or of all, the target."""
+) -> Any:
+    """Step the weights with what overlaps nothing, and with the sums of all else, or of all, the target.
+
+    With `cells`, see `cemb.kernels.cpu._differentiate`, returns the loss; `kept` and `factors` are None.
+    """
     terms, ranks, keys, listed, cuts, counts = room
     unit = table.dim if table.num_starts == 0 else 1
     slices = keys, listed, cuts, counts
     overlaps._find_overlapping(pairs, is_whole, ranks, *slices, weight.shape[0] // unit, table)
     states = first_state, second_state, rule
-    _update_alone(weight, *states, pairs, kept, factors, terms, ranks, counts.shape[0], table)
+    errors = np.empty(0 if cells is None else pairs.shape[0], weight.dtype)
+    batch = pairs, kept, factors, scale, cells, errors, dropping
+    _update_alone(weight, *states, *batch, terms, ranks, counts.shape[0], table)
     _update_summed(target, *states, terms, ranks, keys, cuts, counts, table)
+    loss = weight.dtype.type(0)
+    if cells is not None:
+        loss += cpu._loss(errors, cells[1])
+    return loss
 
 
 def _typed(rule: rules.Rule, weight: npt.NDArray[Any]) -> rules.Rule:
@@ -393,11 +490,12 @@ def update_pairs(
     """
     with cpu._launch:
         room = overlaps.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
-        batch = (pairs, kept, factors, room, cpu.Geometry.of(spec, context_offset))
+        batch, table = (pairs, kept, factors), cpu.Geometry.of(spec, context_offset)
         if isinstance(rule, rules.RowwiseAdagrad):
-            rowwise.update_pairs(weight, states[0], _typed(rule, weight), *batch)
+            rowwise.update_pairs(weight, states[0], _typed(rule, weight), *batch, room, table)
         else:
-            _update_pairs(*_arguments(weight, states, rule), weight, False, *batch)
+            loss = weight.dtype.type(1), None, None
+            _update_pairs(*_arguments(weight, states, rule), weight, False, *batch, *loss, room, table)
         return room
 
 
@@ -414,7 +512,66 @@ def add_pairs(
     """Add to a dense gradient what `update_pairs` would update the weights with; returns and raises as it."""
     with cpu._launch:
         room = overlaps.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
-        batch = (pairs, kept, factors, room, cpu.Geometry.of(spec, context_offset))
-        add = _arguments(weight, (), rules.SGD(-1.0))
-        _update_pairs(*add, dense, True, *batch)
+        batch, table = (pairs, kept, factors), cpu.Geometry.of(spec, context_offset)
+        loss = weight.dtype.type(1), None, None
+        _update_pairs(*_arguments(weight, (), rules.SGD(-1.0)), dense, True, *batch, *loss, room, table)
         return room
+
+
+def fit_pairs(
+    weight: npt.NDArray[Any],
+    states: Sequence[npt.NDArray[Any]],
+    rule: rules.Rule,
+    pairs: npt.NDArray[np.int64],
+    values: npt.NDArray[Any],
+    weights: npt.NDArray[Any],
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    dropout: hashing.PairDropout,
+    room: overlaps.Room | None,
+) -> tuple[float, overlaps.Room]:
+    """`update_pairs` with the gradient of ``Σ weights[i] (score[i] − values[i])²``; returns it and the room.
+
+    A pair is scored when it is updated, so that it comes from memory once. `weights` are ``[n]``, or ``[1]``
+    for all alike.
+    """
+    with cpu._launch:
+        room = overlaps.Room.fitting(room, len(pairs), spec, weight.dtype, cpu._set_threads())
+        batch = pairs, None, None, *_loss_arguments(weight, values, weights, dropout)
+        arguments = _arguments(weight, states, rule)
+        loss = _update_pairs(*arguments, weight, False, *batch, room, cpu.Geometry.of(spec, context_offset))
+        return loss, room
+
+
+def _loss_arguments(
+    weight: npt.NDArray[Any],
+    values: npt.NDArray[Any],
+    weights: npt.NDArray[Any],
+    dropout: hashing.PairDropout,
+) -> tuple[Any, ...]:
+    scale = weight.dtype.type(dropout.scale)
+    return scale, (values, weights), (np.uint64(dropout.salt), dropout.threshold)
+
+
+def fit_pairs_of_all(
+    weight: npt.NDArray[Any],
+    states: Sequence[npt.NDArray[Any]],
+    rule: rules.Rule,
+    pairs: npt.NDArray[np.int64],
+    values: npt.NDArray[Any],
+    weights: npt.NDArray[Any],
+    spec: hashing.HashSpec | hashing.FullSpec,
+    context_offset: int,
+    dropout: hashing.PairDropout,
+) -> float:
+    """`fit_pairs` that updates all weights, as `update_dense`: for small pools, which every batch touches.
+
+    Deterministic for a given number of threads.
+    """
+    with cpu._launch:
+        threads, table = cpu._set_threads(), cpu.Geometry.of(spec, context_offset)
+        private = cpu._private_pools(threads, (2 if cpu.is_single(spec) else 1) * weight.size, weight.dtype)
+        scale, cells, dropping = _loss_arguments(weight, values, weights, dropout)
+        batch = private, pairs, scale, table, cells, dropping
+        loss: float = _fit_privately(*_arguments(weight, states, rule), *batch)
+        return loss
