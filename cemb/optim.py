@@ -145,7 +145,7 @@ class Touched(torch.optim.Optimizer):
             raise RuntimeError("the parameter has a gradient that no step has used: step or zero_grad first")
         if weights is None:
             weights = weight.new_full((1,), 1 / max(n, 1))
-        values, weights = (cells.detach().to(weight.dtype).contiguous() for cells in (values, weights))
+        values, weights = (cells.detach().to(weight).contiguous() for cells in (values, weights))
         is_small = isinstance(spec, HashSpec) and spec.pool_size <= cpu.PRIVATE_POOL_LIMIT
         if not self._is_one_pass(spec, is_small):
             with torch.enable_grad():

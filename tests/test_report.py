@@ -238,31 +238,53 @@ def test_optimizers_whose_seeds_overlap_are_tied():
     assert report.best_optimizer_text(found) == "Adam"
 
 
+def _bench_record(table, middle, **fields):
+    return {
+        "kind": "speed",
+        "ids": "uniform",
+        "optimizer": "sgd",
+        "num_embeddings": targets.ROWS,
+        "device": "cpu",
+        "embedding_dim": 100,
+        "batch_size": 100,
+        "sparse_gradients": False,
+        "touched_only": True,
+        "pool_size": None,
+        "block_size": 1,
+        "thp_mem_alloc_enable": "0",
+        "peak_mib": 1.0,
+        "label": table,
+        "table": table,
+        "total_ms": middle,
+        "total_ms_repeats": [middle + step for step in (-0.4, -0.2, 0.0, 0.2, 0.4)],
+        **fields,
+    }
+
+
+_BENCH_RATES = {
+    "kind": "rates",
+    "stream_gb_per_s": 50,
+    "random_rows_per_s": 1e8,
+    "random_values_per_s": 4e8,
+    "cached_gathers_per_s": 4e9,
+}
+
+
+def test_steps_in_one_pass_stand_beside_the_usual_ones():
+    one_pass = _bench_record("full-fused", 2.0, one_pass=True, label="full-fused, one pass")
+    found = [_BENCH_RATES, _bench_record("full-fused", 4.0), _bench_record("full", 10.0), one_pass]
+    assert report.bench_frame(found).table.tolist() == ["full-fused", "full-fused, one pass", "full"]
+    (row,) = report.targets_table(found).to_dict("records")
+    assert row["ratio"].startswith("0.20 (")
+    assert row["by autograd"] == "0.40"
+
+
 def test_a_target_within_the_noise_is_undecided():
     (target, *_) = (t for t in targets.targets() if t.name.startswith("our fused") and t.optimizer == "sgd")
 
-    def record(table, middle):
-        shared = {"ids": "uniform", "optimizer": "sgd", "num_embeddings": targets.ROWS, "device": "cpu"}
-        shared |= {"embedding_dim": 100, "batch_size": 100, "sparse_gradients": False, "touched_only": True}
-        shared |= {
-            "kind": "speed",
-            "pool_size": None,
-            "block_size": 1,
-            "thp_mem_alloc_enable": "0",
-            "label": table,
-        }
-        return {
-            **shared,
-            "table": table,
-            "total_ms": middle,
-            "total_ms_repeats": [middle + step for step in (-0.4, -0.2, 0.0, 0.2, 0.4)],
-        }
-
     def verdict(ours):
-        rates = {"kind": "rates", "stream_gb_per_s": 50, "random_rows_per_s": 1e8}
-        rates |= {"random_values_per_s": 4e8, "cached_gathers_per_s": 4e9}
-        table = report.targets_table([rates, record("full-fused", ours), record("full", 10.0)])
-        return table.set_index("what").ratio[target.name]
+        found = [_BENCH_RATES, _bench_record("full-fused", ours), _bench_record("full", 10.0)]
+        return report.targets_table(found).set_index("what").ratio[target.name]
 
     assert verdict(10 * target.limit - 2).endswith("), reached")
     assert verdict(10 * target.limit + 0.05).endswith("), undecided")
