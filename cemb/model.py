@@ -143,7 +143,7 @@ class PairModel(nn.Module):
 
     @property
     def has_one_pass(self) -> bool:
-        """Whether the model has a `squared_error_step`: one of `cemb`'s own tables and no biases."""
+        """Whether the model has a `squared_error_step` on the CPU: one of our tables, and no biases."""
         return self._is_fused and self.word_bias is None
 
     def squared_error_step(

@@ -320,6 +320,8 @@ def check_pairs(weight: Tensor, pairs: Tensor, spec: Spec, context_offset: int) 
         raise ValueError(f"pairs must have shape [n, 2], got {list(pairs.shape)}")
     if context_offset and isinstance(spec, FullSpec):
         raise ValueError(f"a full table has no context offset, got {context_offset}")
+    if context_offset < 0:
+        raise ValueError(f"context_offset must not be negative, got {context_offset}")
 
 
 def draw_seed(dropout: float, like: Tensor) -> Tensor:

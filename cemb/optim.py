@@ -10,7 +10,7 @@ other ops, in ``parameter.grad``, are taken in too, and then all values are visi
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,12 @@ from cemb.hashing import HashSpec, PairDropout
 from cemb.kernels import cpu, rules, updates
 from cemb.touched import TouchedGradient, advise_huge_pages
 
+_Array = npt.NDArray[Any]
+_T = TypeVar("_T")
 
-def _flat(tensor: Tensor) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = tensor.detach().view(-1).numpy()
+
+def _flat(tensor: Tensor) -> _Array:
+    array: _Array = tensor.detach().view(-1).numpy()
     return array
 
 
@@ -72,34 +75,46 @@ class Touched(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                touched = parameter.touched
-                if touched.is_empty and parameter.grad is None:
-                    continue
-                weight, states, rule = self._advance(group, parameter)
-                if parameter.grad is None and not self.visits_all:
-                    touched.update(weight, states, rule)
-                else:
-                    dense = np.zeros_like(weight) if parameter.grad is None else _flat(parameter.grad)
-                    touched.add_to(dense, weight)
-                    updates.update_dense(weight, states, rule, dense)
-                    touched.clear()
-                # Kernels write past autograd, which would let a graph of before the step be used after it.
-                torch.autograd.graph.increment_version(parameter)
+                if parameter.grad is not None or not parameter.touched.is_empty:
+                    self._step_parameter(group, parameter)
         return loss
 
-    def _advance(
-        self, group: dict[str, Any], parameter: Tensor
-    ) -> tuple[npt.NDArray[Any], list[npt.NDArray[Any]], rules.Rule]:
-        """Count a step; the parameter and its states, which the first makes, as flat arrays, and the rule."""
+    def _step_parameter(self, group: dict[str, Any], parameter: Any) -> None:
+        touched: TouchedGradient = parameter.touched
+        if parameter.grad is None and not self.visits_all:
+            self._update(group, parameter, touched.update)
+            return
+
+        def visit(weight: _Array, states: list[_Array], rule: rules.Rule) -> None:
+            dense = np.zeros_like(weight) if parameter.grad is None else _flat(parameter.grad)
+            touched.add_to(dense, weight)
+            updates.update_dense(weight, states, rule, dense)
+            touched.clear()
+
+        self._update(group, parameter, visit)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        parameter: Tensor,
+        update: Callable[[_Array, list[_Array], rules.Rule], _T],
+    ) -> _T:
+        """Call `update` with parameter and states as flat arrays, and a step's rule; then count the step.
+
+        The first makes the states.
+        """
         state = self.state[parameter]
         if not state:
             state["step"] = 0
             for name in self.state_names:
                 room = advise_huge_pages(self._room_for_state(parameter))
                 state[name] = room.fill_(self._initial(group))
-        state["step"] += 1
         states = [_flat(state[name]) for name in self.state_names]
-        return _flat(parameter), states, self._rule(group, state["step"])
+        found = update(_flat(parameter), states, self._rule(group, state["step"] + 1))
+        state["step"] += 1
+        # Kernels write past autograd, which would let a graph of before the step be used after it.
+        torch.autograd.graph.increment_version(parameter)
+        return found
 
     @torch.no_grad()
     def squared_error_step(
@@ -115,10 +130,11 @@ class Touched(torch.optim.Optimizer):
     ) -> Tensor:
         """A training step on ``Σ weights[i] (score[i] − values[i])²`` of pairs, in one pass over them.
 
-        It does what `cemb.ops.pair_scores`, this loss, its backward pass, `step` and `zero_grad` do one after
-        the other, without autograd. Row-wise Adagrad, and block size 1 in pools larger than
-        `cemb.kernels.cpu.PRIVATE_POOL_LIMIT`, take that way. Deterministic for any number of threads, in
-        hashed pools up to that limit for a given one.
+        It does to one parameter what `cemb.ops.pair_scores`, this loss, its backward pass, `step` and
+        `zero_grad` do one after the other, without autograd; hooks on `step` are not called. No such pass is
+        there for row-wise Adagrad, and in pools larger than `cemb.kernels.cpu.PRIVATE_POOL_LIMIT` for block
+        size 1, nor there and in full tables for `Adam`, which visits all: these take the usual way inside.
+        Deterministic for any number of threads, in hashed pools up to that limit for a given one.
 
         Args:
             weight: a parameter of this optimizer: pool or full table, as for `cemb.ops.pair_scores`, as
@@ -130,11 +146,14 @@ class Touched(torch.optim.Optimizer):
             The loss before the step, a scalar.
 
         Raises:
-            ValueError: `weight` is not of this optimizer, or `values` or `weights` is not ``[n]``.
+            ValueError: `weight` is not of this optimizer or does not require a gradient, or `values` or
+                `weights` is not ``[n]``.
             RuntimeError: `weight` has a gradient that no step has used.
             IndexError, TypeError, ValueError: as `cemb.ops.pair_scores`.
         """
         group = self._group_of(weight)
+        if not weight.requires_grad:
+            raise ValueError("the parameter does not require a gradient, so there is none to step by")
         ops.check_pairs(weight, pairs, spec, context_offset)
         n = len(pairs)
         for name, tensor in (("values", values), ("weights", weights)):
@@ -152,16 +171,17 @@ class Touched(torch.optim.Optimizer):
                 scores = ops.pair_scores(weight, pairs, spec, context_offset=context_offset, dropout=dropout)
                 loss = (weights * (scores - values).square()).sum()
             loss.backward()
-            self.step()
+            self._step_parameter(group, weight)
             return loss.detach()
         drop = PairDropout(dropout, int(ops.draw_seed(dropout, weight)))
         reference.check_ids(pairs, spec.num_embeddings)
-        fit: Callable[..., float] = touched.fit
-        if is_small and (self.visits_all is not False or cpu.is_single(spec)):
-            fit = updates.fit_pairs_of_all
         batch = pairs.long().contiguous().numpy(), values.numpy(), weights.numpy(), spec, context_offset, drop
-        found = fit(*self._advance(group, weight), *batch)
-        torch.autograd.graph.increment_version(weight)
+        # Where nothing was summed, Adagrad would divide 0 by an eps of 0.
+        visits_all = bool(self.visits_all) if group.get("eps") == 0 else self.visits_all
+        fit: Callable[..., float] = touched.fit
+        if is_small and (visits_all is not False or cpu.is_single(spec)):
+            fit = updates.fit_pairs_of_all
+        found = self._update(group, weight, lambda *arguments: fit(*arguments, *batch))
         return weight.new_tensor(found)
 
     def _is_one_pass(self, spec: ops.Spec, is_small: bool) -> bool:

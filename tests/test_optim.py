@@ -418,13 +418,13 @@ OFFSET = 10**6
 def _fit(make, spec, *, steps=4, num_pairs=70, dtype=torch.float64, one_pass=True):
     """Weights and losses of steps on squared errors; by naive PyTorch if not `one_pass`."""
     generator = torch.Generator().manual_seed(0)
-    start = 0.3 * torch.randn(spec.pool_size, generator=generator, dtype=dtype)
+    start = (0.3 * torch.randn(spec.pool_size, generator=generator, dtype=torch.float64)).to(dtype)
     weight = nn.Parameter(start.view(60, 100) if spec == FullSpec(60, 100) else start)
     optimizer, losses = make([weight]), []
     offset = 0 if isinstance(spec, FullSpec) else OFFSET
     for step in range(steps):
         pairs = torch.randint(spec.num_embeddings, (num_pairs, 2), generator=generator)
-        values, weights = torch.rand(2, num_pairs, generator=generator, dtype=dtype)
+        values, weights = torch.rand(2, num_pairs, generator=generator, dtype=torch.float64).to(dtype)
         options = {"dropout": 0.1, "context_offset": offset, "weights": weights if step % 2 else None}
         torch.manual_seed(step)
         if one_pass:
@@ -446,6 +446,9 @@ def test_a_step_in_one_pass_is_that_of_naive_pytorch(spec, name):
     found = _fit(lambda p: getattr(optim, name)(p, lr=0.05), spec)
     expected = _fit(lambda p: getattr(torch.optim, name)(p, lr=0.05), spec, one_pass=False)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    if name == "SGD":
+        found = _fit(lambda p: optim.SGD(p, lr=0.05), spec, dtype=torch.float32)
+        torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +480,7 @@ def test_steps_in_one_pass_on_any_number_of_threads(spec, monkeypatch):
     found = []
     for threads in (1, 2, 3):
         monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
-        found.append(_fit(lambda p: optim.SGD(p, 0.5), spec))
+        found.append(_fit(lambda p: optim.SGD(p, 0.5), spec, num_pairs=200))
     for other in found[1:]:
         if isinstance(spec, HashSpec) and spec.pool_size <= cpu.PRIVATE_POOL_LIMIT:
             torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
@@ -515,7 +518,7 @@ def test_a_step_in_one_pass_refuses_what_it_cannot_do():
         wanted = torch.zeros(3) if name == "values" else values
         with pytest.raises(ValueError, match=rf"{name} must have shape \[2\], one for each pair, got \["):
             optimizer.squared_error_step(weight, pairs, wanted, spec, **options)
-    with pytest.raises(IndexError, match="5"):
+    with pytest.raises(IndexError, match=r"ids must lie in \[0, 5\), .* got ids from 1 to 5"):
         optimizer.squared_error_step(weight, pairs + 1, values, spec)
     with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
         optimizer.squared_error_step(weight, pairs, values, spec, dropout=1.0)
@@ -524,13 +527,58 @@ def test_a_step_in_one_pass_refuses_what_it_cannot_do():
     ops.pair_scores(weight, pairs, spec).sum().backward()
     with pytest.raises(RuntimeError, match="a gradient that no step has used: step or zero_grad first"):
         optimizer.squared_error_step(weight, pairs, values, spec)
+    optimizer.zero_grad()
+    weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="does not require a gradient, so there is none to step by"):
+        optimizer.squared_error_step(weight, pairs, values, spec)
+    weight.requires_grad_()
     assert torch.equal(weight, torch.ones(5, 4))
     assert optimizer.state[weight] == {}
-    optimizer.zero_grad()
     loss = ops.pair_scores(weight, pairs, spec).sum()
     assert optimizer.squared_error_step(weight, pairs, values, spec) == 16
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_step_that_fails_is_not_counted():
+    spec = HashSpec(5, 4, 30)
+    weight = nn.Parameter(torch.ones(30))
+    optimizer, pairs = optim.Adam([weight]), torch.tensor([[0, 1]])
+    with pytest.raises(ValueError, match="context_offset must not be negative, got -1"):
+        optimizer.squared_error_step(weight, pairs, torch.ones(1), spec, context_offset=-1)
+    with pytest.raises(OverflowError):
+        optimizer.squared_error_step(weight, pairs, torch.ones(1), spec, context_offset=2**64)
+    assert optimizer.state[weight].get("step", 0) == 0
+    optimizer.squared_error_step(weight, pairs, torch.ones(1), spec)
+    assert optimizer.state[weight]["step"] == 1
+
+
+@pytest.mark.parametrize("make", [optim.SGD, optim.RowwiseAdagrad, optim.Adam])
+def test_a_step_in_one_pass_is_of_one_parameter(make):
+    weights = [nn.Parameter(torch.ones(5, 4)) for _ in range(2)]
+    optimizer = make(weights)
+    weights[1].sum().backward()
+    optimizer.squared_error_step(weights[0], torch.tensor([[0, 1]]), torch.zeros(1), FullSpec(5, 4))
+    assert not torch.equal(weights[0], torch.ones(5, 4))
+    assert torch.equal(weights[1], torch.ones(5, 4))
+    optimizer.step()
+    assert not torch.equal(weights[1], torch.ones(5, 4))
+
+
+def test_adagrad_without_eps_leaves_alone_what_no_step_touched():
+    spec = HashSpec(50, 8, 3000, block_size=4)
+    weight = nn.Parameter(torch.ones(3000))
+    optimizer = optim.Adagrad([weight], 0.1, eps=0.0)
+    optimizer.squared_error_step(weight, torch.tensor([[0, 1]]), torch.zeros(1), spec)
+    assert (weight == 1).sum() >= 3000 - 16
+    assert (weight < 1).any()
+
+
+def test_the_loss_of_a_step_in_one_pass_is_summed_in_double_precision():
+    weight, spec = nn.Parameter(torch.full((2, 1), 0.1)), FullSpec(2, 1)
+    pairs = torch.tensor([[0, 1]]).expand(2**20, 2)
+    loss = optim.SGD([weight], 1e-9).squared_error_step(weight, pairs, torch.zeros(2**20), spec)
+    assert loss.item() == pytest.approx(1e-4, rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", [FullSpec(5, 4), HashSpec(5, 4, 30, block_size=2), HashSpec(5, 4, 30)])

@@ -553,9 +553,9 @@ def _differentiate(errors: Any, slopes: Any, cells: Any, first: Any) -> None:
 def _loss(errors: Any, weights: Any) -> Any:
     """The weighted sum of squares, see `_differentiate`."""
     last = weights.shape[0] - 1
-    total = errors.dtype.type(0)
+    total = 0.0
     for i in range(errors.shape[0]):
-        total += weights[min(i, last)] * errors[i] * errors[i]
+        total += np.float64(weights[min(i, last)]) * np.float64(errors[i]) ** 2
     return total
 
 

@@ -430,7 +430,7 @@ def _update_pairs(
     batch = pairs, kept, factors, scale, cells, errors, dropping
     _update_alone(weight, *states, *batch, terms, ranks, counts.shape[0], table)
     _update_summed(target, *states, terms, ranks, keys, cuts, counts, table)
-    loss = weight.dtype.type(0)
+    loss = 0.0
     if cells is not None:
         loss += cpu._loss(errors, cells[1])
     return loss
