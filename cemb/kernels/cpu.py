@@ -588,7 +588,7 @@ def _pair_scores_share(
         if not is_drawn:
             _draw_rows(kept[low:high], hashes, low, dim, salt, threshold)
         if _is_single(table) and (weight.shape[0] > _CACHED or not lanes.has_gather()):
-            # Places first, for the reason that `_find_row` gives.
+            # Places first, for the reason that `_find_places` gives.
             for i in range(low, high):
                 word = _key(table, _row(table, pairs, i, 0))
                 context = _key(table, _row(table, pairs, i, 1))
