@@ -15,7 +15,10 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
-from cemb import provenance, records, report, study
+from cemb import files
+from cemb.report import data, provenance, select
+from cemb.study import grid, records
+from cemb.study import run as study_run
 
 ROOT = records.ROOT
 BOOK = ROOT / "book"
@@ -30,19 +33,19 @@ def source_files() -> list[Path]:
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
-def site_key(runs: list[study.Run]) -> str:
+def site_key(runs: list[grid.Run]) -> str:
     """A hash of all that the site depends on."""
     digest = hashlib.sha256()
     for path in source_files():
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     for run in runs:
-        digest.update(study.run_dir(run).name.encode())
+        digest.update(study_run.run_dir(run).name.encode())
     for package in ("jupyter-book", "myst-nb", "sphinx-book-theme", "matplotlib", "pandas"):
         digest.update(f"{package} {version(package)}".encode())
     return digest.hexdigest()
 
 
-def stage(runs: list[study.Run], found: list[dict], source: Path) -> None:
+def stage(runs: list[grid.Run], found: list[dict], source: Path) -> None:
     """Lay the book's sources, the executed notebooks and the records' CSV files into `source`."""
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("build.py", "__pycache__", "_ext"))
@@ -58,15 +61,15 @@ def stage(runs: list[study.Run], found: list[dict], source: Path) -> None:
         )
         page = source / "runs" / f"reference-{name}.md"
         page.write_text(provenance.reference_page(machine, kind, measured), encoding="utf-8")
-    whole = report.completed(found)
+    whole = select.completed(found)
     for kind in ("pmi", "speed", "quality", "frontier"):
-        (source / "data" / f"{kind}.csv").write_text(report.csv_text(whole, kind), encoding="utf-8")
-    (source / "assets" / "records.js").write_text(report.explorer_data(whole), encoding="utf-8")
+        (source / "data" / f"{kind}.csv").write_text(data.csv_text(whole, kind), encoding="utf-8")
+    (source / "assets" / "records.js").write_text(data.explorer_data(whole), encoding="utf-8")
 
 
-def stage_run(run: study.Run, found: list[dict], page: Path) -> None:
+def stage_run(run: grid.Run, found: list[dict], page: Path) -> None:
     """Write a run's executed notebook with an end that says where its numbers come from."""
-    notebook = json.loads((study.run_dir(run) / "run.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((study_run.run_dir(run) / "run.ipynb").read_text(encoding="utf-8"))
     text = provenance.run_section(run, found, os.environ.get("CEMB_GRID") or "default")
     notebook["cells"].append({"cell_type": "markdown", "id": "provenance", "metadata": {}, "source": text})
     page.write_text(json.dumps(notebook), encoding="utf-8")
@@ -81,7 +84,7 @@ def pack(html: Path, archive: Path) -> None:
             packed.writestr(entry, path.read_bytes())
 
 
-def build_html(runs: list[study.Run], found: list[dict], build: Path) -> int:
+def build_html(runs: list[grid.Run], found: list[dict], build: Path) -> int:
     """Stage and build; returns Jupyter Book's exit status."""
     (build / ".site-key").unlink(missing_ok=True)
     shutil.rmtree(build / "_build", ignore_errors=True)
@@ -104,9 +107,9 @@ def main() -> int:
     parser.add_argument("--archive", action="store_true", help="also pack the site into one zip file")
     arguments = parser.parse_args()
     build = arguments.build_dir.resolve()
-    runs = report.book_runs()
+    runs = select.book_runs()
     try:
-        found = report.load()
+        found = select.load()
     except (OSError, ValueError) as error:
         print(f"the site cannot be built: {error}\n`make study` runs what is missing", file=sys.stderr)
         return 1
@@ -116,7 +119,7 @@ def main() -> int:
     elif status := build_html(runs, found, build):
         return status
     else:
-        records.write_atomic(stamp, key)
+        files.write_atomic(stamp, key)
         print(f"the site is built: {index}")
     if arguments.archive:
         archive = build / f"cemb-{version('cemb')}-site.zip"

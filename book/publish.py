@@ -15,7 +15,11 @@ import sys
 
 import matplotlib.pyplot as plt
 
-from cemb import plots, provenance, records, report, study
+from cemb import files
+from cemb.report import answer as report_answer
+from cemb.report import figures, provenance, select, speed, text
+from cemb.study import grid, records
+from cemb.study import run as study_run
 
 README = records.ROOT / "README.md"
 REFERENCES = records.ROOT / "results" / "reference"
@@ -27,8 +31,8 @@ def renewed_readme(readme: str, name: str, found: list[dict]) -> str:
 
     Raises ValueError if these leave part of the answer open, as those of the default grid do.
     """
-    answer = report.readme_answer(found)
-    if report.NOT_MEASURED in answer:
+    answer = report_answer.readme_answer(found)
+    if text.NOT_MEASURED in answer:
         raise ValueError("the README's answer is of the full grid; PROFILE=full make study runs it")
     picture = f"![Step time, hashed over full table, in 2021 and now](results/reference/{name}/answer.svg)"
     return ANSWER.sub(lambda _: f"{answer}\n\n{picture}\n", readme)
@@ -49,7 +53,7 @@ def extended(kept: list[dict], new: list[dict]) -> list[dict]:
     """Records, those of the new ones' runs replaced, in the full grid's order; of other runs last."""
     renewed = {record["run"] for record in new}
     found = [*(record for record in kept if record["run"] not in renewed), *new]
-    places = {run.name: place for place, run in enumerate(study.study_runs("full"))}
+    places = {run.name: place for place, run in enumerate(grid.study_runs("full"))}
     return sorted(found, key=lambda record: places.get(record["run"], len(places)))
 
 
@@ -65,10 +69,10 @@ def main() -> int:
     folder = REFERENCES / name
     try:
         if arguments.add:
-            runs = [run for run in report.book_runs() if study.staleness(run) is None]
-            found = extended(records.read(folder / "records.jsonl"), study.current_records(runs))
+            runs = [run for run in select.book_runs() if study_run.staleness(run) is None]
+            found = extended(records.read(folder / "records.jsonl"), study_run.current_records(runs))
         else:
-            found = report.load()
+            found = select.load()
         readme = renewed_readme(README.read_text(encoding="utf-8"), name, found)
     except (OSError, ValueError) as error:
         print(f"nothing to publish: {error}", file=sys.stderr)
@@ -77,10 +81,10 @@ def main() -> int:
     for kind, measurement in provenance.MEASUREMENTS.items():
         if measurement.module and (local := records.results_dir() / "local" / f"{kind}.jsonl").exists():
             records.write(records.read(local), folder / f"{kind}.jsonl")
-    figure = plots.answer(report.answer_frame(found))
+    figure = figures.answer(speed.answer_frame(found))
     figure.savefig(folder / "answer.svg", metadata={"Date": None}, facecolor="white")
     plt.close(figure)
-    records.write_atomic(README, readme)
+    files.write_atomic(README, readme)
     print(f"{len(found)} records in {folder.relative_to(records.ROOT)}; README renewed")
     return 0
 

@@ -42,9 +42,9 @@ def backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _cuda() -> ModuleType:
-    from cemb.kernels import cuda  # Triton is there on GPU hosts alone
+    from cemb.kernels import triton  # Triton is there on GPU hosts alone
 
-    return cuda
+    return triton
 
 
 def _encode(spec: Spec) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from cemb import study
+from cemb.study import grid
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "build" / "test"
@@ -25,7 +25,7 @@ def zipf_text(num_tokens=60_000, num_words=600, seed=0):
 
 def of_the_default_grid(found):
     """The records of a full study that a default one has: of its runs, methods, ratios and seeds."""
-    runs = {run.name: run.parameters for run in study.study_runs()}
+    runs = {run.name: run.parameters for run in grid.study_runs()}
     lists = {"method": "methods", "asked_ratio": "compression_ratios", "seed": "seeds"}
 
     def is_there(record):

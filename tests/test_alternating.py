@@ -3,10 +3,11 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cemb import alternating, evaluate
-from cemb.alternating import STORES, principal, solve, train_alternating, transform_code
 from cemb.tables import RowQuantizedEmbedding, TransformCodedEmbedding, all_rows, num_bytes
 from cemb.tables.transform_coded import allocate_bits, overhead_bytes
+from cemb.train import alternating
+from cemb.train import objective as train_objective
+from cemb.train.alternating import STORES, principal, solve, train_alternating, transform_code
 
 RANK = 4
 
@@ -18,12 +19,12 @@ def seeded():
 
 @pytest.fixture
 def objective(random_matrix):
-    return evaluate.AllCellsLoss(random_matrix)
+    return train_objective.AllCellsLoss(random_matrix)
 
 
 @pytest.fixture
 def best(random_matrix):
-    return evaluate.optimum(random_matrix, RANK)
+    return train_objective.optimum(random_matrix, RANK)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def low_rank():
     sides = [np.linalg.qr(rng.normal(size=(n, 30)))[0] for n in (500, 400)]
     dense = (sides[0] * 100 / np.arange(1, 31)) @ sides[1].T
     matrix = sp.csr_array(dense.astype(np.float32))
-    return evaluate.AllCellsLoss(matrix), evaluate.optimum(matrix, 8), matrix
+    return train_objective.AllCellsLoss(matrix), train_objective.optimum(matrix, 8), matrix
 
 
 @pytest.mark.parametrize("max_bytes", [6000, 7500, 9001])

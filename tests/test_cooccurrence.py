@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemb import hashing
-from cemb.cooccurrence import count_cooccurrences, keep_thresholds, subsample
+from cemb.pmi.cooccurrence import count_cooccurrences, keep_thresholds, subsample
 
 
 def scipy_counts(token_ids, vocab_size, window_size=5, weighting="flat", symmetric=True):

@@ -19,8 +19,9 @@ from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cemb import catalog, corpus, reading
-from cemb.corpus import EncodedCorpus, encode, tokenize
+from cemb.pmi import corpora, readers
+from cemb.pmi import encode as pmi_encode
+from cemb.pmi.encode import EncodedCorpus, encode, tokenize
 
 # Letters of many kinds, marks that combine, marks of punctuation, all that is special to the tokenizer.
 CHARACTERS = (
@@ -53,7 +54,7 @@ def vocabulary(tokens, min_count=1, max_vocab=None):
 
 def check(text, borders=None, min_count=1, **options):
     """Encode a text from a file and compare with the reference."""
-    parts = {"line": text.split("\n"), "sentence": corpus.split_sentences(text)}.get(borders, [text])
+    parts = {"line": text.split("\n"), "sentence": pmi_encode.split_sentences(text)}.get(borders, [text])
     tokens = [tokenize(part) for part in parts]
     kept, counts = vocabulary(chain(*tokens), min_count)
     with tempfile.TemporaryDirectory() as folder:
@@ -137,12 +138,16 @@ def test_encoding_is_that_of_the_reference(text, borders, min_count):
     st.integers(1, 3),
 )
 def test_blocks_shards_and_threads_change_nothing(pieces, borders, block_bytes, shard_tokens, threads):
-    before = corpus._BLOCK_BYTES, corpus._MAX_REMEMBERED_BYTES, reading._PIECE
-    corpus._BLOCK_BYTES, corpus._MAX_REMEMBERED_BYTES, reading._PIECE = block_bytes, 3, 1 + block_bytes // 2
+    before = pmi_encode._BLOCK_BYTES, pmi_encode._MAX_REMEMBERED_BYTES, readers._PIECE
+    pmi_encode._BLOCK_BYTES, pmi_encode._MAX_REMEMBERED_BYTES, readers._PIECE = (
+        block_bytes,
+        3,
+        1 + block_bytes // 2,
+    )
     try:
         check(" ".join(pieces), borders, shard_tokens=shard_tokens, threads=threads)
     finally:
-        corpus._BLOCK_BYTES, corpus._MAX_REMEMBERED_BYTES, reading._PIECE = before
+        pmi_encode._BLOCK_BYTES, pmi_encode._MAX_REMEMBERED_BYTES, readers._PIECE = before
 
 
 def test_many_words_are_numbered_as_a_counter_does(tmp_path):
@@ -169,12 +174,12 @@ def test_many_words_are_numbered_as_a_counter_does(tmp_path):
 
 def test_the_default_corpus_is_encoded_as_ever(tmp_path, monkeypatch):
     """Part of it, with documents that hold what JSON and speeches hold."""
-    dictionary, speeches = catalog.find_sources("gcide-sotu")
+    dictionary, speeches = corpora.find_sources("gcide-sotu")
     parts = [
-        catalog.Documents("gcide", dictionary.paths[:1], dictionary.documents),
-        catalog.Documents("sotu", speeches.paths[:40], speeches.documents),
+        corpora.Documents("gcide", dictionary.paths[:1], dictionary.documents),
+        corpora.Documents("sotu", speeches.paths[:40], speeches.documents),
     ]
-    monkeypatch.setattr(catalog, "find_sources", lambda *_: parts)
+    monkeypatch.setattr(corpora, "find_sources", lambda *_: parts)
     encoded = encode("part", tmp_path / "ids")
     tokens = [
         token
@@ -252,8 +257,8 @@ def test_a_folder_is_not_written_twice(tmp_path):
 
 
 def test_invalid_utf8_is_found_where_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 40)
-    monkeypatch.setattr(reading, "_PIECE", 16)
+    monkeypatch.setattr(pmi_encode, "_BLOCK_BYTES", 40)
+    monkeypatch.setattr(readers, "_PIECE", 16)
     content = "naïve words ".encode() * 9
     (tmp_path / "good.txt").write_bytes(content)
     (tmp_path / "latin.txt").write_bytes(content + "a café".encode("latin-1"))

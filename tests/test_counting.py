@@ -17,18 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits, scipy_counts, streams, window_options
 
-from cemb import __main__, counting, counting_bench, csr, plots, report
-from cemb.cooccurrence import count_cooccurrences
-from cemb.corpus import encode
-from cemb.counting import CooccurrenceCounts, cluster_executor, count, parse_memory
-from cemb.records import exclusive
+from cemb import cli
+from cemb.files import exclusive
+from cemb.pmi import csr, out_of_core
+from cemb.pmi.cooccurrence import count_cooccurrences
+from cemb.pmi.encode import encode
+from cemb.pmi.out_of_core import CooccurrenceCounts, cluster_executor, count, parse_memory
+from cemb.report import data, figures, select
+from cemb.report import text as report_text
+from cemb.study import counting_bench
 
 
 @pytest.fixture
 def small_tasks(monkeypatch):
     """Tasks and blocks so small that a test's stream takes many."""
-    monkeypatch.setattr(counting, "LARGEST_TASK", 700)
-    monkeypatch.setattr(counting, "_LARGEST_MERGE", 900)
+    monkeypatch.setattr(out_of_core, "LARGEST_TASK", 700)
+    monkeypatch.setattr(out_of_core, "_LARGEST_MERGE", 900)
 
 
 def zipf_ids(num_tokens=20_000, vocab_size=400, seed=0):
@@ -51,8 +55,8 @@ def test_counts_equal_scipys_wherever_the_stream_is_cut(tmp_path_factory, tokens
     expected, denominator = scipy_counts(tokens, 7, *options)
     shards = np.split(np.array(tokens, np.int32), np.minimum(sorted(cuts), len(tokens)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting, "LARGEST_TASK", size)
-        patch.setattr(counting, "_LARGEST_MERGE", 1 if merge else 50)
+        patch.setattr(out_of_core, "LARGEST_TASK", size)
+        patch.setattr(out_of_core, "_LARGEST_MERGE", 1 if merge else 50)
         counts = count(
             shards,
             tmp_path_factory.mktemp("counts") / "out",
@@ -91,10 +95,10 @@ def test_executors_give_the_same_bits(tmp_path, small_tasks, options):
 
 
 def test_totals_beyond_floats_are_exact(tmp_path, monkeypatch):
-    monkeypatch.setattr(counting, "LARGEST_TASK", 1000)
+    monkeypatch.setattr(out_of_core, "LARGEST_TASK", 1000)
     ids = np.zeros(5001, np.int32)
     for i, room in enumerate([1, 2**22]):
-        monkeypatch.setattr(counting, "_LARGEST_MERGE", room)
+        monkeypatch.setattr(out_of_core, "_LARGEST_MERGE", room)
         found = count(
             [ids],
             tmp_path / str(i),
@@ -161,9 +165,9 @@ def test_a_killed_count_goes_on_where_it_was(tmp_path, monkeypatch, finished):
     kept = {path.name for path in partial.glob("[rb]*-*")}
     assert len(kept) == finished
 
-    made, before = [], counting.atomic_directory
-    monkeypatch.setattr(counting, "LARGEST_TASK", 700)
-    monkeypatch.setattr(counting, "atomic_directory", lambda path: made.append(path.name) or before(path))
+    made, before = [], out_of_core.atomic_directory
+    monkeypatch.setattr(out_of_core, "LARGEST_TASK", 700)
+    monkeypatch.setattr(out_of_core, "atomic_directory", lambda path: made.append(path.name) or before(path))
     with pytest.raises(
         ValueError, match=r"holds counts of something else; .* window_size \(5 there, 4 wanted\)"
     ):
@@ -180,7 +184,7 @@ def test_a_killed_count_goes_on_where_it_was(tmp_path, monkeypatch, finished):
 
 
 def test_a_full_disk_is_named_and_what_is_finished_stays(tmp_path, small_tasks, monkeypatch):
-    ids, before = zipf_ids(), counting.atomic_directory
+    ids, before = zipf_ids(), out_of_core.atomic_directory
 
     def full(path):
         if path.name == "run-00009":
@@ -188,7 +192,7 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(tmp_path, small_tasks, 
         return before(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(counting, "atomic_directory", full)
+        patch.setattr(out_of_core, "atomic_directory", full)
         with pytest.raises(OSError, match=r"no space is left while writing .*run-00009.*make room") as raised:
             count([ids], tmp_path / "out", vocab_size=400)
     assert raised.value.errno == errno.ENOSPC
@@ -203,9 +207,9 @@ _MEASURED = """
 import sys
 from pathlib import Path
 import numpy as np
-from cemb.counting import CooccurrenceCounts, count
-from cemb.measure import peak_mib
-from cemb.pmi import write_pmi
+from cemb.pmi.out_of_core import CooccurrenceCounts, count
+from cemb.study.timing import peak_mib
+from cemb.pmi.matrix import write_pmi
 
 small = np.arange(200, dtype=np.int32) % 7
 write_pmi(count([small], sys.argv[1] + "-warm", vocab_size=7), sys.argv[1] + "-warm-pmi")
@@ -345,7 +349,7 @@ def encoded(tmp_path):
 @pytest.mark.parametrize("where", [[], ["--processes", "--workers", "2"]])
 def test_the_command_counts_an_encoded_corpus(tmp_path, capsys, encoded, where):
     command = ["count", str(encoded.folder), "--out", str(tmp_path / "out"), "--memory", "256MiB", *where]
-    assert __main__.main([*command, "--subsample-threshold", "1e-3", "--seed", "3"]) == 0
+    assert cli.main([*command, "--subsample-threshold", "1e-3", "--seed", "3"]) == 0
     said = json.loads(capsys.readouterr().out)
     ids = np.concatenate(encoded.shards())
     expected = count_cooccurrences(ids, vocab_size=len(encoded.words), subsample_threshold=1e-3, seed=3)
@@ -366,7 +370,7 @@ def test_the_command_counts_an_encoded_corpus(tmp_path, capsys, encoded, where):
     ],
 )
 def test_the_command_refuses_in_one_line(tmp_path, capsys, encoded, options, message):
-    assert __main__.main(["count", str(encoded.folder), "--out", str(tmp_path / "out"), *options]) == 2
+    assert cli.main(["count", str(encoded.folder), "--out", str(tmp_path / "out"), *options]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("cemb: ")
     assert message in said
@@ -389,8 +393,8 @@ def test_the_benchmark_counts_alike_and_judges(tmp_path):
     expected = count_cooccurrences(ids, vocab_size=300)
     assert_same_bits(counting_bench.count_row_wise(ids, 300), expected)
     found = counting_bench.run(num_tokens=20_000, vocab_size=300, repeats=1)
-    assert report.counting_table(found).what.str.contains("cemb").any()
-    assert report.machine(found)
+    assert data.counting_table(found).what.str.contains("cemb").any()
+    assert report_text.machine(found)
     said, cases = [], {record["case"]: record for record in found}
     assert set(cases) >= {"cemb", "cemb on disk", "numba row-wise", "text to PMI"}
     cases["cemb"]["count_s"], cases["numba row-wise"]["count_s"] = 1.0, 1.21
@@ -417,8 +421,8 @@ def test_scaling_leaves_a_record_and_no_folder(tmp_path):
     assert record["num_counted_cells"] > record["num_stored_cells"] > 0
     assert 0 <= record["count_peak_mib"] <= 256
     assert not list(tmp_path.glob("scaling-*"))
-    assert record["device_name"] in report.machine([record])
-    plots.scaling(report.frame([record], "scaling"))
+    assert record["device_name"] in report_text.machine([record])
+    figures.scaling(select.frame([record], "scaling"))
 
 
 def test_a_cluster_that_does_not_answer_is_named():
@@ -428,5 +432,6 @@ def test_a_cluster_that_does_not_answer_is_named():
 
 
 def test_counting_needs_neither_dask_nor_torch():
-    code = "import sys, cemb.counting, cemb.pmi; sys.exit(bool({'distributed', 'torch'} & set(sys.modules)))"
+    heavy = "{'distributed', 'torch'}"
+    code = f"import sys, cemb.pmi.out_of_core, cemb.pmi.matrix; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

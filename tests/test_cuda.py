@@ -20,13 +20,15 @@ triton = pytest.importorskip("triton")
 import scipy.sparse as sp  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from cemb import HashedEmbedding, reference, speed  # noqa: E402
-from cemb.evaluate import AllCellsLoss  # noqa: E402
+from cemb import HashedEmbedding, reference  # noqa: E402
 from cemb.hashing import GOLDEN, MULTIPLIER_1, MULTIPLIER_2, FullSpec, HashSpec, PairDropout, mix  # noqa: E402
-from cemb.kernels import cuda, cuda_floors  # noqa: E402
-from cemb.measure import Clock  # noqa: E402
-from cemb.model import build_model, mse_loss  # noqa: E402
-from cemb.train import make_optimizer  # noqa: E402
+from cemb.kernels import triton as kernels_triton  # noqa: E402
+from cemb.model import build_model  # noqa: E402
+from cemb.study import bandwidths_gpu, speed  # noqa: E402
+from cemb.study.timing import Clock  # noqa: E402
+from cemb.train.loops import make_optimizer  # noqa: E402
+from cemb.train.losses import mse_loss  # noqa: E402
+from cemb.train.objective import AllCellsLoss  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,7 +63,7 @@ def _seed_of(salt):
     for shift, factor in ((31, MULTIPLIER_2), (27, MULTIPLIER_1), (30, 1)):
         x ^= (x >> shift) ^ (x >> 2 * shift)
         x = x * pow(factor, -1, 2**64) % 2**64
-    return cuda._int64((x - GOLDEN) % 2**64)
+    return kernels_triton._int64((x - GOLDEN) % 2**64)
 
 
 def _kept(n, dim, dropout):
@@ -127,7 +129,7 @@ def _locate_kernel(
     ids, starts, signs, base, num_starts, NUM_BLOCKS: tl.constexpr, SIGNED: tl.constexpr, COUNT: tl.constexpr
 ):
     i = tl.arange(0, COUNT)
-    start, sign = cuda._locate(tl.load(ids + i), i, base, num_starts, 1, NUM_BLOCKS, SIGNED, True)
+    start, sign = kernels_triton._locate(tl.load(ids + i), i, base, num_starts, 1, NUM_BLOCKS, SIGNED, True)
     tl.store(starts + i, start)
     tl.store(signs + i, sign)
 
@@ -137,7 +139,7 @@ def _locate_kernel(
 def test_locations_in_large_pools_and_tables(pool_size, table_offset):
     spec = HashSpec(2**57, 16, pool_size, hash_seed=2, signed=True, table_offset=table_offset)
     ids, starts, signs = _ids(spec, 16), _ids(spec, 16), _randn(16)
-    base = cuda._base(spec, table_offset)
+    base = kernels_triton._base(spec, table_offset)
     _locate_kernel[(1,)](ids, starts, signs, base, spec.num_starts, NUM_BLOCKS=16, SIGNED=1, COUNT=16)
     expected = [spec.locate(row, column) for column, row in enumerate(ids.tolist())]
     assert list(zip(starts.tolist(), signs.tolist(), strict=True)) == expected
@@ -150,7 +152,7 @@ def test_lookup_equals_the_reference_bit_for_bit(spec, dtype):
     weight.copy_(_randn(spec.pool_size))
     ids = _ids(spec, 37)
     out, buffer = _poisoned(37, spec.embedding_dim, dtype=dtype)
-    cuda.lookup(weight, ids, spec, out)
+    kernels_triton.lookup(weight, ids, spec, out)
     assert torch.equal(out, reference.hashed_lookup(weight, ids, spec))
     _assert_written(out, buffer)
 
@@ -159,7 +161,7 @@ def test_lookup_equals_the_reference_bit_for_bit(spec, dtype):
 def test_lookup_reads_the_specified_indices(spec):
     ids = _ids(spec, 13)
     out, _ = _poisoned(13, spec.embedding_dim)
-    cuda.lookup(torch.arange(spec.pool_size, dtype=torch.float32, device=DEVICE), ids, spec, out)
+    kernels_triton.lookup(torch.arange(spec.pool_size, dtype=torch.float32, device=DEVICE), ids, spec, out)
     expected = [[spec.locate(row, j) for j in range(spec.embedding_dim)] for row in ids.tolist()]
     assert out.tolist() == [[index * sign for index, sign in row] for row in expected]
 
@@ -169,7 +171,7 @@ def test_lookup_reads_the_specified_indices(spec):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_scatter_is_close_to_float64(spec, dtype, deterministic):
     ids, grad = _ids(spec, 90), _randn(90, spec.embedding_dim, dtype=dtype)
-    pool = cuda.scatter(grad, ids, spec, deterministic)
+    pool = kernels_triton.scatter(grad, ids, spec, deterministic)
     assert pool.dtype == torch.float32
     exact, naive = _exact_scatter(grad, ids, spec), _exact_scatter(grad, ids, spec, torch.float32)
     _assert_as_close(pool, naive, exact)
@@ -187,7 +189,7 @@ def test_pair_scores_are_close_to_float64(spec, p, dtype):
     weight.copy_(_randn(spec.pool_size))
     table = _ids(spec, 43, 2), spec, _context_offset(spec), _dropout(p)
     scores, buffer = _poisoned(43, dtype=dtype)
-    cuda.pair_scores(weight, *table, _seed(table[3]), scores)
+    kernels_triton.pair_scores(weight, *table, _seed(table[3]), scores)
     exact, naive = _naive_scores(weight.double(), *table), _naive_scores(weight.float(), *table)
     # One unit in the last place of the dtype that scores are stored in: the interpreter truncates.
     stored = exact.abs() * torch.finfo(dtype).eps
@@ -202,7 +204,7 @@ def test_pair_scores_are_close_to_float64(spec, p, dtype):
 def test_pair_gradient_is_close_to_float64(spec, p, dtype, deterministic):
     weight, grad = _randn(spec.pool_size, dtype=dtype), _randn(43, dtype=dtype, seed=3)
     table = _ids(spec, 43, 2), spec, _context_offset(spec), _dropout(p)
-    pool = cuda.pair_scores_backward(grad, weight, *table, _seed(table[3]), deterministic)
+    pool = kernels_triton.pair_scores_backward(grad, weight, *table, _seed(table[3]), deterministic)
     assert pool.dtype == torch.float32
     exact = _naive_gradient(grad, weight, *table, dtype=torch.float64)
     _assert_as_close(pool, _naive_gradient(grad, weight, *table, dtype=torch.float32), exact)
@@ -220,11 +222,11 @@ def test_dropout_keeps_what_it_says(dim, blocks):
     powers = 2.0 ** torch.arange(16, device=DEVICE)
     pairs = torch.zeros(16, 2, dtype=torch.int64, device=DEVICE)
     weight = torch.ones(spec.pool_size, device=DEVICE)
-    pool = cuda.pair_scores_backward(powers, weight, pairs, spec, 0, dropout, _seed(dropout), False)
+    pool = kernels_triton.pair_scores_backward(powers, weight, pairs, spec, 0, dropout, _seed(dropout), False)
     sums = (_kept(16, dim, dropout) * powers[:, None]).sum(0)
     assert torch.equal(pool, sums if blocks == "one" else sums.sum(0, keepdim=True))
     scores, _ = _poisoned(16)
-    cuda.pair_scores(weight, pairs, spec, 0, dropout, _seed(dropout), scores)
+    kernels_triton.pair_scores(weight, pairs, spec, 0, dropout, _seed(dropout), scores)
     assert torch.equal(scores, _kept(16, dim, dropout).sum(1) / 2)
 
 
@@ -244,11 +246,11 @@ def test_pools_are_written_inside_only(block_size, deterministic, monkeypatch):
         buffers.append((buffer, buffer.clone()))
         return buffer[10:-10]
 
-    monkeypatch.setattr(cuda, "_new_pool", padded_pool)
+    monkeypatch.setattr(kernels_triton, "_new_pool", padded_pool)
     ids, grad = _ids(spec, 133), _randn(133, 11)
-    assert cuda.scatter(grad, ids, spec, deterministic).any()
+    assert kernels_triton.scatter(grad, ids, spec, deterministic).any()
     pairs = ids[:132].view(66, 2)
-    assert cuda.pair_scores_backward(
+    assert kernels_triton.pair_scores_backward(
         grad[:66, 0].contiguous(),
         _randn(40),
         pairs,
@@ -274,10 +276,10 @@ def test_deterministic_sums_do_not_depend_on_order(block_size):
 
     def sums(deterministic):
         table = spec, 1000, NO_DROPOUT, None, deterministic
-        yield cuda.scatter(grad, ids, spec, deterministic)
-        yield cuda.scatter(grad[order], ids[order], spec, deterministic)
-        yield cuda.pair_scores_backward(upstream, weight, pairs, *table)
-        yield cuda.pair_scores_backward(upstream[pair_order], weight, pairs[pair_order], *table)
+        yield kernels_triton.scatter(grad, ids, spec, deterministic)
+        yield kernels_triton.scatter(grad[order], ids[order], spec, deterministic)
+        yield kernels_triton.pair_scores_backward(upstream, weight, pairs, *table)
+        yield kernels_triton.pair_scores_backward(upstream[pair_order], weight, pairs[pair_order], *table)
 
     scattered, scattered_in_order, gradient, gradient_in_order = sums(deterministic=True)
     assert torch.equal(scattered, scattered_in_order)
@@ -293,7 +295,9 @@ def test_deterministic_sums_of_any_magnitude(magnitude):
     spec = HashSpec(1000, 20, 64)
     ids, grad = _ids(spec, 100), _randn(100, 20) * magnitude
     exact = _exact_scatter(grad, ids, spec)
-    torch.testing.assert_close(cuda.scatter(grad, ids, spec, True).double(), exact, rtol=1e-6, atol=1e-44)
+    torch.testing.assert_close(
+        kernels_triton.scatter(grad, ids, spec, True).double(), exact, rtol=1e-6, atol=1e-44
+    )
 
 
 def test_deterministic_sums_round_terms_to_nearest():
@@ -301,7 +305,9 @@ def test_deterministic_sums_round_terms_to_nearest():
     unit = 1024 * 2.0**-60
     grad = torch.full((1024, 1), 0.75 * unit, device=DEVICE)
     grad[0], grad[1] = 1, -1
-    pool = cuda.scatter(grad, torch.zeros(1024, dtype=torch.int64, device=DEVICE), HashSpec(1, 1, 1), True)
+    pool = kernels_triton.scatter(
+        grad, torch.zeros(1024, dtype=torch.int64, device=DEVICE), HashSpec(1, 1, 1), True
+    )
     assert pool.item() == 1022 * unit
 
 
@@ -312,19 +318,19 @@ def test_deterministic_sums_show_what_is_not_finite(bad):
     spec = HashSpec(10, 4, 9)
     grad = torch.ones(3, 4, device=DEVICE)
     grad[1, 2] = bad
-    assert cuda.scatter(grad, _ids(spec, 3), spec, True).isnan().all()
+    assert kernels_triton.scatter(grad, _ids(spec, 3), spec, True).isnan().all()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_empty_inputs(deterministic):
     spec = HashSpec(63, 10, 50, block_size=4)
     weight, ids, pairs = _randn(50), _ids(spec, 0), _ids(spec, 0, 2)
-    cuda.lookup(weight, ids, spec, torch.empty(0, 10, device=DEVICE))
-    cuda.pair_scores(weight, pairs, spec, 63, NO_DROPOUT, None, torch.empty(0, device=DEVICE))
+    kernels_triton.lookup(weight, ids, spec, torch.empty(0, 10, device=DEVICE))
+    kernels_triton.pair_scores(weight, pairs, spec, 63, NO_DROPOUT, None, torch.empty(0, device=DEVICE))
     none = torch.empty(0, device=DEVICE)
     pools = [
-        cuda.scatter(torch.empty(0, 10, device=DEVICE), ids, spec, deterministic),
-        cuda.pair_scores_backward(none, weight, pairs, spec, 63, NO_DROPOUT, None, deterministic),
+        kernels_triton.scatter(torch.empty(0, 10, device=DEVICE), ids, spec, deterministic),
+        kernels_triton.pair_scores_backward(none, weight, pairs, spec, 63, NO_DROPOUT, None, deterministic),
     ]
     for pool in pools:
         assert torch.equal(pool, torch.zeros(50, device=DEVICE))
@@ -337,8 +343,8 @@ def test_vector_scores_and_gradient_are_close_to_float64(shape, p, dtype):
     vectors, grad, dropout = _randn(*shape, dtype=dtype), _randn(shape[0], dtype=dtype, seed=3), _dropout(p)
     scores, score_buffer = _poisoned(shape[0], dtype=dtype)
     gradient, gradient_buffer = _poisoned(*shape, dtype=dtype)
-    cuda.vector_scores(vectors, dropout, _seed(dropout), scores)
-    cuda.vector_scores_backward(grad, vectors, dropout, _seed(dropout), gradient)
+    kernels_triton.vector_scores(vectors, dropout, _seed(dropout), scores)
+    kernels_triton.vector_scores_backward(grad, vectors, dropout, _seed(dropout), gradient)
     kept = _kept(shape[0], shape[2], dropout)
 
     def naive(wide):
@@ -368,11 +374,11 @@ def test_floors_read_and_add_what_they_say(length, stride, shape):
     num_places = (500 - length) // stride + 1
     starts = torch.tensor([(_murmur_finalizer(i) * num_places >> 32) * stride for i in range(n)])
     places = (starts[:, None] + torch.arange(length)).reshape(-1).to(DEVICE)
-    sums, _ = _poisoned(cuda_floors.num_programs(n, length, shape))
-    cuda_floors.launch_runs(array, n, length, stride, sums, shape)
+    sums, _ = _poisoned(bandwidths_gpu.num_programs(n, length, shape))
+    bandwidths_gpu.launch_runs(array, n, length, stride, sums, shape)
     assert sums.double().sum() == array.double()[places].sum()
     before = array.clone()
-    cuda_floors.launch_runs(array, n, length, stride, None, shape)
+    bandwidths_gpu.launch_runs(array, n, length, stride, None, shape)
     assert torch.equal(array - before, torch.bincount(places, minlength=500).float())
 
 

@@ -10,9 +10,11 @@ import scipy.linalg
 import scipy.sparse as sp
 import torch
 
-from cemb import __main__, dataset, evaluate, frontier, quality
-from cemb.batches import PairBatches
-from cemb.dataset import PmiConfig, load_pmi
+from cemb import cli
+from cemb.study import dataset, frontier, quality
+from cemb.study.dataset import PmiConfig, load_pmi
+from cemb.train import objective as train_objective
+from cemb.train.batches import PairBatches
 
 
 def _write(path, content):
@@ -136,7 +138,7 @@ def test_the_command_makes_pmi_of_events(tmp_path, capsys, suffix):
         "--num-negative",
         "2",
     ]
-    assert __main__.main(command) == 0
+    assert cli.main(command) == 0
     said = json.loads(capsys.readouterr().out)
     config = PmiConfig(corpus=tuple(map(str, paths)), events="user,item", rank=4, num_negative=2)
     data = load_pmi(config)
@@ -215,7 +217,7 @@ def test_what_needs_words_by_words_refuses_events(tmp_path):
         quality.measure_quality(quality.QualityCase("full", "adam"), data)
     with pytest.raises(ValueError, match=f"skip-gram with negative sampling needs .*{message}"):
         quality.sgns_record(data)
-    objective = evaluate.AllCellsLoss(data.matrix)
+    objective = train_objective.AllCellsLoss(data.matrix)
     assert "words by words" in frontier.measure("full", data, objective)["failure"]
     # What takes factors as they are works.
     assert abs(quality.svd_record(data)["gap"]) < 1e-4

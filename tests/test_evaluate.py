@@ -6,14 +6,15 @@ import scipy.sparse as sp
 import scipy.stats
 import torch
 
-from cemb import evaluate
+from cemb.train import objective as train_objective
+from cemb.train import similarity
 
 
 @pytest.mark.parametrize("block_columns", [7, 4096])
 def test_all_cells_loss_equals_the_dense_one(random_matrix, block_columns, monkeypatch):
-    monkeypatch.setattr(evaluate.SparseMatrix, "BLOCK_COLUMNS", block_columns)
+    monkeypatch.setattr(train_objective.SparseMatrix, "BLOCK_COLUMNS", block_columns)
     matrix = random_matrix.astype(np.float64)
-    objective = evaluate.AllCellsLoss(matrix)
+    objective = train_objective.AllCellsLoss(matrix)
     torch.manual_seed(0)
     words = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     contexts = torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
@@ -34,13 +35,13 @@ def test_all_cells_loss_in_float32_is_accurate(random_matrix):
     dense = (
         torch.from_numpy(random_matrix.toarray()).double() - words.double() @ contexts.double().T
     ).square()
-    assert evaluate.AllCellsLoss(random_matrix)(words, contexts).item() == pytest.approx(
+    assert train_objective.AllCellsLoss(random_matrix)(words, contexts).item() == pytest.approx(
         dense.sum().item(), rel=1e-5
     )
 
 
 def test_optimum_equals_the_dense_svd(random_matrix):
-    best = evaluate.optimum(random_matrix, 5)
+    best = train_objective.optimum(random_matrix, 5)
     values = np.linalg.svd(random_matrix.toarray().astype(np.float64), compute_uv=False)
     np.testing.assert_allclose(best.singular_values, values[:5], rtol=1e-4)
     assert best.loss == pytest.approx(np.square(values[5:]).sum(), rel=1e-4)
@@ -60,7 +61,7 @@ def _weighted_problem(random_matrix):
 
 def test_weighted_loss_equals_the_dense_one(random_matrix):
     matrix, a, b, weights = _weighted_problem(random_matrix)
-    objective = evaluate.WeightedLoss(matrix, a, b)
+    objective = train_objective.WeightedLoss(matrix, a, b)
     torch.manual_seed(0)
     words = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     contexts = torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
@@ -75,14 +76,14 @@ def test_weighted_loss_equals_the_dense_one(random_matrix):
     ):
         torch.testing.assert_close(got, expected)
     assert torch.autograd.gradcheck(objective, (words, contexts))
-    plain = evaluate.WeightedLoss(random_matrix, np.ones(40), np.ones(30))
+    plain = train_objective.WeightedLoss(random_matrix, np.ones(40), np.ones(30))
     factors = words.detach().float(), contexts.detach().float()
-    assert plain(*factors) == evaluate.AllCellsLoss(random_matrix)(*factors)
+    assert plain(*factors) == train_objective.AllCellsLoss(random_matrix)(*factors)
 
 
 def test_weighted_optimum_is_where_descent_ends(random_matrix):
     matrix, a, b, weights = _weighted_problem(random_matrix)
-    objective = evaluate.WeightedLoss(matrix, a, b)
+    objective = train_objective.WeightedLoss(matrix, a, b)
     best = objective.optimum(4)
     # Alternating weighted least squares on the dense matrix, which knows nothing of the scaled SVD.
     dense, contexts = matrix.toarray(), np.random.default_rng(0).normal(size=(30, 4))
@@ -105,14 +106,14 @@ def test_weighted_optimum_is_where_descent_ends(random_matrix):
 
 
 def test_frequency_weights():
-    np.testing.assert_allclose(evaluate.frequency_weights(np.array([4, 1, 1]), 0.5), [1.5, 0.75, 0.75])
-    np.testing.assert_allclose(evaluate.frequency_weights(np.array([4, 1, 1]), 0), 1)
+    np.testing.assert_allclose(train_objective.frequency_weights(np.array([4, 1, 1]), 0.5), [1.5, 0.75, 0.75])
+    np.testing.assert_allclose(train_objective.frequency_weights(np.array([4, 1, 1]), 0), 1)
 
 
 @pytest.mark.parametrize("bad", [np.ones(29), np.zeros(30), np.full(30, np.inf), np.ones((30, 1)), 1.0])
 def test_bad_weights_are_refused(bad, random_matrix):
     with pytest.raises(ValueError, match="context_weights must be 30 positive numbers, got shape"):
-        evaluate.WeightedLoss(random_matrix, np.ones(40), bad)
+        train_objective.WeightedLoss(random_matrix, np.ones(40), bad)
 
 
 def test_balanced_vectors_do_not_depend_on_how_factors_share():
@@ -120,35 +121,35 @@ def test_balanced_vectors_do_not_depend_on_how_factors_share():
     words, contexts, mix = (rng.normal(size=shape) for shape in ((40, 6), (30, 6), (6, 6)))
 
     def cosines(vectors):
-        unit = evaluate.normalized(vectors)
+        unit = similarity.normalized(vectors)
         return unit @ unit.T
 
     mixed = words @ mix, contexts @ np.linalg.inv(mix).T
     expected = cosines(words @ contexts.T)
     for factors in ((words, contexts), mixed):
-        np.testing.assert_allclose(cosines(evaluate.balanced(*factors)), expected, atol=1e-9)
+        np.testing.assert_allclose(cosines(similarity.balanced(*factors)), expected, atol=1e-9)
     assert np.abs(cosines(mixed[0]) - cosines(words)).max() > 0.1
-    single = evaluate.balanced(words.astype(np.float32), contexts.astype(np.float32))
+    single = similarity.balanced(words.astype(np.float32), contexts.astype(np.float32))
     assert single.dtype == np.float32
     np.testing.assert_allclose(cosines(single), expected, atol=1e-5)
 
 
 def test_balanced_vectors_of_an_svd_are_scaled_by_its_singular_values(random_matrix):
-    best = evaluate.optimum(random_matrix, 5)
+    best = train_objective.optimum(random_matrix, 5)
     for power in (0, 0.5, 1):
-        found = evaluate.balanced(*best.factors(power))
+        found = similarity.balanced(*best.factors(power))
         np.testing.assert_allclose(found, best.left * best.singular_values, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_rank_is_refused(random_matrix):
     with pytest.raises(ValueError, match=r"rank must lie in \[1, 30\) .* got 30"):
-        evaluate.optimum(random_matrix, 30)
+        train_objective.optimum(random_matrix, 30)
 
 
 @pytest.fixture
 def wordsim():
     """The words of WordSim-353 and vectors under which cosines follow the human scores."""
-    lines = [line.casefold().split("\t") for line in evaluate._test_data("wordsim353.tsv")]
+    lines = [line.casefold().split("\t") for line in similarity._test_data("wordsim353.tsv")]
     words = sorted({word for a, b, _ in lines for word in (a, b)})
     return lines, words
 
@@ -156,8 +157,8 @@ def wordsim():
 def test_similarity_equals_scipys_and_lies_in_its_interval(wordsim):
     lines, words = wordsim
     vectors = np.random.default_rng(0).normal(size=(len(words), 10))
-    found = evaluate.similarity(vectors, words, "wordsim353")
-    unit = evaluate.normalized(vectors)
+    found = similarity.similarity(vectors, words, "wordsim353")
+    unit = similarity.normalized(vectors)
     cosines = [unit[words.index(a)] @ unit[words.index(b)] for a, b, _ in lines]
     expected = scipy.stats.spearmanr([float(s) for *_, s in lines], cosines).statistic
     assert found["score"] == pytest.approx(100 * expected)
@@ -174,19 +175,19 @@ def test_ranks_of_resampled_values_equal_scipys(num_values):
     samples = rng.integers(90, size=(30, 90))
     expected = scipy.stats.rankdata(values[samples], axis=1)
     expected -= expected.mean(axis=1, keepdims=True)
-    np.testing.assert_array_equal(evaluate._centred_ranks(values, samples), expected)
+    np.testing.assert_array_equal(similarity._centred_ranks(values, samples), expected)
 
 
 def test_similarity_of_vectors_in_one_direction_is_nan(wordsim):
     _, words = wordsim
-    found = evaluate.similarity(np.ones((len(words), 1), np.float32), words, "wordsim353")
+    found = similarity.similarity(np.ones((len(words), 1), np.float32), words, "wordsim353")
     assert math.isnan(found["score"])
     assert math.isnan(found["low"])
     assert found["pairs"] == 353
 
 
 def test_similarity_of_uncovered_words_is_nan(wordsim):
-    found = evaluate.similarity(np.eye(2), ["zzz", "king"], "wordsim353")
+    found = similarity.similarity(np.eye(2), ["zzz", "king"], "wordsim353")
     assert math.isnan(found["score"])
     assert found["pairs"] == 0
 
@@ -195,18 +196,20 @@ def test_analogies_answers_a_built_vocabulary_and_not_noise():
     base = {"athens": (1, 0, 0, 0), "greece": (1, 0, 0, 1), "baghdad": (0, 1, 0, 0), "iraq": (0, 1, 0, 1)}
     base |= {"bangkok": (0, 0, 1, 0), "thailand": (0, 0, 1, 1)}
     vectors = np.array(list(base.values()), float)
-    found = evaluate.analogies(vectors, list(base), batch_size=2)
+    found = similarity.analogies(vectors, list(base), batch_size=2)
     assert found["score"] == found["mul_score"] == found["low"] == found["high"] == 100
     assert 0 < found["questions"] < found["questions_total"]
-    assert evaluate.analogies(vectors, list(base), max_questions=2)["questions"] == 2
-    none = evaluate.analogies(np.eye(2), ["a", "b"])
+    assert similarity.analogies(vectors, list(base), max_questions=2)["questions"] == 2
+    none = similarity.analogies(np.eye(2), ["a", "b"])
     assert all(math.isnan(none[name]) for name in ("score", "mul_score", "low", "high"))
 
 
 @pytest.fixture(scope="module")
 def noisy_capitals():
     """Capitals and countries, each pair's vectors alike and noisy, and the questions over them."""
-    lines = [line.casefold().split() for line in evaluate._test_data("questions-words.txt") if line[0] != ":"]
+    lines = [
+        line.casefold().split() for line in similarity._test_data("questions-words.txt") if line[0] != ":"
+    ]
     questions = lines[:506]
     words = sorted({word for question in questions for word in question})
     rng = np.random.default_rng(0)
@@ -235,7 +238,7 @@ def test_analogies_equal_the_formulas_word_by_word(noisy_capitals, batch_size):
             best["mul_score"] = max(best["mul_score"], (product, x))
         for name, (_, word) in best.items():
             right[name] += word == answer
-    found = evaluate.analogies(vectors, words, batch_size=batch_size)
+    found = similarity.analogies(vectors, words, batch_size=batch_size)
     assert found["questions"] == len(questions)
     for name, count in right.items():
         assert found[name] == pytest.approx(100 * count / len(questions))
@@ -251,22 +254,22 @@ def test_analogies_equal_the_formulas_word_by_word(noisy_capitals, batch_size):
 
 def test_neighbours():
     vectors = np.array([[1, 0], [0.9, 0.1], [0, 1], [0, 0]])
-    found = evaluate.neighbours(vectors, ["a", "b", "c", "zero"], "a", 2)
+    found = similarity.neighbours(vectors, ["a", "b", "c", "zero"], "a", 2)
     assert [word for word, _ in found] == ["b", "c"]
     assert found[0][1] == pytest.approx(0.9 / math.hypot(0.9, 0.1))
     with pytest.raises(KeyError, match="'x' is not among the 4 words"):
-        evaluate.neighbours(vectors, ["a", "b", "c", "zero"], "x")
+        similarity.neighbours(vectors, ["a", "b", "c", "zero"], "x")
 
 
 def test_sparse_products_accept_a_matrix_without_cells():
     empty = sp.csr_array((5, 4), dtype=np.float32)
-    assert torch.equal(evaluate.SparseMatrix(empty) @ torch.ones(4, 3), torch.zeros(5, 3))
+    assert torch.equal(train_objective.SparseMatrix(empty) @ torch.ones(4, 3), torch.zeros(5, 3))
 
 
 def test_scores_without_the_sets_are_nan(monkeypatch):
     def missing(name):
-        raise evaluate.PackageNotFoundError(name)
+        raise train_objective.PackageNotFoundError(name)
 
-    monkeypatch.setattr(evaluate, "distribution", missing)
-    assert math.isnan(evaluate.similarity(np.eye(2), ["tiger", "cat"], "wordsim353")["score"])
-    assert math.isnan(evaluate.analogies(np.eye(2), ["tiger", "cat"])["score"])
+    monkeypatch.setattr(train_objective, "distribution", missing)
+    assert math.isnan(similarity.similarity(np.eye(2), ["tiger", "cat"], "wordsim353")["score"])
+    assert math.isnan(similarity.analogies(np.eye(2), ["tiger", "cat"])["score"])

@@ -8,12 +8,13 @@ import torch
 from conftest import zipf_text
 from torch import nn
 
-from cemb import evaluate, frontier, quality
-from cemb.dataset import PmiConfig, load_pmi
-from cemb.frontier import FIXED_RATIO, METHODS, QUANTIZED, TRAINED, measure
-from cemb.limits import gap_limit, hashed_gap, water_filling
-from cemb.quality import QualityCase, measure_quality
+from cemb.study import frontier, quality
+from cemb.study.dataset import PmiConfig, load_pmi
+from cemb.study.frontier import FIXED_RATIO, METHODS, QUANTIZED, TRAINED, measure
+from cemb.study.quality import QualityCase, measure_quality
 from cemb.tables.transform_coded import overhead_bytes
+from cemb.train import objective as train_objective
+from cemb.train.limits import gap_limit, hashed_gap, water_filling
 
 RANK = 8
 
@@ -53,7 +54,7 @@ def test_negative_bits_are_refused(bits):
 
 
 def test_limits_of_the_gap(random_matrix):
-    best = evaluate.optimum(random_matrix, 5)
+    best = train_objective.optimum(random_matrix, 5)
     # Without bits the first-order cost is that of losing each side beside the other, so all of it twice.
     for by_row in (False, True):
         assert gap_limit(best, 0, by_row=by_row) == pytest.approx(2, rel=1e-5)
@@ -68,7 +69,7 @@ def test_limits_of_the_gap(random_matrix):
 
 
 def test_limits_equal_their_formula(random_matrix):
-    best = evaluate.optimum(random_matrix, 5)
+    best = train_objective.optimum(random_matrix, 5)
     squares = np.square(best.singular_values)
     plain, by_row = [], []
     for side in (best.left, best.right):
@@ -82,7 +83,7 @@ def test_limits_equal_their_formula(random_matrix):
 
 def test_the_limit_of_one_component_is_that_of_its_rows():
     rows = np.sqrt(np.array([0.5, 0.25, 0.25], np.float32))[:, None]
-    best = evaluate.Optimum(rows, np.array([3], np.float32), np.ones((1, 1), np.float32), 10)
+    best = train_objective.Optimum(rows, np.array([3], np.float32), np.ones((1, 1), np.float32), 10)
     # Words: 9 shared by 3 values; contexts: 9 in 1. In all 4 values and 12 bits: 27 + 9 = 36 at level θ.
     level = (3**3 * 9 / 4**12) ** 0.25
     assert gap_limit(best, 3, by_row=False) == pytest.approx(4 * level / 9, rel=1e-5)
@@ -114,7 +115,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def objective(data):
-    return evaluate.AllCellsLoss(data.matrix)
+    return train_objective.AllCellsLoss(data.matrix)
 
 
 @pytest.fixture

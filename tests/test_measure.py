@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cemb import __main__ as command_line
-from cemb import measure, records, report, speed
+from cemb import cli, files
+from cemb.report import speed as report_speed
+from cemb.report import stats
+from cemb.study import identity, records, speed, timing
 
 
 @pytest.fixture
@@ -26,22 +28,22 @@ def schedstat(monkeypatch, tmp_path):
             (tmp_path / "task" / task / "schedstat").write_text(f"123456789 {waited_ns[task]} 42\n")
 
     wait(0)
-    monkeypatch.setattr(measure, "_TASKS", tmp_path / "task")
+    monkeypatch.setattr(timing, "_TASKS", tmp_path / "task")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     return wait
 
 
 def test_waiting_for_a_processor_is_of_all_threads(schedstat, tmp_path):
-    assert measure.cpu_wait_ms() == 12
+    assert timing.cpu_wait_ms() == 12
     schedstat(1.5)
-    assert measure.cpu_wait_ms() == 15
+    assert timing.cpu_wait_ms() == 15
     (tmp_path / "task" / "3").mkdir()  # a thread that ended meanwhile
-    assert measure.cpu_wait_ms() == 15
+    assert timing.cpu_wait_ms() == 15
     for path in tmp_path.glob("task/*/schedstat"):
         path.write_text("0\n")  # a kernel that does not count
-    assert measure.cpu_wait_ms() is None
+    assert timing.cpu_wait_ms() is None
     # Two threads that both waited for half of a step of 20 ms.
-    assert measure.cpu_wait_share(20, 20) == 0.5
+    assert timing.cpu_wait_share(20, 20) == 0.5
 
 
 def test_a_contended_step_is_timed_once_more(schedstat):
@@ -55,22 +57,22 @@ def test_a_contended_step_is_timed_once_more(schedstat):
             pass
         clock.phases_ms["forward"] = 1000.0
 
-    times = measure.interleave({"a": step}, repeats=3, warmup=2, rounds=1)["a"]
+    times = timing.interleave({"a": step}, repeats=3, warmup=2, rounds=1)["a"]
     assert calls == [0, 0, 900, 0, 900, 800, 0]
     assert times["cpu_wait"] == [0, 1600, 0]
     assert times["total"] == [1000.0] * 3
-    fields = measure.summarize(times)
+    fields = timing.summarize(times)
     assert fields["cpu_wait_ms_repeats"] == [0, 1600, 0]
     assert fields["cpu_wait_share"] == pytest.approx(1600 / (2 * 3000), abs=1e-4)
     assert fields["is_contended"] is True
-    assert measure.summarize({"total": [100.0], "cpu_wait": [9.0]})["is_contended"] is False
+    assert timing.summarize({"total": [100.0], "cpu_wait": [9.0]})["is_contended"] is False
 
 
 def test_where_waiting_is_not_counted_nothing_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "_TASKS", tmp_path)
-    times = measure.interleave({"a": lambda clock: None}, repeats=2)["a"]
+    monkeypatch.setattr(timing, "_TASKS", tmp_path)
+    times = timing.interleave({"a": lambda clock: None}, repeats=2)["a"]
     assert set(times) == {"total"}
-    assert set(measure.summarize(times)) == {"total_ms", "total_ms_repeats"}
+    assert set(timing.summarize(times)) == {"total_ms", "total_ms_repeats"}
 
 
 @pytest.mark.usefixtures("schedstat")
@@ -87,7 +89,7 @@ def test_steps_are_interleaved_and_counted():
 
         return run
 
-    times = measure.interleave({"a": step("a"), "b": step("b")}, repeats=5, warmup=2, rounds=2)
+    times = timing.interleave({"a": step("a"), "b": step("b")}, repeats=5, warmup=2, rounds=2)
     # First turn: 2 warm-up calls and 2 timed; second: 1 and 3.
     assert "".join(calls) == "aaaabbbbaaaabbbb"
     for phases in times.values():
@@ -100,11 +102,11 @@ def test_steps_are_interleaved_and_counted():
         sums = np.add(phases["forward"], phases["gradient"])
         np.testing.assert_allclose(phases["total"], sums)
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
-        measure.interleave({}, repeats=0)
+        timing.interleave({}, repeats=0)
 
 
 def test_summary_is_the_median_with_the_repeats():
-    fields = measure.summarize({"step": [3.0, 1.0, 2.0]})
+    fields = timing.summarize({"step": [3.0, 1.0, 2.0]})
     assert fields == {"step_ms": 2.0, "step_ms_repeats": [3.0, 1.0, 2.0]}
 
 
@@ -113,7 +115,7 @@ def test_peak_memory_sees_an_allocation():
     def step(clock):
         np.ones(2**26, np.uint8).sum()
 
-    assert 60 < measure.peak_mib(step) < 80
+    assert 60 < timing.peak_mib(step) < 80
 
 
 def test_speed_records_have_identity_values_and_provenance():
@@ -161,7 +163,7 @@ def test_zipf_ids_are_drawn_in_proportion_to_their_rank():
 
 def test_grids():
     nine = speed.grid_cases("original")
-    rows = report.original_2021()
+    rows = report_speed.original_2021()
     assert [(c.optimizer, c.table, c.pool_size) for c in nine] == [
         (r.optimizer, r.table, None if r.table == "full" else int(r.pool_size)) for r in rows.itertuples()
     ]
@@ -173,7 +175,7 @@ def test_grids():
 
 
 def test_published_rows_add_up():
-    rows = report.original_2021()
+    rows = report_speed.original_2021()
     np.testing.assert_allclose(rows.forward_ms + rows.gradient_ms + rows.step_ms, rows.total_ms, atol=0.02)
 
 
@@ -212,7 +214,7 @@ def same_threads():
 
 @pytest.mark.parametrize("model", ["full", "full-fused", "hashed", "hashed-reference"])
 def test_command_line_prints_one_record(model, capsys):
-    assert command_line.main(_speed_arguments("--model", model, "--optimizer", "adagrad")) == 0
+    assert cli.main(_speed_arguments("--model", model, "--optimizer", "adagrad")) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["table"], record["optimizer"], record["threads"]) == (model, "adagrad", 1)
 
@@ -255,7 +257,7 @@ def test_command_line_prints_one_record(model, capsys):
     ],
 )
 def test_command_line_explains_bad_input(arguments, message, capsys):
-    assert command_line.main(arguments) == 2
+    assert cli.main(arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert message in output.err
@@ -270,15 +272,15 @@ def test_command_line_trains_and_saves(tmp_path, capsys):
     corpus, saved = tmp_path / "text.txt", tmp_path / "model.pt"
     corpus.write_text(zipf_text(5000, 80))
     common = ["--corpus", str(corpus), "--min-count", "2", "--rank", "4"]
-    assert command_line.main(["pmi", *common, "--histogram-out", str(tmp_path / "histogram.json")]) == 0
+    assert cli.main(["pmi", *common, "--histogram-out", str(tmp_path / "histogram.json")]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "pmi"
     assert sum(json.loads((tmp_path / "histogram.json").read_text())["shares"]) == pytest.approx(1)
     train = ["train", *common, "--pool-size", "90", "--num-steps", "5", "--save", str(saved)]
-    assert command_line.main(train) == 0
+    assert cli.main(train) == 0
     assert json.loads(capsys.readouterr().out)["num_parameters"] == 90
     assert torch.load(saved)["word_table.weight"].shape == (90,)
     saved.unlink()
-    assert command_line.main([*train, "--optimizer", "sgd", "--learning-rate", "1e30"]) == 2
+    assert cli.main([*train, "--optimizer", "sgd", "--learning-rate", "1e30"]) == 2
     printed = capsys.readouterr()
     assert "training diverged" in json.loads(printed.out)["failure"]
     assert "cemb: there is no model to save: training diverged" in printed.err
@@ -288,13 +290,13 @@ def test_command_line_trains_and_saves(tmp_path, capsys):
 def test_command_line_measures_the_frontier_and_searches_rates(tmp_path, capsys, monkeypatch):
     from conftest import zipf_text
 
-    from cemb import quality
+    from cemb.study import quality
 
     corpus, out = tmp_path / "text.txt", tmp_path / "records.jsonl"
     corpus.write_text(zipf_text(5000, 80))
     common = ["--corpus", str(corpus), "--min-count", "2", "--rank", "4"]
     methods = ["--method", "lower rank", "int8", "--ratio", "2", "4"]
-    assert command_line.main(["frontier", *common, *methods, "--out", str(out)]) == 0
+    assert cli.main(["frontier", *common, *methods, "--out", str(out)]) == 0
     assert [(r["method"], r["asked_ratio"]) for r in records.read(out)] == [
         ("lower rank", 2.0),
         ("lower rank", 4.0),
@@ -302,7 +304,7 @@ def test_command_line_measures_the_frontier_and_searches_rates(tmp_path, capsys,
     ]
     monkeypatch.setattr(quality, "rate_cases", lambda: [quality.QualityCase("full", "adam", num_steps=4)])
     capsys.readouterr()
-    assert command_line.main(["rates", *common]) == 0
+    assert cli.main(["rates", *common]) == 0
     printed = capsys.readouterr()
     record = json.loads(printed.out)
     assert record["best_rate"] in record["rates"][1:-1]
@@ -316,14 +318,14 @@ def test_ratios_know_ties():
         values = center + rng.normal(0, 1, 15)
         return {"total_ms": float(np.median(values)), "total_ms_repeats": values.tolist()}
 
-    tie = report.time_ratio(record(20.0), record(20.0))
+    tie = stats.time_ratio(record(20.0), record(20.0))
     assert tie.is_tie
     assert tie.verdict == "as fast (within the noise)"
-    fast = report.time_ratio(record(10.0), record(30.0))
+    fast = stats.time_ratio(record(10.0), record(30.0))
     assert not fast.is_tie
     assert fast.verdict == "3.0 times faster"
     assert fast.low < fast.value < fast.high
-    assert report.time_ratio(record(30.0), record(10.0)).verdict.endswith("times slower")
+    assert stats.time_ratio(record(30.0), record(10.0)).verdict.endswith("times slower")
 
 
 def test_records_are_written_whole_and_read_back(tmp_path):
@@ -360,11 +362,11 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_directory_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), records.atomic_directory(tmp_path / "out") as work:
+    with pytest.raises(KeyboardInterrupt), files.atomic_directory(tmp_path / "out") as work:
         (work / "half").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    with records.atomic_directory(tmp_path / "out") as work:
+    with files.atomic_directory(tmp_path / "out") as work:
         (work / "whole").write_text("whole")
     assert (tmp_path / "out" / "whole").read_text() == "whole"
 
@@ -375,24 +377,26 @@ def test_imports_are_found_inside_every_kind_of_statement():
     heads += ["try:\n    pass\nexcept E:", "try:\n    pass\nexcept* E:", "try:\n    pass\nfinally:"]
     heads += ["try:\n    pass\nexcept E:\n    pass\nelse:", "match x:\n  case 1:\n    pass\n  case _:"]
     for head in heads:
-        assert records.imported_modules(f"{head}\n    from cemb import csr") == {"cemb.csr"}, head
-    assert records.imported_modules("def f():\n  if x:\n    with y: import cemb.pmi") == {"cemb.pmi"}
+        assert identity.imported_modules(f"{head}\n    from cemb import csr") == {"cemb.pmi.csr"}, head
+    assert identity.imported_modules("def f():\n  if x:\n    with y: import cemb.pmi.matrix") == {
+        "cemb.pmi.matrix"
+    }
 
 
 def test_code_hash_follows_imports(monkeypatch, tmp_path):
-    source = "from cemb import corpus, records\nfrom cemb.pmi import pmi_matrix\nimport numpy"
-    assert records.imported_modules(source) == {"cemb.corpus", "cemb.records", "cemb.pmi"}
-    assert records.imported_modules("from cemb import HashedEmbedding") == {"cemb"}
+    source = "from cemb import corpus, records\nfrom cemb.pmi.matrix import pmi_matrix\nimport numpy"
+    assert identity.imported_modules(source) == {"cemb.pmi.encode", "cemb.study.records", "cemb.pmi.matrix"}
+    assert identity.imported_modules("from cemb import HashedEmbedding") == {"cemb"}
     package = tmp_path / "cemb"
     package.mkdir()
     for name, text in {"a": "from cemb.b import x", "b": "x = 1", "c": "y = 1"}.items():
         (package / f"{name}.py").write_text(text)
     monkeypatch.setattr(records, "PACKAGE", package)
-    before = records.code_hash("from cemb import a")
+    before = identity.code_hash("from cemb import a")
     (package / "c.py").write_text("y = 2")
-    assert records.code_hash("from cemb import a") == before
+    assert identity.code_hash("from cemb import a") == before
     (package / "b.py").write_text("x = 2")
-    assert records.code_hash("from cemb import a") != before
+    assert identity.code_hash("from cemb import a") != before
 
 
 def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
@@ -412,7 +416,11 @@ def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
     gc.set_threshold(20)
     try:
         with ThreadPoolExecutor(4) as pool:
-            done = pool.map(lambda _: (ParsesWhenCollected(), records.imported_modules(source))[1], range(40))
-            assert set(map(frozenset, done)) == {frozenset({"cemb.catalog", "cemb.records", "cemb.targets"})}
+            done = pool.map(
+                lambda _: (ParsesWhenCollected(), identity.imported_modules(source))[1], range(40)
+            )
+            assert set(map(frozenset, done)) == {
+                frozenset({"cemb.pmi.corpora", "cemb.study.records", "cemb.study.targets"})
+            }
     finally:
         gc.set_threshold(*before)

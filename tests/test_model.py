@@ -4,16 +4,9 @@ import pytest
 import torch
 
 from cemb import PairModel, optim
-from cemb.model import (
-    LOSSES,
-    all_cells_loss,
-    build_model,
-    glove_loss,
-    glove_weight,
-    mse_loss,
-    weighted_mse_loss,
-)
+from cemb.model import build_model
 from cemb.tables import FullEmbedding, HashedEmbedding
+from cemb.train.losses import LOSSES, all_cells_loss, glove_loss, glove_weight, mse_loss, weighted_mse_loss
 
 
 @pytest.mark.parametrize("shared_table", [True, False])

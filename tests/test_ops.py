@@ -8,9 +8,10 @@ import pytest
 import torch
 from numba import njit
 
-from cemb import kernels, ops, records, reference
+from cemb import kernels, ops, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
 from cemb.kernels import cpu, overlaps, rules, updates
+from cemb.study import identity, records
 
 SPECS = [
     HashSpec(63, 100, 1000, block_size=block, signed=signed, hash_seed=5)
@@ -578,6 +579,6 @@ def test_what_kernels_inline_is_looked_at():
     package = records.PACKAGE
     with_kernels = [path for path in package.rglob("*.py") if re.search("njit|@intrinsic", path.read_text())]
     assert {path.parent for path in with_kernels} == {package, package / "kernels"}
-    imported = {name for path in with_kernels for name in records.imported_modules(path.read_text())}
-    holding = {records.module_path(name) for name in imported} & {*with_kernels, package / "hashing.py"}
+    imported = {name for path in with_kernels for name in identity.imported_modules(path.read_text())}
+    holding = {identity.module_path(name) for name in imported} & {*with_kernels, package / "hashing.py"}
     assert {package / "kernels" / "lanes.py", package / "cooccurrence.py"} <= holding <= set(kernels.SOURCES)

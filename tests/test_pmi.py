@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits
 
-from cemb import csr, pmi
-from cemb.csr import CsrFolder
-from cemb.pmi import pmi_matrix, stored_histogram, synthetic_pmi, value_histogram, write_pmi
+from cemb.pmi import csr
+from cemb.pmi import matrix as pmi_matrix_module
+from cemb.pmi.csr import CsrFolder
+from cemb.pmi.matrix import pmi_matrix, stored_histogram, synthetic_pmi, value_histogram, write_pmi
 
 
 @pytest.mark.parametrize("smoothing", [0.75, 1.0])
@@ -141,8 +142,8 @@ def test_top_k_keeps_the_largest_and_the_first_of_equals(top_k, seed, positive):
     values = rng.integers(-3, 4, (9, 7)).astype(np.float64)
     stored = sp.csr_array(np.where(rng.random((9, 7)) < 0.7, values + 10, 0))  # so that no value is lost
     columns, cells, row_cells = stored.indices.copy(), stored.data - 10, np.zeros(9, np.int64)
-    pmi._select(stored.indptr, columns, cells, positive, row_cells)
-    found = pmi._keep_largest(columns, cells, top_k, row_cells)
+    pmi_matrix_module._select(stored.indptr, columns, cells, positive, row_cells)
+    found = pmi_matrix_module._keep_largest(columns, cells, top_k, row_cells)
     expected = []
     for row in range(9):
         start, end = stored.indptr[row], stored.indptr[row + 1]

@@ -1,9 +1,9 @@
 from numba.core.dispatcher import Dispatcher
 
-from cemb import speed
 from cemb.kernels import buckets, cpu, overlaps, sparse, updates
-from cemb.measure import Clock
-from cemb.precompile import precompile
+from cemb.study import speed
+from cemb.study.precompile import precompile
+from cemb.study.timing import Clock
 
 
 def _compiled():

@@ -7,8 +7,11 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from cemb import __main__ as command_line
-from cemb import provenance, records, study
+from cemb import cli
+from cemb.report import provenance
+from cemb.study import grid, records
+from cemb.study import identity as study_identity
+from cemb.study import run as study_run
 
 
 def _place(**fields):
@@ -24,7 +27,7 @@ def _place(**fields):
 
 
 def _speed_run():
-    return next(run for run in study.study_runs() if run.name == "speed-sgd-262144")
+    return next(run for run in grid.study_runs() if run.name == "speed-sgd-262144")
 
 
 def test_the_end_of_a_run_page_says_all_that_it_takes_to_get_its_numbers_again():
@@ -56,16 +59,16 @@ def test_the_end_of_a_run_page_says_all_that_it_takes_to_get_its_numbers_again()
         assert wanted in text
     assert text.count("contended") == 1
     (command,) = re.findall(r"`(python -m cemb study [^`]*)`", text)
-    parsed = command_line._parser().parse_args(shlex.split(command)[3:])
-    runs = study.select(study.study_runs(parsed.grid, parsed.corpus), names=parsed.run)
+    parsed = cli._parser().parse_args(shlex.split(command)[3:])
+    runs = grid.select(grid.study_runs(parsed.grid, parsed.corpus), names=parsed.run)
     assert [selected.name for selected in runs] == [run.name]
 
 
 def test_the_command_names_a_corpus_that_is_not_the_default(tmp_path):
     text = tmp_path / "my text.txt"
     text.write_text("one two")
-    run = study.study_runs("smoke", str(text))[0]
-    parsed = command_line._parser().parse_args(shlex.split(provenance.study_command(run, "smoke"))[3:])
+    run = grid.study_runs("smoke", str(text))[0]
+    parsed = cli._parser().parse_args(shlex.split(provenance.study_command(run, "smoke"))[3:])
     assert (ROOT / parsed.corpus).resolve() == text.resolve()
     assert "--corpus" not in provenance.study_command(_speed_run(), "default")
 
@@ -80,7 +83,7 @@ def test_every_published_file_has_a_page_and_a_command_that_parses():
         assert measured[0]["device_name"] in page
         assert f"../data/{machine}-{kind}.jsonl" in page
         command, *others = re.findall(r"`(python -m cemb [^`]*)`", page)
-        parsed = command_line._parser().parse_args(shlex.split(command)[3:])
+        parsed = cli._parser().parse_args(shlex.split(command)[3:])
         runs = list(dict.fromkeys(record["run"] for record in measured if "run" in record))
         assert others == [f"{command} --run {run}" for run in runs]
         for run in runs:
@@ -112,7 +115,7 @@ def reference(monkeypatch, tmp_path):
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    code = records.code_hash(study.code_cells(study.NOTEBOOKS / "speed.ipynb"))
+    code = study_identity.code_hash(study_run.code_cells(grid.NOTEBOOKS / "speed.ipynb"))
     folder = tmp_path / "results" / "reference" / "mine"
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "PACKAGE", package)
@@ -176,12 +179,12 @@ def test_the_command_line_says_what_is_stale_of_the_published(reference, capsys)
     write, _ = reference
     write()
     check = ["study", "--check", "--published"]
-    assert command_line.main(check) == 0
+    assert cli.main(check) == 0
     assert capsys.readouterr().out == "published records are of the present code and versions\n"
     write(speed={"scipy_version": "0.1"})
-    assert command_line.main(check) == 1
+    assert cli.main(check) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("mine/records.jsonl (speed-sgd-262144): scipy_version: 0.1 → ")
     assert lines[1] == "1 stale"
-    assert command_line.main(["study", "--published"]) == 2
+    assert cli.main(["study", "--published"]) == 2
     assert "--published goes with --check" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from cemb.model import COMPRESSED_TABLES
-from cemb.rates import (
+from cemb.train.learning_rates import (
     FULL_BATCH_LEARNING_RATES,
     MINI_BATCH_LEARNING_RATES,
     TABLE_LEARNING_RATES,

@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from cemb import reading
-from cemb.events import read_events
-from cemb.pmi import pmi_matrix
+from cemb.pmi import readers
+from cemb.pmi.events import read_events
+from cemb.pmi.matrix import pmi_matrix
 
 TEXT = "".join(f"wörd{k} and more, " for k in range(9000)).encode()
 
 
 def texts(corpus, text_field=None):
     """The documents of a corpus, empty ones left out."""
-    blocks = reading.read_blocks(reading.find_files(str(corpus), text_field), 1 << 16)
+    blocks = readers.read_blocks(readers.find_files(str(corpus), text_field), 1 << 16)
     documents = b"".join(block.data for block in blocks).split(b"\xff")
     return [document.strip(b"\n") for document in documents if document.strip()]
 
@@ -68,8 +68,8 @@ def test_blocks_are_the_text_cut_between_words(parts, piece, num_bytes):
             data = "".join(parts).encode()
             yield from (data[k : k + piece] for k in range(0, len(data), piece))
 
-    blocks = list(reading.read_blocks([Text(), Text()], num_bytes))
-    document = "".join(parts).encode() + reading.DOCUMENT_BREAK
+    blocks = list(readers.read_blocks([Text(), Text()], num_bytes))
+    document = "".join(parts).encode() + readers.DOCUMENT_BREAK
     assert b"".join(block.data for block in blocks) == (2 * document if parts else b"")
     for block, following in pairwise(blocks):
         assert block.data[-1:].isspace()
@@ -81,7 +81,7 @@ def test_blocks_are_the_text_cut_between_words(parts, piece, num_bytes):
 
 
 def test_a_text_without_white_space_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_LONGEST_WORD", 1 << 17)
+    monkeypatch.setattr(readers, "_LONGEST_WORD", 1 << 17)
     (tmp_path / "text").write_bytes(b"x" * (1 << 22))
     with pytest.raises(ValueError, match="has no white space in 1 MiB: is it text"):
         texts(tmp_path / "text")
@@ -107,7 +107,7 @@ def test_zip_archives_are_read_member_by_member(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", *COMPRESSORS])
 def test_json_lines_give_a_document_each(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(reading, "_PIECE", 7)
+    monkeypatch.setattr(readers, "_PIECE", 7)
     lines = [{"text": "eins\nzwei", "n": 1}, {"text": None}, {"text": "“drei” \u0000"}]
     content = (
         "\n".join(json.dumps(line) for line in lines[:2]) + "\n\n" + json.dumps(lines[2], ensure_ascii=False)
@@ -163,7 +163,7 @@ def test_standard_input_is_text_or_json_lines(monkeypatch):
     with pytest.raises(
         ValueError, match=r"standard input cannot be read twice.* encode it to a folder first"
     ):
-        reading.find_files("-")[0].fingerprint()
+        readers.find_files("-")[0].fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_what_is_no_text_is_refused(tmp_path, content, message):
 
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file or directory '/nowhere\.txt'"):
-        reading.find_files("/nowhere.txt")
+        readers.find_files("/nowhere.txt")
     with pytest.raises(FileNotFoundError, match="no file matches"):
-        reading.find_files(str(tmp_path / "*.txt"))
+        readers.find_files(str(tmp_path / "*.txt"))
     with pytest.raises(ValueError, match=r"the directory .* holds no file"):
-        reading.find_files(str(tmp_path))
+        readers.find_files(str(tmp_path))
     (tmp_path / "t.txt").write_text("a")
     with pytest.raises(ValueError, match=r"text_field='body' was asked for, and .* is plain text"):
-        reading.find_files(str(tmp_path / "t.txt"), "body")
+        readers.find_files(str(tmp_path / "t.txt"), "body")
 
 
 EVENTS = [("ann", "x"), ("bob", "y"), ("bob", "x"), ("ann", "x"), ("cid", None), ("bob", "x"), (None, "z")]

@@ -10,8 +10,13 @@ import pandas as pd
 import pytest
 from conftest import ROOT, of_the_default_grid
 
-from cemb import plots, records, report, study, targets
-from cemb.rates import default_learning_rate
+from cemb.report import answer, figures, frontier, gpu, rivals, select, stats
+from cemb.report import data as report_data
+from cemb.report import quality as report_quality
+from cemb.report import speed as report_speed
+from cemb.report import text as report_text
+from cemb.study import grid, records, sizes, targets
+from cemb.train.learning_rates import default_learning_rate
 
 
 def _point(method, gap, *, ratio=4.0, seed=0, training_ratio=None, failure=None):
@@ -41,30 +46,30 @@ def found():
 
 
 def test_the_median_seed_stands_for_all(found):
-    first, *_ = report.median_seeds(found, "method", "asked_ratio")
+    first, *_ = stats.median_seeds(found, "method", "asked_ratio")
     assert (first["gap"], first["gap_low"], first["gap_high"], first["num_seeds"]) == (0.6, 0.5, 0.7, 3)
-    assert report.gap_text(first) == "0.600 (0.500 to 0.700)"
-    assert report.gap_text(found[3]) == "0.900"
-    assert report.gap_text(found[-1]) == "failed"
+    assert report_text.gap_text(first) == "0.600 (0.500 to 0.700)"
+    assert report_text.gap_text(found[3]) == "0.900"
+    assert report_text.gap_text(found[-1]) == "failed"
 
 
 def test_a_failed_seed_is_worse_than_any(found):
     found[1] = _point("hashed", None, seed=1, failure="diverged")
-    assert report.median_seeds(found, "method", "asked_ratio")[0]["gap"] == 0.7
+    assert stats.median_seeds(found, "method", "asked_ratio")[0]["gap"] == 0.7
 
 
 def test_the_best_point_keeps_its_budget(found):
-    assert report.best_point(found, "inference", 4)["method"] == "transform coding"
-    assert report.best_point(found, "inference", 16)["gap"] == 0.08
-    assert report.best_point(found, "training", 4)["gap"] == 0.6
-    assert report.best_point(found, "inference", 4, ["hashed"])["gap"] == 0.6
-    nothing = report.best_point(found, "inference", 17)
+    assert frontier.best_point(found, "inference", 4)["method"] == "transform coding"
+    assert frontier.best_point(found, "inference", 16)["gap"] == 0.08
+    assert frontier.best_point(found, "training", 4)["gap"] == 0.6
+    assert frontier.best_point(found, "inference", 4, ["hashed"])["gap"] == 0.6
+    nothing = frontier.best_point(found, "inference", 17)
     assert nothing["method"] == "none"
     assert math.isnan(nothing["gap"])
 
 
 def test_decisions_and_failures_are_shown(found):
-    table = report.decisions(found)
+    table = frontier.decisions(found)
     table = table.set_index("fewer bytes")
     assert list(table.loc["16× at inference"]) == [
         "transform coding, 16.0×",
@@ -73,25 +78,25 @@ def test_decisions_and_failures_are_shown(found):
         "0.900",
     ]
     assert list(table.loc["48× in training"]) == ["none", "", "", "none"]
-    points, failed = report.frontier_table(found)
+    points, failed = frontier.frontier_table(found)
     assert list(points.table) == ["hashed", "hashed", "transform coding"]
     assert failed == ["low-rank at 64: max_bytes must be at least 9, got 3"]
 
 
 def test_no_frontier_is_said():
     with pytest.raises(LookupError, match="no record of kind 'frontier'"):
-        report.frontier_frame([])
+        frontier.frontier_frame([])
 
 
 def test_seconds_are_until_the_gap_is_first_small():
     history = [{"gap": 0.9, "seconds": 1.0}, {"gap": 0.4, "seconds": 2.0}, {"gap": 0.6, "seconds": 3.0}]
-    assert report.seconds_to_gap(history, 0.5) == 2.0
-    assert report.seconds_to_gap(history, 0.1) is None
+    assert stats.seconds_to_gap(history, 0.5) == 2.0
+    assert stats.seconds_to_gap(history, 0.1) is None
 
 
 def test_the_frontier_is_drawn_with_its_ranges(found):
-    figure = plots.frontier(
-        report.frontier_frame(found), [{"ratio": 8.0, "components": 0.005, "rows": 0.002}]
+    figure = figures.frontier(
+        frontier.frontier_frame(found), [{"ratio": 8.0, "components": 0.005, "rows": 0.002}]
     )
     inference, training = figure.axes
     labels = inference.get_legend_handles_labels()[1]
@@ -99,7 +104,7 @@ def test_the_frontier_is_drawn_with_its_ranges(found):
     assert set(training.get_legend_handles_labels()[1]) == {"hashed", "transform coding"}
     plt.close(figure)
     # As a run's own page draws them, before seeds are put together.
-    plt.close(plots.frontier(pd.DataFrame(found)))
+    plt.close(figures.frontier(pd.DataFrame(found)))
 
 
 def _trained(run, table, gap, **fields):
@@ -124,7 +129,7 @@ def _trained(run, table, gap, **fields):
     }
 
 
-POOL = study.POOL_SIZES[0]
+POOL = grid.POOL_SIZES[0]
 
 
 @pytest.fixture
@@ -150,58 +155,58 @@ def trained(found):
 
 
 def test_mini_batches_stand_beside_full_batches_of_the_same_bytes(trained):
-    table = report.mini_batch_table(trained).set_index("table")
+    table = report_quality.mini_batch_table(trained).set_index("table")
     assert list(table.index) == ["full", "hashed", "clustered"]
     assert list(table["gap, mini-batches"]) == ["0.300", "0.650 (0.600 to 0.700)", "failed"]
     assert list(table["gap, full batches"]) == ["0.003", "0.610", "not measured"]
-    assert report.mini_batch_table(trained[:8]).empty
-    assert report.best_mini_batch(trained)["run"] == "mini-batch-full"
+    assert report_quality.mini_batch_table(trained[:8]).empty
+    assert report_quality.best_mini_batch(trained)["run"] == "mini-batch-full"
     longer = _trained("quality-adam-full-mini-batch", "full-fused", 0.2, training="mini-batch", num_epochs=8)
-    assert report.best_mini_batch([*trained, longer])["gap"] == 0.2
-    names = list(report.quality_table([*trained, longer], "mini-batch").table)
+    assert report_quality.best_mini_batch([*trained, longer])["gap"] == 0.2
+    names = list(report_quality.quality_table([*trained, longer], "mini-batch").table)
     assert names == ["full table, 1 pass", "full table, 8 passes"]
 
 
 def test_growth_ends_with_the_whole_vocabulary(trained):
-    table = report.growth_table(trained)
+    table = report_quality.growth_table(trained)
     assert list(table.words) == ["1,000", "9,000"]
     assert list(table["× smaller"]) == ["0.5", "4.0"]
     assert list(table["hashed, gap"]) == ["0.100 (0.100 to 0.200)", "0.800"]
     assert list(table["full, gap"]) == ["0.002", "0.003"]
-    assert report.growth_speed(trained).empty
+    assert report_speed.growth_speed(trained).empty
     # What is not of the quality study is not in its own tables.
-    assert len(report.quality_table(trained, "full-batch")) == 3
-    assert len(report.quality_table(trained, "mini-batch")) == 1
+    assert len(report_quality.quality_table(trained, "full-batch")) == 3
+    assert len(report_quality.quality_table(trained, "mini-batch")) == 1
 
 
 def test_points_are_those_asked_for(trained):
-    assert report.point_text(trained, "hashed", 16.0) == "0.900"
-    assert report.point_text(trained, "full") == "0.003"
-    assert report.point(trained, "hashed", 8) is None
-    assert report.point_text(trained, "hashed", 8) == "(not measured)"
-    assert report.point_text(trained, "low-rank", 64) == "failed"
+    assert frontier.point_text(trained, "hashed", 16.0) == "0.900"
+    assert frontier.point_text(trained, "full") == "0.003"
+    assert frontier.point(trained, "hashed", 8) is None
+    assert frontier.point_text(trained, "hashed", 8) == "(not measured)"
+    assert frontier.point_text(trained, "low-rank", 64) == "failed"
 
 
 def test_the_trivial_table_is_the_first_at_the_same_bytes(trained):
-    table = report.same_bytes_table([*trained, _point(report.TRIVIAL, 0.2)])
+    table = frontier.same_bytes_table([*trained, _point(frontier.TRIVIAL, 0.2)])
     assert list(table.columns) == ["table", "4×", "16×", "64×"]
-    assert list(table.iloc[0]) == [report.TRIVIAL, "0.200", "", ""]
+    assert list(table.iloc[0]) == [frontier.TRIVIAL, "0.200", "", ""]
     assert list(table.set_index("table").loc["hashed"])[1:] == ["0.900", ""]
 
 
 def test_words_for_what_beats_the_trivial_table(trained):
-    assert report.beats_trivial(trained, 16.0) == "(not measured)"
+    assert frontier.beats_trivial(trained, 16.0) == "(not measured)"
     points = [
         *trained,
-        _point(report.TRIVIAL, 0.7, ratio=16.0),
+        _point(frontier.TRIVIAL, 0.7, ratio=16.0),
         _point("int8", 0.0001, ratio=None),
         _point("low-rank", 0.6, ratio=16.0),
         _point("clustered", 0.5, ratio=4.0),
     ]
-    assert report.beats_trivial(points, 16.0) == "transform coding, low-rank"
-    points.append(_point(report.TRIVIAL, 0.1, ratio=4.0))
-    assert report.beats_trivial(points, 4.0) == "none"
-    assert report.point_text(points, "int8", digits=4) == "0.0001"
+    assert frontier.beats_trivial(points, 16.0) == "transform coding, low-rank"
+    points.append(_point(frontier.TRIVIAL, 0.1, ratio=4.0))
+    assert frontier.beats_trivial(points, 4.0) == "none"
+    assert frontier.point_text(points, "int8", digits=4) == "0.0001"
 
 
 def test_gaps_whose_seeds_overlap_are_tied():
@@ -214,17 +219,17 @@ def test_gaps_whose_seeds_overlap_are_tied():
         *seeds("clustered", 0.55, 0.57),
         *seeds("hybrid", 0.50, ratio=2.0),
     ]
-    assert report.best_method_text(points, "inference", 4) == "hashed (tied with low-rank)"
-    assert report.best_method_text(points, "inference", 2) == "hybrid (tied with hashed)"
-    assert report.best_method_text(points, "inference", 5) == "none"
-    uses = report.decisions(points).set_index("fewer bytes").use
+    assert frontier.best_method_text(points, "inference", 4) == "hashed (tied with low-rank)"
+    assert frontier.best_method_text(points, "inference", 2) == "hybrid (tied with hashed)"
+    assert frontier.best_method_text(points, "inference", 5) == "none"
+    uses = frontier.decisions(points).set_index("fewer bytes").use
     assert uses["4× at inference"] == "hashed (tied with low-rank), 4.0×"
-    trivial = seeds(report.TRIVIAL, 0.565)
-    assert report.beats_trivial([*points, *trivial], 4.0) == "hashed, clustered (a tie), low-rank (a tie)"
+    trivial = seeds(frontier.TRIVIAL, 0.565)
+    assert frontier.beats_trivial([*points, *trivial], 4.0) == "hashed, clustered (a tie), low-rank (a tie)"
     failed = {"gap": None}
-    assert not report.gaps_tie({"gap": 0.5}, failed)
-    assert report.gaps_tie({"gap": 0.5}, {"gap": 0.6, "gap_low": 0.4, "gap_high": None})
-    assert not report.gaps_tie({"gap": 0.5}, {"gap": 0.5001})
+    assert not stats.gaps_tie({"gap": 0.5}, failed)
+    assert stats.gaps_tie({"gap": 0.5}, {"gap": 0.6, "gap_low": 0.4, "gap_high": None})
+    assert not stats.gaps_tie({"gap": 0.5}, {"gap": 0.5001})
 
 
 def test_optimizers_whose_seeds_overlap_are_tied():
@@ -233,9 +238,9 @@ def test_optimizers_whose_seeds_overlap_are_tied():
         return [_trained(name, "full", gap, optimizer=optimizer, seed=k) for k, gap in enumerate(gaps)]
 
     found = [*seeds("sgd", 0.3, 0.4), *seeds("adagrad", 0.01, 0.03, 0.05), *seeds("adam", 0.02, 0.021, 0.022)]
-    assert report.best_optimizer_text(found) == "Adam (tied with Adagrad)"
+    assert report_quality.best_optimizer_text(found) == "Adam (tied with Adagrad)"
     found[-1]["gap"] = found[-2]["gap"] = found[-3]["gap"] = 0.002
-    assert report.best_optimizer_text(found) == "Adam"
+    assert report_quality.best_optimizer_text(found) == "Adam"
 
 
 def _bench_record(table, middle, **fields):
@@ -243,7 +248,7 @@ def _bench_record(table, middle, **fields):
         "kind": "speed",
         "ids": "uniform",
         "optimizer": "sgd",
-        "num_embeddings": targets.ROWS,
+        "num_embeddings": sizes.ROWS,
         "device": "cpu",
         "embedding_dim": 100,
         "batch_size": 100,
@@ -273,8 +278,8 @@ _BENCH_RATES = {
 def test_steps_in_one_pass_stand_beside_the_usual_ones():
     one_pass = _bench_record("full-fused", 2.0, one_pass=True, label="full-fused, one pass")
     found = [_BENCH_RATES, _bench_record("full-fused", 4.0), _bench_record("full", 10.0), one_pass]
-    assert report.bench_frame(found).table.tolist() == ["full-fused", "full-fused, one pass", "full"]
-    (row,) = report.targets_table(found).to_dict("records")
+    assert rivals.bench_frame(found).table.tolist() == ["full-fused", "full-fused, one pass", "full"]
+    (row,) = rivals.targets_table(found).to_dict("records")
     assert row["ratio"].startswith("0.20 (")
     assert row["by autograd"] == "0.40"
 
@@ -284,7 +289,7 @@ def test_a_target_within_the_noise_is_undecided():
 
     def verdict(ours):
         found = [_BENCH_RATES, _bench_record("full-fused", ours), _bench_record("full", 10.0)]
-        return report.targets_table(found).set_index("what").ratio[target.name]
+        return rivals.targets_table(found).set_index("what").ratio[target.name]
 
     assert verdict(10 * target.limit - 2).endswith("), reached")
     assert verdict(10 * target.limit + 0.05).endswith("), undecided")
@@ -293,35 +298,39 @@ def test_a_target_within_the_noise_is_undecided():
 
 def test_contended_records_are_marked():
     speed = {**_speed("hashed", 1000), "kind": "speed", "label": "hashed"}
-    speed |= {f"{phase}_ms": 1.0 for phase in report.PHASES}
+    speed |= {f"{phase}_ms": 1.0 for phase in report_speed.PHASES}
     waited, free = {**speed, "is_contended": True}, {**speed, "is_contended": False}
-    assert list(report.speed_table([speed, waited, free]).table) == ["hashed", "hashed (contended)", "hashed"]
-    assert list(report.speed_table([waited, free]).table) == ["hashed (contended)", "hashed"]
+    assert list(report_speed.speed_table([speed, waited, free]).table) == [
+        "hashed",
+        "hashed (contended)",
+        "hashed",
+    ]
+    assert list(report_speed.speed_table([waited, free]).table) == ["hashed (contended)", "hashed"]
 
 
 def test_minutes_are_from_the_first_record_to_the_last():
     times = ("2026-01-01T00:10:00+00:00", "2026-01-01T00:00:00+00:00", "2026-01-01T00:07:30+00:00")
-    assert report.minutes([{"utc_time": time} for time in times]) == 10
+    assert report_text.minutes([{"utc_time": time} for time in times]) == 10
 
 
 def test_words_for_rounded_tables(trained):
-    assert report.rounding_cost(trained) == report.best_rounded(trained, 8) == "(not measured)"
+    assert frontier.rounding_cost(trained) == frontier.best_rounded(trained, 8) == "(not measured)"
     rounded = [
         {**_point("hashed, then int8", 0.55, ratio=8), "float32_gap": 0.5499},
         {**_point("clustered, then int8", 0.41, ratio=8), "float32_gap": 0.4085},
         {**_point("low-rank, then int8", None, ratio=8, failure="diverged"), "float32_gap": None},
     ]
-    assert report.rounding_cost([*trained, *rounded]) == "0.0015"
-    assert report.best_rounded([*trained, *rounded], 8) == "clustered, 0.410"
+    assert frontier.rounding_cost([*trained, *rounded]) == "0.0015"
+    assert frontier.best_rounded([*trained, *rounded], 8) == "clustered, 0.410"
 
 
 def test_words_for_growth(trained):
-    assert set(report.growth_texts(trained).values()) == {"(not measured)"}
+    assert set(report_speed.growth_texts(trained).values()) == {"(not measured)"}
     shared = {"kind": "speed", "run": "growth-speed"}
     speed = [
         {**_speed("hashed", rows, 25), **shared, "total_ms": 2.0 + rows / 10**9} for rows in (1000, 10**9)
     ]
-    found = report.growth_texts([*trained, *speed, {**_speed("full-fused", 10**6), **shared}])
+    found = report_speed.growth_texts([*trained, *speed, {**_speed("full-fused", 10**6), **shared}])
     assert found == {
         "block_1": "(not measured)",
         "block_25": "2.0 to 3.0",
@@ -330,15 +339,15 @@ def test_words_for_growth(trained):
         "hashed_mib": "3",
         "full_gib": "1,118",
     }
-    assert set(found) == set(report.growth_texts(trained))
+    assert set(found) == set(report_speed.growth_texts(trained))
 
 
 def test_an_empty_table_says_so():
-    assert "Not among these records" in report.show(pd.DataFrame()).to_html()
+    assert "Not among these records" in report_text.show(pd.DataFrame()).to_html()
 
 
 def test_curves_are_against_steps_and_seconds(trained):
-    figure = plots.learning_curves(report.quality_frame(trained), "full-batch")
+    figure = figures.learning_curves(report_quality.quality_frame(trained), "full-batch")
     steps, seconds = figure.axes[:3], figure.axes[3:]
     (adam_full, adam_hashed) = steps[2].lines
     assert list(adam_full.get_xdata()) == [0, 10]
@@ -364,7 +373,7 @@ def _speed(table, rows, block=1):
 
 def test_growth_is_drawn_with_what_there_is(trained):
     speed = pd.DataFrame([_speed("full-fused", 1000), *(_speed("hashed", rows) for rows in (1000, 10**9))])
-    figure = plots.growth(report.growth_frame(trained), speed)
+    figure = figures.growth(report_quality.growth_frame(trained), speed)
     quality, times, memory = figure.axes
     assert quality.get_legend_handles_labels()[1] == ["full, gap", "hashed, gap"]
     assert times.get_ylabel() == "milliseconds a step"
@@ -372,8 +381,8 @@ def test_growth_is_drawn_with_what_there_is(trained):
     # A value and Adam's two, 4 bytes each.
     assert counted.get_ydata()[1] == pytest.approx(10**9 * 100 * 12 / 2**20)
     plt.close(figure)
-    plt.close(plots.growth(report.growth_frame(trained), pd.DataFrame()))
-    plt.close(plots.growth(pd.DataFrame(), speed))
+    plt.close(figures.growth(report_quality.growth_frame(trained), pd.DataFrame()))
+    plt.close(figures.growth(pd.DataFrame(), speed))
 
 
 def test_compositions_are_drawn_beside_what_is_made_after_training(trained):
@@ -383,15 +392,15 @@ def test_compositions_are_drawn_beside_what_is_made_after_training(trained):
         _point("low-rank, then int8", 0.4),
         _point("transform coding", 0.01),
     ]
-    figure = plots.composition(report.frontier_frame(points))
+    figure = figures.composition(frontier.frontier_frame(points))
     shown = [panel for panel in figure.axes if panel.get_visible()]
     assert [panel.get_title() for panel in shown] == ["hashed", "low-rank"]
     plt.close(figure)
-    plt.close(plots.composition(report.frontier_frame(trained)))
+    plt.close(figures.composition(frontier.frontier_frame(trained)))
 
 
 def test_learning_rates_are_as_good_as_what_the_reference_found():
-    _, found = report.reference("rates")
+    _, found = select.reference("rates")
     assert {(r["table"], r["optimizer"]) for r in found} >= {("full", "sgd"), ("hashed", "adam")}
     for record in found:
         rates, gaps = record["rates"], [math.inf if gap is None else gap for gap in record["gaps"]]
@@ -403,22 +412,22 @@ def test_learning_rates_are_as_good_as_what_the_reference_found():
 
 
 def test_the_machine_measured_last_stands_first(monkeypatch, tmp_path):
-    _, found = report.reference("bench")
+    _, found = select.reference("bench")
     for name, day in (("a", "2026-01-02"), ("b", "2026-01-03"), ("c", "2026-01-01")):
         folder = tmp_path / "results" / "reference" / name
         folder.mkdir(parents=True)
         dated = [{**record, "utc_time": f"{day}T00:00:00+00:00"} for record in found]
         records.write(dated, folder / "bench.jsonl")
     monkeypatch.setattr(records, "ROOT", tmp_path)
-    assert [name for name, _ in report.references("bench")] == ["b", "a", "c"]
-    assert report.reference("bench")[0] == "b"
-    others = report.other_machines()
+    assert [name for name, _ in select.references("bench")] == ["b", "a", "c"]
+    assert select.reference("bench")[0] == "b"
+    others = rivals.other_machines()
     assert others.machine.tolist() == ["a", "c"]
-    ratios = report.targets_table(found).ratio
+    ratios = rivals.targets_table(found).ratio
     assert others.reached[0] == f"{int(ratios.str.endswith('reached').sum())} of {len(ratios)}"
     assert others["not reached"][0].count(";") + 1 == (~ratios.str.endswith(", reached")).sum()
     with pytest.raises(FileNotFoundError, match=r"no machine among results/reference has a rates\.jsonl"):
-        report.reference("rates")
+        select.reference("rates")
 
 
 def test_counting_is_shown_fastest_first():
@@ -429,7 +438,7 @@ def test_counting_is_shown_fastest_first():
         {"case": "row-wise", "count_s": 2.1, "count_s_repeats": [1.9, 2.1, 2.3], **counted},
         {"case": "text to PMI", "count_s": 1.0, "num_tokens": 50, "tokens_per_s": 1},
     ]
-    table = report.counting_table(found)
+    table = report_data.counting_table(found)
     assert table.what.tolist() == ["cemb", "row-wise", "polars"]
     ours, near, far = table["times ours"]
     assert ours == "1"
@@ -450,16 +459,16 @@ def test_scaling_and_bands_are_drawn():
             "memory_mib": [512.0, 512.0],
         }
     )
-    left, right = plots.scaling(rows).axes
+    left, right = figures.scaling(rows).axes
     assert [line.get_label() for line in right.lines] == ["counting", "PMI", "allowed"]
     assert left.lines[0].get_xydata().tolist() == [[10**6, 1.0], [10**7, 5.0]]
-    (axes,) = plots.sparsity_by_band(np.array([9, 8, 3, 2]), np.array([0, 4, 6, 7, 8])).axes
+    (axes,) = figures.sparsity_by_band(np.array([9, 8, 3, 2]), np.array([0, 4, 6, 7, 8])).axes
     middles = sorted(tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1)
     assert middles == [(pytest.approx(2**1.5), 0.25), (pytest.approx(2**3.5), 0.75)]
 
 
 def test_the_citation_is_that_of_the_file_for_tools():
-    entry = report.bibtex()
+    entry = answer.bibtex()
     said = (ROOT / "CITATION.cff").read_text()
     for name in ("title", "version", "name", "license"):
         value = re.search(rf'^[ -]*{name}: "?(.*?)"?$', said, re.MULTILINE)[1]
@@ -469,43 +478,43 @@ def test_the_citation_is_that_of_the_file_for_tools():
 
 
 def test_the_benchmark_on_a_gpu_is_shown():
-    _, found = report.reference("gpu")
-    rows = report.gpu_frame(found)
+    _, found = select.reference("gpu")
+    rows = gpu.gpu_frame(found)
     speeds = [record for record in found if record["kind"] == "speed"]
     assert len(rows) * 2 == len(speeds)  # uniform and Zipf ids
-    table = report.gpu_table(found, "adam")
+    table = gpu.gpu_table(found, "adam")
     sparse = table[table.table == "full, sparse gradients"].iloc[0]
     assert sparse["as a graph (ms)"] == ""
     (record,) = (
         r for r in speeds if r["optimizer"] == "adam" and r["sparse_gradients"] and r["ids"] == "uniform"
     )
     assert float(sparse["the GPU's own (ms)"]) == pytest.approx(record["device_ms"], abs=6e-4)
-    summary = report.gpu_targets_table(found)
+    summary = gpu.gpu_targets_table(found)
     assert len(summary) == 3
     assert list(summary["own time"].str.split(", ").str[1]) == [
         "reached" if targets.gpu_ratio(found, optimizer, "device_ms")[0] <= targets.GPU_LIMIT else "missed"
-        for optimizer in targets.OPTIMIZERS
+        for optimizer in sizes.OPTIMIZERS
     ]
 
 
 def test_the_tour_is_launched_from_where_the_source_is():
-    text = report.launch("https://github.com/someone/cemb.git")
+    text = answer.launch("https://github.com/someone/cemb.git")
     assert "(https://mybinder.org/v2/gh/someone/cemb/HEAD?urlpath=lab/tree/notebooks/tour.ipynb)" in text
     assert "(https://colab.research.google.com/github/someone/cemb/blob/HEAD/notebooks/tour.ipynb)" in text
-    assert "http" not in report.launch(None)
+    assert "http" not in answer.launch(None)
     assert (ROOT / "notebooks" / "tour.ipynb").exists()
 
 
 @pytest.fixture
 def published():
-    return report.reference("records")
+    return select.reference("records")
 
 
 def test_a_default_study_is_completed_with_what_the_reference_trained(published):
     name, whole = published
     own = of_the_default_grid(whole)
     assert 50 < len(own) < len(whole) / 2
-    found = report.completed(own)
+    found = select.completed(own)
     added = [record for record in found if record not in own]
     assert len(added) == len(found) - len(own)
     assert {record["reference"] for record in added} == {name}
@@ -515,15 +524,15 @@ def test_a_default_study_is_completed_with_what_the_reference_trained(published)
     there = [{k: v for k, v in r.items() if k != "reference"} for r in found]
     there = [json.dumps(r, sort_keys=True) for r in there if r["kind"] in ("quality", "frontier")]
     assert sorted(there) == sorted(trained)
-    assert report.whole_study(own) == [{**record, "reference": name} for record in whole]
+    assert select.whole_study(own) == [{**record, "reference": name} for record in whole]
     # So the pages say the same of it as of the whole study, but for what they call the median's seconds.
-    for table in (report.same_bytes_table, report.decisions, report.growth_table):
+    for table in (frontier.same_bytes_table, frontier.decisions, report_quality.growth_table):
         assert table(found).equals(table(whole))
-    assert report.beats_trivial(found, 16) == report.beats_trivial(whole, 16)
-    assert report.best_optimizer_text(found, compression_ratio=16) != report.NOT_MEASURED
-    assert report.sources_text(found).startswith(f"Of {len(trained)} records of training, ")
-    assert name in report.sources_text(found)
-    stars = report.frontier_table(found)[0].seconds.str.endswith("*")
+    assert frontier.beats_trivial(found, 16) == frontier.beats_trivial(whole, 16)
+    assert report_quality.best_optimizer_text(found, compression_ratio=16) != report_text.NOT_MEASURED
+    assert report_text.sources_text(found).startswith(f"Of {len(trained)} records of training, ")
+    assert name in report_text.sources_text(found)
+    stars = frontier.frontier_table(found)[0].seconds.str.endswith("*")
     assert 0 < stars.sum() < len(stars)
 
 
@@ -534,30 +543,37 @@ def _by_kind(found):
 
 def test_a_whole_study_and_one_of_another_matrix_stay_as_they_are(published):
     _, whole = published
-    assert report.whole_study(whole) == whole
-    assert _by_kind(report.completed(whole)) == _by_kind(whole)
-    assert re.fullmatch(r"All \d+ records of training are of this machine", report.sources_text(whole))
+    assert select.whole_study(whole) == whole
+    assert _by_kind(select.completed(whole)) == _by_kind(whole)
+    assert re.fullmatch(r"All \d+ records of training are of this machine", report_text.sources_text(whole))
     other = of_the_default_grid(whole)
     other = [{**r, "num_stored_cells": 7} if r["kind"] == "pmi" else r for r in other]
-    assert report.whole_study(other) == other
-    assert _by_kind(report.completed(other)) == _by_kind(other)
+    assert select.whole_study(other) == other
+    assert _by_kind(select.completed(other)) == _by_kind(other)
 
 
 def test_what_was_not_run_is_said(published):
     own = of_the_default_grid(published[1])
-    assert report.best_quality(own, compression_ratio=16) is None
-    assert report.best_quality(own, compression_ratio=4)["gap"] < 1
-    missing = report.quality_record(own, "adam", compression_ratio=1)
-    texts = [report.gap_text(missing), report.score_text(missing, "wordsim353"), report.closed_share(missing)]
-    texts += [report.best_optimizer_text(own, compression_ratio=16), report.point_text(own, "hybrid", 4)]
-    assert texts == [report.NOT_MEASURED] * 5
+    assert report_quality.best_quality(own, compression_ratio=16) is None
+    assert report_quality.best_quality(own, compression_ratio=4)["gap"] < 1
+    missing = report_quality.quality_record(own, "adam", compression_ratio=1)
+    texts = [
+        report_text.gap_text(missing),
+        report_text.score_text(missing, "wordsim353"),
+        report_text.closed_share(missing),
+    ]
+    texts += [
+        report_quality.best_optimizer_text(own, compression_ratio=16),
+        frontier.point_text(own, "hybrid", 4),
+    ]
+    assert texts == [report_text.NOT_MEASURED] * 5
 
 
 def test_the_explorer_has_every_record():
     columns = {"label": ["a, b", 'say "c"'], "total_ms": [1.5, 2.0], "total_ms_repeats": [[1, 2], [2]]}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     found = [{"kind": kind, **row} for kind in ("speed", "quality", "frontier") for row in rows]
-    name, _, script = report.explorer_data(found).partition(" = ")
+    name, _, script = report_data.explorer_data(found).partition(" = ")
     assert name == "window.cembRecords"
     data = json.loads(script.removesuffix(";\n"))
     assert data["speed"]["columns"] == ["kind", *columns]

@@ -5,8 +5,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cemb import evaluate
 from cemb.kernels import sparse
+from cemb.train import objective
 
 
 def _matrix(rows, columns, density, dtype=np.float32, seed=0):
@@ -31,7 +31,7 @@ def test_products_equal_scipys(poisoned, shape, dtype, dim):
     matrix = _matrix(*shape, 0.3, dtype)
     matrix.data[:2] = 0  # stored, and nothing
     dense = torch.from_numpy(np.random.default_rng(1).standard_normal((shape[1], dim)).astype(dtype))
-    got = evaluate.SparseMatrix(matrix) @ dense
+    got = objective.SparseMatrix(matrix) @ dense
     assert got.dtype == dense.dtype
     wanted = matrix.astype(np.float64) @ dense.double().numpy()
     bound = abs(matrix).astype(np.float64) @ dense.double().abs().numpy()
@@ -46,7 +46,7 @@ def test_products_of_columns_without_a_cell_and_rows_without_one(poisoned):
     matrix = sp.csr_array(matrix)
     dense = torch.randn(60, 6)
     dense[[0, 20, 21, 59]] = torch.inf  # what no cell asks for is not read
-    got = evaluate.SparseMatrix(matrix) @ dense
+    got = objective.SparseMatrix(matrix) @ dense
     assert not got[[0, 7, 49]].any()
     np.testing.assert_allclose(got, matrix @ dense.nan_to_num(posinf=0).numpy(), rtol=1e-5, atol=1e-6)
 
@@ -54,7 +54,7 @@ def test_products_of_columns_without_a_cell_and_rows_without_one(poisoned):
 def test_products_are_the_same_for_any_number_of_threads():
     matrix = _matrix(500, 700, 0.1)
     matrix = sp.csr_array(sp.vstack([matrix[:1].toarray() + 1, matrix[1:]]))  # one heavy row
-    dense, product = torch.randn(700, 20), evaluate.SparseMatrix(matrix)
+    dense, product = torch.randn(700, 20), objective.SparseMatrix(matrix)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -67,13 +67,13 @@ def test_products_are_the_same_for_any_number_of_threads():
 
 def test_one_matrix_takes_factors_of_any_width_and_order():
     matrix = _matrix(30, 20, 0.3)
-    product, wide = evaluate.SparseMatrix(matrix), torch.randn(20, 40)
+    product, wide = objective.SparseMatrix(matrix), torch.randn(20, 40)
     for dense in (wide, wide[:, :3], wide[:, ::2], torch.randn(5, 20).T):
         np.testing.assert_allclose(product @ dense, matrix @ dense.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_factor_that_does_not_fit_is_refused():
-    product = evaluate.SparseMatrix(_matrix(30, 20, 0.3))
+    product = objective.SparseMatrix(_matrix(30, 20, 0.3))
     with pytest.raises(ValueError, match=r"30 by 20 .* float32 \[20, dim\], got float32 \[30, 4\]"):
         product @ torch.randn(30, 4)
     with pytest.raises(ValueError, match=r"got float32 \[20\]"):

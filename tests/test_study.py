@@ -17,14 +17,18 @@ import nbformat
 import pytest
 from conftest import ROOT, SCRATCH
 
-from cemb import frontier, report, study
 from cemb.model import COMPRESSED_TABLES
+from cemb.report import data, select
+from cemb.report import quality as report_quality
+from cemb.report import speed as report_speed
+from cemb.study import frontier, grid
+from cemb.study import run as study_run
 
 
 def _pretend(run, **changes):
     """Lay down a result of the run, as if made under another identity."""
-    content = {**study.identity(run), **changes}
-    path = study._run_dir(run, content)
+    content = {**study_run.identity(run), **changes}
+    path = study_run._run_dir(run, content)
     path.mkdir(parents=True)
     (path / "identity.json").write_text(json.dumps(content, default=str))
     (path / "records.jsonl").write_text('{"kind": "pmi"}\n')
@@ -32,12 +36,12 @@ def _pretend(run, **changes):
 
 
 def test_names_and_titles_are_unique():
-    runs = study.study_runs()
+    runs = grid.study_runs()
     assert len({run.name for run in runs}) == len({run.title for run in runs}) == len(runs)
 
 
 def test_the_default_grid_covers_the_question():
-    runs = study.study_runs()
+    runs = grid.study_runs()
     speed = {
         (r.parameters["optimizer"], r.parameters["pool_size"]) for r in runs if r.notebook == "speed.ipynb"
     }
@@ -57,7 +61,7 @@ def test_the_default_grid_covers_the_question():
 
 
 def test_the_full_grid_has_every_size_with_every_optimizer():
-    parameters = {r.name: r.parameters for r in study.study_runs("full")}
+    parameters = {r.name: r.parameters for r in grid.study_runs("full")}
     for asked in parameters.values():
         assert asked.get("seeds", [0, 1, 2]) == [0, 1, 2]
     sizes = {
@@ -86,8 +90,8 @@ def test_the_full_grid_has_every_size_with_every_optimizer():
 
 
 def test_runs_of_the_default_grid_are_runs_of_the_full_one():
-    full = {run.name: run for run in study.study_runs("full")}
-    for run in study.study_runs():
+    full = {run.name: run for run in grid.study_runs("full")}
+    for run in grid.study_runs():
         whole = full[run.name].parameters
         for name, value in run.parameters.items():
             if name in ("methods", "compression_ratios", "seeds"):
@@ -99,27 +103,27 @@ def test_runs_of_the_default_grid_are_runs_of_the_full_one():
 
 
 def test_the_frontier_has_every_method_once():
-    named = [method for methods in study.FRONTIER.values() for method in methods]
+    named = [method for methods in grid.FRONTIER.values() for method in methods]
     assert sorted(named) == sorted(frontier.METHODS)
-    in_full = [r.parameters["methods"] for r in study.study_runs("full") if r.name.startswith("frontier-")]
+    in_full = [r.parameters["methods"] for r in grid.study_runs("full") if r.name.startswith("frontier-")]
     assert sorted(chain(*in_full)) == sorted(frontier.METHODS)
 
 
 def test_the_full_grid_trains_every_small_table_both_ways():
-    assert sorted(study.SMALL_TABLES) == sorted(("hashed", *COMPRESSED_TABLES))
-    runs = [r.parameters for r in study.study_runs("full") if r.name.startswith("mini-batch-")]
+    assert sorted(grid.SMALL_TABLES) == sorted(("hashed", *COMPRESSED_TABLES))
+    runs = [r.parameters for r in grid.study_runs("full") if r.name.startswith("mini-batch-")]
     assert [p["table"] for p in runs if "compression_ratio" not in p] == ["full-fused"]
     small = {(p["table"], p["compression_ratio"]) for p in runs if "compression_ratio" in p}
-    assert small == {(table, ratio) for table in study.SMALL_TABLES for ratio in (4, 16)}
+    assert small == {(table, ratio) for table in grid.SMALL_TABLES for ratio in (4, 16)}
     for parameters in runs:
         assert parameters["training"] == "mini-batch"
         assert parameters["seeds"] == [0, 1, 2]
-    few_seeds = [r.name for r in study.study_runs("full") if len(r.parameters.get("seeds", range(3))) < 3]
+    few_seeds = [r.name for r in grid.study_runs("full") if len(r.parameters.get("seeds", range(3))) < 3]
     assert not few_seeds
 
 
 def test_growth_keeps_its_pool():
-    runs = [r.parameters for r in study.study_runs("full") if r.name.startswith("growth-")]
+    runs = [r.parameters for r in grid.study_runs("full") if r.name.startswith("growth-")]
     speed, *quality = runs
     assert "max_vocab" not in speed
     words = {p["table"]: [] for p in quality}
@@ -127,59 +131,59 @@ def test_growth_keeps_its_pool():
         words[parameters["table"]].append(parameters["max_vocab"])
     assert words["full"] == words["hashed"]
     assert words["full"] == sorted(words["full"])
-    assert {p["pool_size"] for p in quality if p["table"] == "hashed"} == {study.POOL_SIZES[0]}
+    assert {p["pool_size"] for p in quality if p["table"] == "hashed"} == {grid.POOL_SIZES[0]}
 
 
 def test_runs_are_selected_by_name_too():
-    runs = study.study_runs("full")
-    assert study.select(runs) == runs
-    growth = study.select(runs, names=["growth-*", "pmi"])
+    runs = grid.study_runs("full")
+    assert grid.select(runs) == runs
+    growth = grid.select(runs, names=["growth-*", "pmi"])
     assert [r.name for r in growth] == [r.name for r in runs if r.name[:6] == "growth" or r.name == "pmi"]
-    chosen = study.select(runs, ["adam"], [study.POOL_SIZES[0]], ["growth-hashed-5000"])
+    chosen = grid.select(runs, ["adam"], [grid.POOL_SIZES[0]], ["growth-hashed-5000"])
     assert [r.name for r in chosen] == ["growth-hashed-5000"]
     with pytest.raises(ValueError, match=r"no run of this grid has a name like 'grow'; it has pmi, speed"):
-        study.select(runs, names=["growth-*", "grow"])
+        grid.select(runs, names=["growth-*", "grow"])
 
 
 def test_staleness_says_why():
-    run = study.study_runs()[1]
-    assert study.staleness(run) == "never run"
+    run = grid.study_runs()[1]
+    assert study_run.staleness(run) == "never run"
     _pretend(run, numba_version="0.1", code="abc")
-    why = study.staleness(run)
+    why = study_run.staleness(run)
     assert "numba_version: 0.1 → " in why
     assert "code: abc → " in why
     assert "torch_version" not in why
     _pretend(run)
-    assert study.staleness(run) is None
+    assert study_run.staleness(run) is None
 
 
 def test_a_run_whose_name_begins_another_is_not_confused_with_it():
-    first = study.Run("quality", "Quality", "quality.ipynb", {})
-    second = study.Run("quality-sgd", "Quality, SGD", "quality.ipynb", {})
+    first = grid.Run("quality", "Quality", "quality.ipynb", {})
+    second = grid.Run("quality-sgd", "Quality, SGD", "quality.ipynb", {})
     _pretend(second)
-    assert study.staleness(second) is None
-    assert study.staleness(first) == "never run"
+    assert study_run.staleness(second) is None
+    assert study_run.staleness(first) == "never run"
 
 
 def test_a_corpus_that_changed_is_noticed(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one two three")
-    run = study.study_runs("smoke", str(text))[0]
+    run = grid.study_runs("smoke", str(text))[0]
     _pretend(run)
-    assert study.staleness(run) is None
+    assert study_run.staleness(run) is None
     text.write_text("one two four")
-    assert "corpus fingerprint: sha256:" in study.staleness(run)
+    assert "corpus fingerprint: sha256:" in study_run.staleness(run)
 
 
 def test_missing_records_are_named():
     with pytest.raises(FileNotFoundError, match=r"24 of 24 runs are missing or stale:\n  pmi: never run"):
-        study.current_records(study.study_runs())
+        study_run.current_records(grid.study_runs())
 
 
 def test_a_parameter_that_does_not_exist_is_refused_before_anything_runs(tmp_path):
-    runs = [study.Run("x", "X", "speed.ipynb", {"optimiser": "sgd"})]
+    runs = [grid.Run("x", "X", "speed.ipynb", {"optimiser": "sgd"})]
     with pytest.raises(ValueError, match=r"speed.ipynb has no parameter optimiser; it has .*optimizer"):
-        study.run_study(runs)
+        study_run.run_study(runs)
     assert not list(tmp_path.rglob("run.ipynb"))
 
 
@@ -224,11 +228,11 @@ def test_runs_come_in_their_order_and_timed_ones_alone(tmp_path, monkeypatch):
         yield
         events.append(("compiled",))
 
-    monkeypatch.setattr(study, "execute", pretend)
-    monkeypatch.setattr(study, "_kernels_compiling", compiling)
-    runs = study.study_runs()
+    monkeypatch.setattr(study_run, "execute", pretend)
+    monkeypatch.setattr(study_run, "_kernels_compiling", compiling)
+    runs = grid.study_runs()
     said = []
-    study.run_study(runs, workers=2, say=said.append)
+    study_run.run_study(runs, workers=2, say=said.append)
     begun = [event[1:] for event in events if event[0] == "begin"]
     timed = [run.name for run in runs if run.is_timed]
     assert begun[0] == ("pmi", "2", False)
@@ -251,7 +255,7 @@ def test_compiling_beside_a_study_keeps_to_a_thread_and_stops_with_it(tmp_path, 
     )
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(RuntimeError, match="a run failed"), study._kernels_compiling():
+    with pytest.raises(RuntimeError, match="a run failed"), study_run._kernels_compiling():
         while not started.exists():
             time.sleep(0.01)
         raise RuntimeError("a run failed")
@@ -287,7 +291,7 @@ def test_smoke_records(smoke, monkeypatch):
     for name in ("CEMB_RESULTS", "CEMB_GRID", "CORPUS"):
         monkeypatch.setenv(name, smoke[name])
     monkeypatch.chdir(ROOT)
-    found = report.load()
+    found = select.load()
     kinds = [record["kind"] for record in found]
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "pmi": 1,
@@ -296,18 +300,18 @@ def test_smoke_records(smoke, monkeypatch):
         "speed": 38,
         "frontier": 21,
     }
-    table = report.beside_original(found)
+    table = report_speed.beside_original(found)
     assert len(table) == 9
-    assert report.quality_table(found, "full-batch").shape[0] == 19
-    assert list(report.mini_batch_table(found).table) == ["full", "hybrid"]
+    assert report_quality.quality_table(found, "full-batch").shape[0] == 19
+    assert list(report_quality.mini_batch_table(found).table) == ["full", "hybrid"]
     # A vocabulary of its own, and the whole.
-    assert list(report.growth_table(found)["hashed, gap"] != "") == [True, True]
-    assert sorted(report.growth_speed(found).num_embeddings) == [1000] * 3 + [10**9] * 2
+    assert list(report_quality.growth_table(found)["hashed, gap"] != "") == [True, True]
+    assert sorted(report_speed.growth_speed(found).num_embeddings) == [1000] * 3 + [10**9] * 2
     for record in found:
         assert record["git_commit"] is None or len(record["git_commit"]) == 40
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
-        report.pick(found, table="robe")
-    rows = list(csv.DictReader(io.StringIO(report.csv_text(found, "quality"))))
+        select.pick(found, table="robe")
+    rows = list(csv.DictReader(io.StringIO(data.csv_text(found, "quality"))))
     assert len(rows) == 30
     trained = next(row for row in rows if row["training"] == "full-batch")
     assert json.loads(trained["history"])[0]["step"] == 0

@@ -13,8 +13,9 @@ import papermill
 import pytest
 from conftest import ROOT, SCRATCH
 
-from cemb import catalog, tour
 from cemb.hashing import HashSpec
+from cemb.pmi import corpora
+from cemb.report import tour
 
 NOTEBOOK = ROOT / "notebooks" / "tour.ipynb"
 SPECS = [
@@ -165,7 +166,7 @@ def test_the_synthetic_text_stands_in_for_a_corpus_that_is_missing(monkeypatch):
     def missing(corpus):
         raise FileNotFoundError(corpus)
 
-    monkeypatch.setattr(catalog, "find_sources", missing)
+    monkeypatch.setattr(corpora, "find_sources", missing)
     monkeypatch.setattr(tour, "load_pmi", lambda config: config)
     config = tour.load_data(max_vocab=70, rank=5)
     assert Path(config.corpus).read_text() == tour.synthetic_text()

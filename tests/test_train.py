@@ -7,20 +7,15 @@ import pytest
 import torch
 from conftest import zipf_text
 
-from cemb import evaluate, quality
-from cemb.batches import PairBatches
-from cemb.dataset import PmiConfig, load_pmi
-from cemb.model import (
-    COMPRESSED_TABLES,
-    PairModel,
-    all_cells_loss,
-    build_compressed_model,
-    build_model,
-    mse_loss,
-)
-from cemb.quality import QualityCase, measure_quality
+from cemb.model import COMPRESSED_TABLES, PairModel, build_compressed_model, build_model
+from cemb.study import quality
+from cemb.study.dataset import PmiConfig, load_pmi
+from cemb.study.quality import QualityCase, measure_quality
 from cemb.tables import ClusteredEmbedding, num_bytes
-from cemb.train import (
+from cemb.train import objective as train_objective
+from cemb.train import similarity
+from cemb.train.batches import PairBatches
+from cemb.train.loops import (
     ADAM_BETAS,
     OPTIMIZERS,
     DivergenceError,
@@ -30,6 +25,7 @@ from cemb.train import (
     train_full_batch,
     train_mini_batches,
 )
+from cemb.train.losses import all_cells_loss, mse_loss
 
 
 def _two_steps(name, gradients, rate):
@@ -71,7 +67,7 @@ def test_unknown_optimizer_is_refused():
 
 def test_adam_reaches_the_optimum(random_matrix):
     torch.manual_seed(0)
-    objective, best = evaluate.AllCellsLoss(random_matrix), evaluate.optimum(random_matrix, 4)
+    objective, best = train_objective.AllCellsLoss(random_matrix), train_objective.optimum(random_matrix, 4)
     model = build_model("full", 40, 4, shared_table=False)
     model.context_table = type(model.context_table)(30, 4)
     history = train_full_batch(model, objective, optimizer="adam", learning_rate=0.1, num_steps=600)
@@ -100,7 +96,10 @@ class Counted:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_lbfgs_reaches_the_optimum(seed, random_matrix):
-    objective, best = Counted(evaluate.AllCellsLoss(random_matrix)), evaluate.optimum(random_matrix, 4)
+    objective, best = (
+        Counted(train_objective.AllCellsLoss(random_matrix)),
+        train_objective.optimum(random_matrix, 4),
+    )
     history = train_full_batch(
         small_model(seed), objective, optimizer="lbfgs", learning_rate=1.0, num_steps=120
     )
@@ -112,7 +111,7 @@ def test_lbfgs_reaches_the_optimum(seed, random_matrix):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 20, 21, 30])
 def test_lbfgs_evaluates_as_often_as_it_is_told(num_steps, random_matrix):
-    objective = Counted(evaluate.AllCellsLoss(random_matrix))
+    objective = Counted(train_objective.AllCellsLoss(random_matrix))
     history = train_full_batch(
         small_model(), objective, optimizer="lbfgs", learning_rate=1.0, num_steps=num_steps
     )
@@ -124,7 +123,7 @@ def test_lbfgs_evaluates_as_often_as_it_is_told(num_steps, random_matrix):
 
 
 def test_lbfgs_bears_bad_points_on_a_line_but_no_infinite_ones(random_matrix):
-    objective = Counted(evaluate.AllCellsLoss(random_matrix))
+    objective = Counted(train_objective.AllCellsLoss(random_matrix))
     train_full_batch(small_model(), objective, optimizer="lbfgs", learning_rate=1.0, num_steps=20)
     assert max(objective.losses) > 10 * objective.losses[0]
     model = small_model()
@@ -139,7 +138,7 @@ def test_tables_recluster_as_often_as_the_loss_is_noted(random_matrix, monkeypat
     monkeypatch.setattr(ClusteredEmbedding, "recluster", lambda table: calls.append(table))
     torch.manual_seed(0)
     model = PairModel(ClusteredEmbedding(40, 4, 5, 2), ClusteredEmbedding(30, 4, 5, 2))
-    objective = evaluate.AllCellsLoss(random_matrix)
+    objective = train_objective.AllCellsLoss(random_matrix)
     history = train_full_batch(
         model, objective, optimizer="adam", learning_rate=0.02, num_steps=25, evaluate_every=5
     )
@@ -165,7 +164,7 @@ def test_bytes_of_lbfgs_are_those_of_its_state(random_matrix, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(torch.optim, "LBFGS", Noted)
-    model, objective = small_model(), evaluate.AllCellsLoss(random_matrix)
+    model, objective = small_model(), train_objective.AllCellsLoss(random_matrix)
     train_full_batch(model, objective, optimizer="lbfgs", learning_rate=1.0, num_steps=60)
     (state,) = made[0].state.values()
     vectors = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in state.values())
@@ -322,7 +321,7 @@ def test_tables_recluster_between_reports_of_mini_batches(random_matrix, monkeyp
 
 
 def test_divergence_is_noticed_and_the_rate_halved(random_matrix):
-    objective = evaluate.AllCellsLoss(random_matrix)
+    objective = train_objective.AllCellsLoss(random_matrix)
     rates = []
 
     def train(rate):
@@ -400,12 +399,12 @@ def test_svd_record_is_the_optimum(power, data, scored):
 def test_scores_are_those_of_their_vectors():
     rng = np.random.default_rng(0)
     words = sorted(
-        {word for q in evaluate._test_data("wordsim353.tsv") for word in q.casefold().split("\t")[:2]}
+        {word for q in similarity._test_data("wordsim353.tsv") for word in q.casefold().split("\t")[:2]}
     )
     vectors, contexts = rng.normal(size=(len(words), 5)), rng.normal(size=(20, 5)) * np.arange(1, 6)
     fields = quality.score_vectors(vectors, contexts, words)
     for name, scored in (("wordsim353", vectors), ("wordsim353_balanced", vectors @ contexts.T)):
-        expected = evaluate.similarity(scored, words, "wordsim353")
+        expected = similarity.similarity(scored, words, "wordsim353")
         for field in ("score", "low", "high"):
             assert fields[f"{name}_{field}"] == pytest.approx(expected[field])
     assert fields["wordsim353_pairs"] == 353
@@ -435,7 +434,7 @@ def test_sgns_record_scores_vectors_of_the_same_words(topical, scored):
     topic_of = np.array([next(i for i, topic in enumerate(topics) if word in topic) for word in data.words])
     alike = topic_of[:, None] == topic_of
     ((words, contexts),) = scored
-    unit = evaluate.normalized(words)
+    unit = similarity.normalized(words)
     for products, margin in ((unit @ unit.T, 0.5), (words @ contexts.T, 1)):
         assert products[alike].mean() > margin + products[~alike].mean()
     quality.sgns_record(data)

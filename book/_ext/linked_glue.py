@@ -1,4 +1,4 @@
-"""``{glue:text}`` as a link to where a value comes from, if `cemb.provenance.glue` says so."""
+"""``{glue:text}`` as a link to where a value comes from, if `cemb.report.provenance.glue` says so."""
 
 from docutils import nodes
 from myst_nb.ext.glue.roles import PasteTextRole

@@ -18,8 +18,8 @@ def discard_outdated(sources: Iterable[Path], folders: Iterable[Path]) -> None:
                     index.unlink()
 
 
-_HERE = Path(__file__).parent
-# Modules above this folder have kernels, too, which inline functions of it and of each other.
-_ABOVE = ("cooccurrence.py", "counting.py", "hashing.py", "pmi.py")
-SOURCES = [*_HERE.glob("*.py"), *(_HERE.parent / name for name in _ABOVE)]
-discard_outdated(SOURCES, (_HERE, _HERE.parent))
+_PACKAGE = Path(__file__).parent.parent
+# These folders have kernels, which inline functions of `hashing` and of each other.
+FOLDERS = [_PACKAGE / name for name in ("kernels", "pmi", "train", "study")]
+SOURCES = [_PACKAGE / "hashing.py", *(path for folder in FOLDERS[:2] for path in folder.glob("*.py"))]
+discard_outdated(SOURCES, FOLDERS)

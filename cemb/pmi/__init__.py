@@ -1,0 +1,1 @@
+"""Text or events to a PMI matrix: readers, corpora, tokens, counts, the matrix."""

@@ -1,0 +1,1 @@
+"""From records to the pages of the book. It only reads records."""

@@ -1,0 +1,563 @@
+"""The study's figures: matplotlib, colours safe for colour-blind readers, legible at column width."""
+
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from IPython import get_ipython
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+from cemb.study import sizes
+from cemb.study.records import Record
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+OPTIMIZER_STYLES = {
+    "sgd": (BLUE, "o", "SGD"),
+    "adagrad": (ORANGE, "s", "Adagrad"),
+    "adam": (GREEN, "^", "Adam"),
+}
+PHASE_COLOURS = {"forward": SKY, "gradient": ORANGE, "step": PURPLE}
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 10,
+    "legend.frameon": False,
+    "svg.hashsalt": "cemb",  # the same drawing gives the same bytes
+}
+
+
+if get_ipython() is not None:
+    # In notebooks and pages figures are drawings, sharp at any size; without a date they are the same bytes.
+    # No cropping, for which each figure would be drawn twice; the layout keeps everything inside.
+    set_matplotlib_formats("svg", metadata={"Date": None}, bbox_inches=None)
+
+
+def _figure(*shape: int, size: tuple[float, float] = (7, 3), **options: Any) -> tuple[Figure, Any]:
+    mpl.rcParams.update(STYLE)
+    return plt.subplots(*shape, figsize=size, **options)
+
+
+def data_overview(word_counts: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> Figure:
+    """Count against rank of words (log-log), and the histogram of a matrix's stored values."""
+    figure, (left, right) = _figure(1, 2)
+    ranks = np.unique(np.geomspace(1, len(word_counts), 400).astype(int))
+    left.loglog(ranks, word_counts[ranks - 1], color=BLUE)
+    left.set(xlabel="rank of the word", ylabel="occurrences")
+    right.hist(values, bins=64, color=BLUE)
+    right.set(xlabel="positive PMI (nats)", ylabel="stored cells")
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    return figure
+
+
+def sparsity_by_band(word_counts: npt.NDArray[np.int64], indptr: npt.NDArray[np.integer]) -> Figure:
+    """Share of a row's cells that are stored, against how often its word occurs (log-log): median, quartiles.
+
+    Words are in bands, each twice as frequent as the one before; `indptr` is that of the matrix.
+    """
+    shares = np.diff(indptr) / len(word_counts)
+    bands = np.floor(np.log2(word_counts)).astype(int)
+    figure, axes = _figure()
+    for band in np.unique(bands):
+        low, middle, high = np.percentile(shares[bands == band], [25, 50, 75])
+        axes.errorbar(
+            2.0 ** (band + 0.5), middle, yerr=[[middle - low], [high - middle]], color=BLUE, marker="o"
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="occurrences of the word (bands of a factor of two)",
+        ylabel="stored share of its row",
+    )
+    return figure
+
+
+def scaling(rows: pd.DataFrame) -> Figure:
+    """Seconds and peak memory against tokens (log-log) of a frame of records of kind ``"scaling"``."""
+    rows = rows.sort_values("num_tokens")
+    figure, (left, right) = _figure(1, 2)
+    for stage, label, colour, marker in (("count", "counting", BLUE, "o"), ("pmi", "PMI", ORANGE, "s")):
+        left.loglog(rows.num_tokens, rows[f"{stage}_s"], color=colour, marker=marker, label=label)
+        right.loglog(rows.num_tokens, rows[f"{stage}_peak_mib"], color=colour, marker=marker, label=label)
+    right.loglog(rows.num_tokens, rows.memory_mib, color=GREY, linestyle="--", label="allowed")
+    left.set(xlabel="tokens", ylabel="seconds")
+    right.set(xlabel="tokens", ylabel="peak memory (MiB)", ylim=(10, None))
+    left.legend()
+    right.legend(loc="lower right")
+    return figure
+
+
+def speed_phases(speed: pd.DataFrame) -> Figure:
+    """Stacked phases of a step for each row of a frame of speed records, first row on top."""
+    figure, axes = _figure(size=(7, 0.9 + 0.42 * len(speed)))
+    left = np.zeros(len(speed))
+    for phase, colour in PHASE_COLOURS.items():
+        width = speed[f"{phase}_ms"].to_numpy()
+        axes.barh(speed.label, width, left=left, color=colour, label=phase, height=0.65)
+        left += width
+    for y, total in enumerate(left):
+        axes.annotate(f" {total:,.0f}", (total, y), va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="milliseconds a step (median)")
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+SPEED_SERIES = (
+    # table, sparse gradients, block size, name, colour, marker
+    ("full", False, 1, "full, dense gradients", GREY, "s"),
+    ("full", True, 1, "full, sparse gradients", "#000000", "D"),
+    ("full-fused", False, 1, "full, cemb's kernels", PURPLE, "v"),
+    ("hashed-reference", False, 1, "hashed, eager PyTorch", RED, "x"),
+    ("hashed", False, 1, "hashed, cemb, block 1", BLUE, "o"),
+    ("hashed", False, 25, "hashed, cemb, block 25", GREEN, "^"),
+)
+
+
+def speed_overview(speed: pd.DataFrame) -> Figure:
+    """Total time of a step (log axis, quartiles as bars) for each optimizer and pool size."""
+    pools = sorted(speed.pool_size.dropna().unique())
+    figure, panels = _figure(1, len(pools), size=(7.4, 3.6), sharey=True)
+    for panel, pool in zip(np.atleast_1d(panels), pools, strict=True):
+        for x, optimizer in enumerate(OPTIMIZER_STYLES):
+            run = speed[speed.run == f"speed-{optimizer}-{int(pool)}"]
+            for k, (table, sparse, block, label, colour, marker) in enumerate(SPEED_SERIES):
+                row = run[(run.table == table) & (run.sparse_gradients == sparse) & (run.block_size == block)]
+                if row.empty:
+                    continue
+                low, middle, high = np.percentile(row.total_ms_repeats.item(), [25, 50, 75])
+                panel.errorbar(
+                    x + (k - 2.5) * 0.12,
+                    middle,
+                    yerr=[[middle - low], [high - middle]],
+                    color=colour,
+                    marker=marker,
+                    markersize=7,
+                    linestyle="none",
+                    label=label if x == 0 else None,
+                )
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.set_xticks(range(3), [style[2] for style in OPTIMIZER_STYLES.values()])
+        panel.set_title(f"pool of {int(pool):,} values", fontsize=10)
+        panel.grid(axis="x", visible=False)
+    np.atleast_1d(panels)[0].set_ylabel("milliseconds a step (log)")
+    handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def benchmark(rows: pd.DataFrame) -> Figure:
+    """Step times (log axis) of `report.bench_frame` by optimizer, with each row's floor as a line."""
+    optimizers = [name for name in OPTIMIZER_STYLES if name in set(rows.optimizer)]
+    counts = [int((rows.optimizer == name).sum()) for name in optimizers]
+    figure, panels = _figure(
+        len(optimizers),
+        1,
+        size=(7.4, 1.2 + 0.26 * sum(counts)),
+        sharex=True,
+        gridspec_kw={"height_ratios": counts},
+    )
+    for panel, optimizer in zip(np.atleast_1d(panels), optimizers, strict=True):
+        own = rows[rows.optimizer == optimizer].reset_index(drop=True)
+        y = np.arange(len(own))
+        series = (
+            ("uniform_default", BLUE, "o", "default pages"),
+            ("uniform_huge", ORANGE, "D", "huge pages"),
+            ("zipf_default", GREEN, "^", "Zipf ids, default pages"),
+        )
+        for k, (name, colour, marker, label) in enumerate(series):
+            middle = own[name].to_numpy()
+            low, high = np.array([np.percentile(v, [25, 75]) for v in own[f"{name}_repeats"]]).T
+            panel.errorbar(
+                middle,
+                y + (k - 1) * 0.2,
+                xerr=[middle - low, high - middle],
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                label=label,
+            )
+        panel.vlines(own.floor, y - 0.42, y + 0.42, color="#000000", label="floor")
+        panel.set_yticks(y, own.table, fontsize=8)
+        for tick, is_ours in zip(panel.get_yticklabels(), own.is_ours, strict=True):
+            tick.set_fontweight("bold" if is_ours else "normal")
+        panel.invert_yaxis()
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_title(OPTIMIZER_STYLES[optimizer][2], fontsize=10, loc="left")
+    np.atleast_1d(panels)[-1].set_xlabel("milliseconds a step (log)")
+    handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return figure
+
+
+def gpu_benchmark(rows: pd.DataFrame) -> Figure:
+    """Step times (log axis) of `report.gpu_frame` by optimizer: as Python waits, the GPU's own, the floor."""
+    optimizers = [name for name in OPTIMIZER_STYLES if name in set(rows.optimizer)]
+    counts = [int((rows.optimizer == name).sum()) for name in optimizers]
+    figure, panels = _figure(
+        len(optimizers),
+        1,
+        size=(7.4, 1.2 + 0.26 * sum(counts)),
+        sharex=True,
+        gridspec_kw={"height_ratios": counts},
+    )
+    for panel, optimizer in zip(np.atleast_1d(panels), optimizers, strict=True):
+        own = rows[rows.optimizer == optimizer].reset_index(drop=True)
+        y = np.arange(len(own))
+        series = (
+            ("uniform_device_ms", BLUE, "o", "the GPU's own"),
+            ("uniform_graph_ms", GREEN, "^", "replayed as a graph"),
+            ("uniform_total_ms", ORANGE, "D", "from Python"),
+        )
+        for name, colour, marker, label in series:
+            values = own[name].astype(float)
+            panel.plot(values, y, marker=marker, color=colour, markersize=5, linestyle="none", label=label)
+        panel.vlines(own.floor.astype(float), y - 0.42, y + 0.42, color="#000000", label="floor")
+        panel.set_yticks(y, own.table, fontsize=8)
+        for tick, is_ours in zip(panel.get_yticklabels(), own.is_ours, strict=True):
+            tick.set_fontweight("bold" if is_ours else "normal")
+        panel.invert_yaxis()
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_title(OPTIMIZER_STYLES[optimizer][2], fontsize=10, loc="left")
+    np.atleast_1d(panels)[-1].set_xlabel("milliseconds a step (log)")
+    handles, labels = np.atleast_1d(panels)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return figure
+
+
+def quality_overview(quality: pd.DataFrame, svd: Record) -> Figure:
+    """Gap and WordSim-353 against compression (log axis) for each optimizer, full-batch training.
+
+    `quality` is `report.quality_frame`, `svd` the record of the optimum.
+    """
+    trained = quality[(quality.training == "full-batch") & (quality.weight_power == 0)]
+    figure, (left, right) = _figure(1, 2, size=(7.4, 3.3))
+    for optimizer, (colour, marker, name) in OPTIMIZER_STYLES.items():
+        rows = trained[trained.optimizer == optimizer]
+        hashed = rows[rows.table == "hashed"].sort_values("compression_ratio")
+        full = rows[rows.table == "full"]
+        left.plot(hashed.compression_ratio, hashed.gap, color=colour, marker=marker, label=f"hashed, {name}")
+        left.plot(1, full.gap, color=colour, marker=marker, markerfacecolor="white", linestyle="none")
+        score = hashed.wordsim353_score
+        error = [score - hashed.wordsim353_low, hashed.wordsim353_high - score]
+        right.errorbar(hashed.compression_ratio, score, yerr=error, color=colour, marker=marker, capsize=2)
+        right.plot(
+            1, full.wordsim353_score, color=colour, marker=marker, markerfacecolor="white", linestyle="none"
+        )
+    left.axhline(0, color=GREY, linestyle="--", label="SVD, the optimum")
+    left.axhline(1, color=GREY, linestyle=":", label="predicting zero")
+    left.plot([], [], color="k", marker="o", markerfacecolor="white", linestyle="none", label="full tables")
+    right.axhline(svd["wordsim353_score"], color=GREY, linestyle="--")
+    right.axhspan(svd["wordsim353_low"], svd["wordsim353_high"], color=GREY, alpha=0.12)
+    left.set(ylabel="gap to the optimum")
+    right.set(ylabel="WordSim-353 (Spearman × 100)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("table values per pool value (log)")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+FRONTIER_STYLES = {
+    # colour, marker, line
+    "full": ("#000000", "s", ""),
+    "hashed": (BLUE, "o", "-"),
+    "hashed, blocks of 25": (SKY, "^", ":"),
+    "hashed, blocks of 100": (SKY, "v", ":"),
+    "hashed, signed": (BLUE, "x", "--"),
+    "hybrid": (ORANGE, "o", "-"),
+    "mixed-dimension": (ORANGE, "^", ":"),
+    "quotient-remainder": (ORANGE, "v", "--"),
+    "multi-hash": (ORANGE, "x", "-."),
+    "clustered": (ORANGE, "D", ":"),
+    "low-rank": (GREY, "o", "-"),
+    "lower rank": (GREY, "x", "--"),
+    "lower rank, then int8": (GREY, "^", ":"),
+    "int8": (GREEN, "s", ""),
+    "int4": (GREEN, "D", ""),
+    "product quantization": (GREEN, "^", ":"),
+    "product quantization, random axes": (GREEN, "v", "--"),
+    "product quantization, balanced axes": (GREEN, "x", "-."),
+    "transform coding": (GREEN, "o", "-"),
+    "alternating, float32": (PURPLE, "s", ""),
+    "alternating, bfloat16": (PURPLE, "^", ""),
+    "alternating, int8": (PURPLE, "v", ""),
+    "alternating, int4": (PURPLE, "D", ""),
+    "alternating, transform coding": (PURPLE, "o", "-"),
+}
+
+
+def frontier(points: pd.DataFrame, limits: list[Record] | None = None) -> Figure:
+    """Gap (log) against how much smaller than the full table (log), at inference and in training.
+
+    `points` are frontier records or `report.frontier_frame`; bars are the range over seeds where that has
+    several. `limits` are those of `cemb.study.frontier.limits`.
+    """
+    points = points[points.failure.isna()]
+    figure, panels = _figure(2, 1, size=(7.4, 8.6))
+    for panel, budget in zip(panels, ("inference", "training"), strict=True):
+        for method, (colour, marker, line) in FRONTIER_STYLES.items():
+            rows = points[points.method == method].sort_values(f"{budget}_ratio")
+            if rows.empty:
+                continue
+            # The optimum itself has no place on a log axis.
+            gaps = rows.gap.clip(lower=1e-4)
+            spread = None
+            if "gap_low" in rows:
+                spread = [gaps - rows.gap_low.clip(lower=1e-4), rows.gap_high.clip(lower=1e-4) - gaps]
+            panel.errorbar(
+                rows[f"{budget}_ratio"],
+                gaps,
+                yerr=spread,
+                color=colour,
+                marker=marker,
+                linestyle=line or "none",
+                markersize=5,
+                linewidth=1.2,
+                label=method,
+            )
+        if limits is not None and budget == "inference":
+            lines = pd.DataFrame(limits)
+            lines = lines[lines.rows >= 1e-4]
+            panel.plot(lines.ratio, lines.components, color=RED, linestyle="--", label="limit, by component")
+            panel.plot(lines.ratio, lines.rows, color=RED, label="limit, by component and row")
+        panel.set(xscale="log", yscale="log")
+        panel.set_xticks([1, 2, 4, 8, 16, 32, 64])
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        panel.xaxis.set_minor_formatter(lambda value, _: "")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set(ylabel="gap to the optimum (log)")
+    panels[0].set_xlabel("fewer bytes at inference than a full float32 table (log)")
+    panels[1].set_xlabel("fewer bytes in training than a full table with Adam (log)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def frontier_similarity(points: pd.DataFrame, full: Record) -> Figure:
+    """WordSim-353 score, with its bootstrap interval, against fewer bytes at inference (log).
+
+    The band is the interval of `full`, a record of the full table's scores.
+    """
+    points = points[points.failure.isna() & points.wordsim353_score.notna()]
+    figure, axes = _figure(size=(7.4, 4.2))
+    chosen = ("hashed", "hybrid", "low-rank", "product quantization", "transform coding")
+    for k, method in enumerate(name for name in chosen if name in set(points.method)):
+        colour, marker, line = FRONTIER_STYLES[method]
+        rows = points[points.method == method].sort_values("inference_ratio")
+        score = rows.wordsim353_score
+        axes.errorbar(
+            rows.inference_ratio * 1.02 ** (k - 2),
+            score,
+            yerr=[score - rows.wordsim353_low, rows.wordsim353_high - score],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            capsize=2,
+            label=method,
+        )
+    axes.axhspan(full["wordsim353_low"], full["wordsim353_high"], color=GREY, alpha=0.15, label="full table")
+    axes.set_xscale("log")
+    axes.set_xticks([2, 4, 8, 16, 32, 64])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set(
+        xlabel="fewer bytes at inference than a full float32 table (log)",
+        ylabel="WordSim-353 (Spearman × 100)",
+    )
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def learning_curve(record: Record) -> Figure:
+    """A quality record's history: gap, or batch loss, against steps."""
+    history = pd.DataFrame(record["history"])
+    figure, axes = _figure(size=(6, 2.6))
+    measured, label = ("gap", "gap to the optimum") if "gap" in history else ("loss", "mean batch loss")
+    axes.plot(history.step, history[measured], color=BLUE, marker="o", markersize=4)
+    axes.set(xlabel="optimizer steps", ylabel=label)
+    if measured == "gap":
+        axes.set_yscale("log")
+    return figure
+
+
+def learning_curves(quality: pd.DataFrame, training: str) -> Figure:
+    """Learning curves side by side, a panel for each optimizer, a line for each table.
+
+    Against steps above, against seconds below.
+    """
+    rows = quality[(quality.training == training) & (quality.weight_power == 0)]
+    is_exact = training == "full-batch"
+    figure, panels = _figure(2, 3, size=(7.4, 5.6), sharey=True)
+    tables = sorted(rows[rows.table == "hashed"].compression_ratio.round(2).unique())
+    colours = dict(zip(tables, (SKY, BLUE, PURPLE, RED) if len(tables) > 1 else (RED,), strict=False))
+    for column, (optimizer, (_, _, name)) in zip(panels.T, OPTIMIZER_STYLES.items(), strict=True):
+        for row in rows[rows.optimizer == optimizer].to_dict("records"):
+            history = pd.DataFrame(row["history"])
+            if history.empty:  # of a run that diverged at every rate
+                continue
+            is_full = row["table"] != "hashed"
+            for panel, against in zip(column, ("step", "seconds"), strict=True):
+                panel.plot(
+                    history[against],
+                    history["gap" if is_exact else "loss"],
+                    color="#000000" if is_full else colours[round(row["compression_ratio"], 2)],
+                    linestyle="--" if is_full else "-",
+                    marker="" if is_exact else "o",
+                    label="full table" if is_full else f"hashed, {row['compression_ratio']:.3g}×",
+                )
+        column[0].set_title(name, fontsize=10)
+        for panel, label in zip(column, ("steps", "seconds"), strict=True):
+            panel.set_xlabel(label)
+            if is_exact:
+                panel.set_yscale("log")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("gap to the optimum (log)" if is_exact else "mean batch loss")
+    if is_exact:
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def _quality_by_words(panel: Axes, quality: pd.DataFrame) -> None:
+    for table, colour, marker in (("full", GREY, "s"), ("hashed", BLUE, "o")):
+        rows = quality[quality.table == table].sort_values("num_words")
+        spread = [rows.gap - rows.gap_low, rows.gap_high - rows.gap]
+        panel.errorbar(
+            rows.num_words, rows.gap, yerr=spread, color=colour, marker=marker, label=f"{table}, gap"
+        )
+    panel.set(xscale="log", xlabel="words (log)", ylabel="gap to the optimum", ylim=(-0.05, 1.05))
+    panel.set_xticks(sorted(set(quality.num_words)))
+    panel.minorticks_off()
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.3g}k")
+    panel.tick_params(axis="x", labelsize=8)
+
+
+def _speed_by_rows(times: Axes, memory: Axes, speed: pd.DataFrame) -> None:
+    series = [(speed.table == "full-fused", GREY, "s", "full")]
+    series += [
+        ((speed.table == "hashed") & (speed.block_size == block), colour, marker, f"block {block}")
+        for block, colour, marker in ((1, BLUE, "o"), (25, GREEN, "^"))
+    ]
+    for chosen, colour, marker, label in series:
+        rows = speed[chosen].sort_values("num_embeddings")
+        if rows.empty:
+            continue
+        style: dict[str, Any] = {"color": colour, "marker": marker, "label": label}
+        low, high = np.array([np.percentile(v, [25, 75]) for v in rows.total_ms_repeats]).T
+        spread = [rows.total_ms - low, high - rows.total_ms]
+        times.errorbar(rows.num_embeddings, rows.total_ms, yerr=spread, **style)
+        mib = rows.parameters_mib * rows.optimizer.map(sizes.COPIES) + rows.peak_mib.fillna(0)
+        memory.errorbar(rows.num_embeddings, mib, **style)
+    row = speed.iloc[0]
+    mib_per_row = 4 * sizes.COPIES[row.optimizer] * row.embedding_dim / 2**20
+    ends = np.array([speed.num_embeddings.min(), speed.num_embeddings.max()])
+    memory.plot(ends, mib_per_row * ends, color=GREY, linestyle=":", label="full, counted")
+    times.set_ylim(bottom=0)
+    times.set(xscale="log", xlabel="rows (log)", ylabel="milliseconds a step")
+    memory.set(xscale="log", yscale="log", xlabel="rows (log)", ylabel="MiB in training (log)")
+
+
+def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
+    """What a pool of one size does as rows become more: quality, time of a step, memory in training.
+
+    `quality` is `report.growth_frame`; it or the speed records `speed` may be empty. Memory is that of
+    the values, the optimizer's state and a step; the line is what full tables' values and state would be.
+    """
+    figure, axes = _figure(1, (not quality.empty) + 2 * (not speed.empty), size=(7.4, 3.2), squeeze=False)
+    panels = list(axes[0])
+    if not quality.empty:
+        _quality_by_words(panels.pop(0), quality)
+    if not speed.empty:
+        times, memory = panels
+        _speed_by_rows(times, memory, speed)
+    for panel in figure.axes:
+        panel.legend(fontsize=8)
+    return figure
+
+
+def composition(points: pd.DataFrame) -> Figure:
+    """For each trained table its gap (log) by fewer bytes (log), as trained and with its values in int8.
+
+    `points` is `report.frontier_frame`. Behind each are the tables made after training, the same in all.
+    """
+    points = points[points.failure.isna()]
+    behind: tuple[tuple[str, str], ...] = (("lower rank", "--"), ("lower rank, then int8", "-."))
+    behind += (("product quantization", ":"), ("transform coding", "-"))
+    names = [name for name in FRONTIER_STYLES if f"{name}, then int8" in set(points.method)]
+    columns = min(4, max(1, len(names)))
+    lines = -(-max(1, len(names)) // columns)
+    figure, panels = _figure(
+        lines, columns, size=(7.4, 0.9 + 2.1 * lines), sharex=True, sharey=True, squeeze=False
+    )
+    for panel in panels.flat[len(names) :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        for method, line in behind:
+            rows = points[points.method == method].sort_values("inference_ratio")
+            panel.plot(rows.inference_ratio, rows.gap, color=GREY, linestyle=line, linewidth=1, label=method)
+        for method, colour, marker, label in (
+            (name, BLUE, "o", "trained, float32"),
+            (f"{name}, then int8", RED, "D", "trained, then int8"),
+        ):
+            rows = points[points.method == method].sort_values("inference_ratio")
+            panel.plot(rows.inference_ratio, rows.gap, color=colour, marker=marker, markersize=4, label=label)
+        panel.set(xscale="log", yscale="log")
+        panel.set_xticks([4, 16, 64])
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_title(name, fontsize=9)
+    figure.supylabel("gap to the optimum (log)", fontsize=10)
+    figure.supxlabel("fewer bytes at inference (log)", fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
+    return figure
+
+
+def answer(ratios: pd.DataFrame) -> Figure:
+    """Hashed over full step time, then and now (log axis).
+
+    `ratios` has the columns name, then, now, and the interval low, high.
+    """
+    figure, axes = _figure(size=(7, 3))
+    y = np.arange(len(ratios))
+    axes.axvline(1, color=GREY)
+    axes.hlines(y, ratios.now, ratios.then, color=GREY, alpha=0.5)
+    axes.plot(ratios.then, y, "s", color=RED, markersize=8, label="2021, TensorFlow")
+    error = [ratios.now - ratios.low, ratios.high - ratios.now]
+    axes.errorbar(ratios.now, y, xerr=error, fmt="o", color=BLUE, markersize=8, label="cemb, measured here")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_yticks(y, ratios.name)
+    axes.invert_yaxis()
+    axes.set_xlabel("step time, hashed ÷ full table (log): left of 1× hashing is faster")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2)
+    return figure

@@ -1,0 +1,401 @@
+"""The quality study: train one table with one optimizer both ways, and score what came out."""
+
+import math
+import tempfile
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cemb.model import COMPRESSED_TABLES, TABLES, PairModel, build_compressed_model, build_model
+from cemb.pmi import encode
+from cemb.study import records
+from cemb.study.dataset import PmiDataset
+from cemb.tables import num_bytes
+from cemb.train import objective as train_objective
+from cemb.train import similarity
+from cemb.train.batches import PairBatches
+from cemb.train.learning_rates import default_learning_rate, search_learning_rate
+from cemb.train.loops import (
+    ADAM_BETAS,
+    FULL_BATCH_OPTIMIZERS,
+    MINI_BATCH_ADAM_BETAS,
+    OPTIMIZERS,
+    DivergenceError,
+    halve_until_stable,
+    optimizer_bytes,
+    train_full_batch,
+    train_mini_batches,
+)
+from cemb.train.losses import LOSSES
+
+TRAININGS = ("full-batch", "mini-batch")
+_PMI_FIELDS = (
+    "corpus_fingerprint",
+    "min_count",
+    "max_vocab",
+    "window_size",
+    "distance_weighting",
+    "context_smoothing",
+    "num_negative",
+)
+
+
+@dataclass(frozen=True)
+class QualityCase:
+    """What one record of the quality study measures.
+
+    `compression_ratio` is bytes of the full tables (words' and contexts' together) per byte of these, and
+    sets their sizes; `pool_size` sets a hashed one's directly. A full table has neither.
+
+    `num_steps` is for full batches; a `weight_power` other than 0 weighs their cells by the product of their
+    words' counts to that power, and loss and gap are of weighted cells then. `num_epochs`, `batch_size`,
+    `negative_share`, `negative_power` and `loss` are for mini-batches, where contexts of negative samples
+    are drawn uniformly, or half of them in proportion to their counts to the `negative_power`.
+
+    `seed` is of initial values, hashes and batches. A `learning_rate` of None takes the training's default,
+    which for SGD is divided by the compression ratio.
+    """
+
+    table: str
+    optimizer: str
+    training: str = "full-batch"
+    pool_size: int | None = None
+    compression_ratio: float | None = None
+    block_size: int = 1
+    signed: bool = False
+    learning_rate: float | None = None
+    num_steps: int = 50
+    num_epochs: int = 1
+    batch_size: int = 32_768
+    negative_share: float = 0.5
+    negative_power: float = 0.0
+    loss: str = "mse"
+    weight_power: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices: dict[str, Collection[str]] = {
+            "table": (*TABLES, *COMPRESSED_TABLES),
+            "optimizer": FULL_BATCH_OPTIMIZERS if self.training == "full-batch" else OPTIMIZERS,
+            "training": TRAININGS,
+            "loss": LOSSES,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        is_full = self.table in ("full", "full-fused")
+        if not is_full and (self.pool_size is None) == (self.compression_ratio is None):
+            raise ValueError(
+                f"a {self.table} table needs pool_size or compression_ratio, not both; got "
+                f"pool_size={self.pool_size}, compression_ratio={self.compression_ratio}"
+            )
+        if self.weight_power and self.training != "full-batch":
+            raise ValueError(f"weight_power is for full batches, got training={self.training!r}")
+        if self.compression_ratio is not None and not self.compression_ratio > 0:
+            raise ValueError(f"compression_ratio must be positive, got {self.compression_ratio}")
+        if self.table in COMPRESSED_TABLES and self.pool_size is not None:
+            raise ValueError(f"a {self.table} table has no pool; got pool_size={self.pool_size}")
+        if is_full and not self.pool_size is self.compression_ratio is None:
+            raise ValueError(
+                f"a full table has no pool; got pool_size={self.pool_size}, "
+                f"compression_ratio={self.compression_ratio}"
+            )
+
+    def resolved_pool_size(self, table_values: int) -> int | None:
+        """Values in the pool, for a table of `table_values` in all; None without a pool."""
+        if self.compression_ratio is None or self.table in COMPRESSED_TABLES:
+            return self.pool_size
+        return max(1, round(table_values / self.compression_ratio))
+
+    def build(self, num_words: int, embedding_dim: int) -> PairModel:
+        """The untrained model, words and contexts with tables of their own, which read one pool if hashed."""
+        torch.manual_seed(self.seed)
+        values = 2 * num_words * embedding_dim
+        if self.table in COMPRESSED_TABLES:
+            assert self.compression_ratio is not None
+            max_bytes = int(4 * values / self.compression_ratio)
+            return build_compressed_model(self.table, num_words, embedding_dim, max_bytes)
+        return build_model(
+            self.table,
+            num_words,
+            embedding_dim,
+            pool_size=self.resolved_pool_size(values),
+            block_size=self.block_size,
+            signed=self.signed,
+            hash_seed=self.seed,
+            shared_table=False,
+        )
+
+
+def score(
+    words: torch.Tensor,
+    contexts: torch.Tensor,
+    data: PmiDataset,
+    objective: train_objective.AllCellsLoss | train_objective.WeightedLoss,
+    optimum: train_objective.Optimum | None = None,
+) -> records.Record:
+    """Record fields of a factorization: gap to its loss's optimum, and the scores of its word vectors."""
+    loss = objective(words, contexts).item()
+    return {
+        "all_cells_loss": loss,
+        "gap": (optimum or data.optimum).gap(loss),
+        **score_vectors(words.numpy(), contexts.numpy(), data.words),
+    }
+
+
+def score_vectors(
+    words: npt.NDArray[Any], contexts: npt.NDArray[Any], vocabulary: list[str]
+) -> records.Record:
+    """Record fields of word vectors: similarity, also of the `evaluate.balanced` ones, and analogies.
+
+    Null where gensim, which brings the sets, is not installed or the vocabulary does not cover them.
+    """
+    fields: records.Record = {}
+    balanced = similarity.balanced(words, contexts)
+    for name in similarity.SIMILARITY_SETS:
+        found = similarity.similarity(words, vocabulary, name)
+        fields |= {f"{name}_{field}": value for field, value in found.items()}
+        found = similarity.similarity(balanced, vocabulary, name)
+        fields |= {f"{name}_balanced_{field}": found[field] for field in ("score", "low", "high")}
+    analogies = similarity.analogies(words, vocabulary, max_questions=2000)
+    fields |= {f"analogies_{field}": value for field, value in analogies.items()}
+    return fields
+
+
+def svd_record(data: PmiDataset, singular_value_power: float = 0.5) -> records.Record:
+    """The record of the optimum itself, with U·S^p and V·S^(1−p); at ½ the two share S evenly."""
+    factors = data.optimum.factors(singular_value_power)
+    words, contexts = (torch.from_numpy(factor) for factor in factors)
+    rank = len(data.optimum.singular_values)
+    return {
+        "kind": "quality",
+        "table": "svd",
+        "singular_value_power": singular_value_power,
+        "embedding_dim": rank,
+        "num_parameters": rank * sum(data.matrix.shape),
+        **score(words, contexts, data, train_objective.AllCellsLoss(data.matrix)),
+        **records.provenance(),
+    }
+
+
+def sgns_record(
+    data: PmiDataset, *, num_negative: int = 5, num_epochs: int = 5, seed: int = 0, num_workers: int = 1
+) -> records.Record:
+    """The record of skip-gram with negative sampling (Mikolov et al., 2013) on the tokens of `data`.
+
+    By gensim, with the windows and the smoothing that the matrix was counted with, and no subsampling. Its
+    gap is null, for its factors are not of this matrix. Deterministic for a seed with one worker. Raises
+    ValueError if the corpus's words are no longer those of `data`, or that is of events, ImportError without
+    gensim.
+    """
+    from gensim.models import Word2Vec
+    from gensim.models.word2vec import MAX_WORDS_IN_BATCH
+
+    data.check_is_text("skip-gram with negative sampling")
+    used = data.summary
+    with tempfile.TemporaryDirectory() as scratch:
+        encoded = encode.encode(
+            used["corpus"],
+            Path(scratch) / "corpus",
+            min_count=used["min_count"],
+            max_vocab=used["max_vocab"],
+            text_field=used.get("text_field"),
+            borders=used.get("borders"),
+        )
+        token_ids = np.concatenate(encoded.shards())
+    if encoded.words != data.words:
+        raise ValueError(f"corpus {used['corpus']!r} has changed: its words are not those of the data")
+    rank = len(data.optimum.singular_values)
+    model = Word2Vec(
+        sg=1,
+        vector_size=rank,
+        window=used["window_size"],
+        shrink_windows=used["distance_weighting"] != "flat",
+        negative=num_negative,
+        ns_exponent=used["context_smoothing"],
+        sample=0,
+        min_count=1,
+        sorted_vocab=0,  # so that row i is that of data.words[i]
+        seed=seed,
+        workers=num_workers,
+    )
+    model.build_vocab_from_freq(dict(zip(data.words, data.word_counts.tolist(), strict=True)))
+    words = np.array(data.words, dtype=object)
+    # gensim cuts off what a sentence has beyond its MAX_WORDS_IN_BATCH.
+    sentences = [
+        words[ids[first : first + MAX_WORDS_IN_BATCH]].tolist()
+        for part in np.split(token_ids, np.flatnonzero(token_ids < 0))
+        for ids in [part[part >= 0]]
+        for first in range(0, len(ids), MAX_WORDS_IN_BATCH)
+    ]
+    start = time.perf_counter()
+    model.train(
+        sentences,
+        total_examples=len(sentences),
+        total_words=np.count_nonzero(token_ids >= 0),
+        epochs=num_epochs,
+    )
+    seconds = time.perf_counter() - start
+    return {
+        "kind": "quality",
+        "table": "sgns",
+        "num_negative": num_negative,
+        "num_epochs": num_epochs,
+        "seed": seed,
+        "num_workers": num_workers,
+        "train_s": round(seconds, 3),
+        "embedding_dim": rank,
+        "num_parameters": 2 * len(data.words) * rank,
+        "all_cells_loss": None,
+        "gap": None,
+        **score_vectors(model.wv.vectors, model.syn1neg, data.words),
+        **records.provenance(),
+    }
+
+
+def _context_shares(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[np.float64]:
+    """Probabilities of negative contexts: half uniform, half as counts to `power`."""
+    weights = train_objective.frequency_weights(word_counts, power)
+    return (0.5 + 0.5 * weights) / len(weights)
+
+
+def rate_cases() -> list[QualityCase]:
+    """The cases whose rates `cemb.train.learning_rates` keeps, at a quarter of the bytes if not full."""
+    mini_batch: dict[str, Any] = {
+        "training": "mini-batch",
+        "loss": "all-cells",
+        "negative_share": 0.8,
+        "negative_power": 0.5,
+    }
+    return [
+        *(QualityCase("full", optimizer) for optimizer in OPTIMIZERS),
+        *(QualityCase(table, "adam", compression_ratio=4) for table in ("hashed", *COMPRESSED_TABLES)),
+        *(QualityCase("full-fused", optimizer, **mini_batch) for optimizer in OPTIMIZERS),
+    ]
+
+
+def search_rates(case: QualityCase, data: PmiDataset) -> records.Record:
+    """The record of `search_learning_rate` for a case, by its gap, from its default rate."""
+
+    def final_gap(rate: float) -> float:
+        record, _ = measure_quality(replace(case, learning_rate=rate), data)
+        # A halved rate is another's.
+        return math.inf if record["failure"] or record["learning_rate"] != rate else record["gap"]
+
+    found = search_learning_rate(final_gap, default_learning_rate(case.table, case.optimizer, case.training))
+    return {
+        "kind": "rates",
+        "table": case.table,
+        "optimizer": case.optimizer,
+        "training": case.training,
+        "compression_ratio": case.compression_ratio,
+        "seed": case.seed,
+        "rates": list(found),
+        "gaps": [gap if math.isfinite(gap) else None for gap in found.values()],
+        "best_rate": min(found, key=found.__getitem__),
+        **records.provenance(),
+    }
+
+
+def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record, PairModel | None]:
+    """Train the case on the data; its record, with the learning curve as ``history``, and the model.
+
+    If training diverges at every rate tried, the record says so in ``failure``, its scores are null and there
+    is no model. Deterministic for a seed and a number of threads. Raises ValueError for data of events: its
+    tables have as many words as contexts.
+    """
+    data.check_is_text("training a table")
+    num_words, rank = data.matrix.shape[0], len(data.optimum.singular_values)
+    table_values = 2 * num_words * rank
+    pool_size = case.resolved_pool_size(table_values)
+    objective: train_objective.AllCellsLoss | train_objective.WeightedLoss = train_objective.AllCellsLoss(
+        data.matrix
+    )
+    optimum = data.optimum
+    if case.weight_power:
+        weights = train_objective.frequency_weights(data.word_counts, case.weight_power)
+        objective = train_objective.WeightedLoss(data.matrix, weights, weights)
+        optimum = objective.optimum(rank)
+    is_full_batch = case.training == "full-batch"
+    model: PairModel
+
+    def train(learning_rate: float) -> list[dict[str, float]]:
+        nonlocal model
+        model = case.build(num_words, rank)
+        if is_full_batch:
+            return train_full_batch(
+                model,
+                objective,
+                optimizer=case.optimizer,
+                learning_rate=learning_rate,
+                num_steps=case.num_steps,
+            )
+        batches = PairBatches(
+            data.matrix,
+            case.batch_size,
+            negative_share=case.negative_share,
+            context_shares=_context_shares(data.word_counts, case.negative_power),
+            weighted=case.loss == "all-cells",
+            seed=case.seed,
+        )
+        return train_mini_batches(
+            model,
+            batches,
+            LOSSES[case.loss],
+            optimizer=case.optimizer,
+            learning_rate=learning_rate,
+            num_epochs=case.num_epochs,
+            touched=case.table == "full-fused",
+        )
+
+    asked = case.learning_rate
+    if asked is None:
+        asked = default_learning_rate(case.table, case.optimizer, case.training)
+        if case.optimizer == "sgd" and pool_size is not None:
+            # A pool value's gradient sums those of the table's values that read it; only SGD minds.
+            asked *= min(1, pool_size / table_values)
+    betas = ADAM_BETAS if is_full_batch else MINI_BATCH_ADAM_BETAS
+    failure: str | None = None
+    history: list[dict[str, float]] = []
+    learning_rate = asked
+    start = time.perf_counter()
+    try:
+        history, learning_rate = halve_until_stable(train, asked)
+    except DivergenceError as error:
+        failure = str(error)
+    seconds = time.perf_counter() - start
+    if is_full_batch:
+        history = [{**entry, "gap": optimum.gap(entry["loss"])} for entry in history]
+    if failure:
+        scores: records.Record = dict.fromkeys(("all_cells_loss", "gap"))
+    else:
+        with torch.no_grad():
+            words, contexts = model.factors()
+        scores = score(words, contexts, data, objective, optimum)
+    inference_bytes = num_bytes(model)
+    record = {
+        "kind": "quality",
+        **asdict(case),
+        "pool_size": pool_size,
+        "learning_rate": learning_rate,
+        "adam_betas": betas if case.optimizer == "adam" else None,
+        **{f"pmi_{name}": data.summary[name] for name in _PMI_FIELDS},
+        "num_words": num_words,
+        "embedding_dim": rank,
+        "num_parameters": model.num_parameters,
+        "inference_bytes": inference_bytes,
+        "training_bytes": inference_bytes + optimizer_bytes(model, case.optimizer),
+        "compression_ratio": 4 * table_values / inference_bytes,
+        "train_s": seconds,
+        "failure": failure,
+        "history": history,
+        **scores,
+        **records.provenance(),
+    }
+    return record, None if failure else model

@@ -1,0 +1,332 @@
+"""The speed study: one training step of a pair model, by phase, for the tables and optimizers compared.
+
+As in the 2021 project: uniform random pairs, one table shared by words and contexts, no bias, dropout 0.1,
+mean squared error. `forward` is the scores, `gradient` the backward pass from the loss, `step` the
+optimizer's update and the clearing of gradients (what that project calls the backward pass). The loss
+itself is not timed, but in steps that make all of it in one pass.
+"""
+
+import csv
+import io
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from cemb import ops
+from cemb.kernels import cpu
+from cemb.model import TABLES, build_model
+from cemb.study import records, rivals, timing
+from cemb.study import sizes as study_sizes
+from cemb.touched import advise_huge_pages
+from cemb.train.loops import ADAM_BETAS, OPTIMIZERS, make_optimizer
+from cemb.train.losses import mse_loss
+
+LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.05, "adam": 0.001}
+ORIGINAL_POOL_SIZES = (study_sizes.SMALL, study_sizes.LARGE)
+ORIGINAL_FULL_POOL_SIZES = (1, 8, 64, 512, *(32_768 * 8**i for i in range(5)), 100_000_000)
+ORIGINAL_FULL_BATCH_SIZES = (64, 512, 4096, 32_768)
+IDS = ("uniform", "zipf")
+_NUM_BATCHES = 4  # drawn beforehand and used in turn
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """What one record of the speed study measures. `pool_size` is None for a full table.
+
+    `table` is one of `cemb.model.TABLES` or of `cemb.study.rivals.NAMES`. `sparse_gradients` is for full
+    tables of torch: only the rows of a batch have gradients, and Adam is lazy. `one_pass` is for our
+    tables on the CPU: scores, loss, gradient and update are one call,
+    `cemb.optim.Touched.squared_error_step`, and its time is that of the phase `step`. `ids` says how rows are
+    drawn: all alike, or row i in proportion to 1/(i + 1).
+    """
+
+    table: str
+    optimizer: str
+    pool_size: int | None = None
+    block_size: int = 1
+    sparse_gradients: bool = False
+    one_pass: bool = False
+    num_embeddings: int = 1_000_000
+    embedding_dim: int = 100
+    batch_size: int = 32_768
+    dropout: float = 0.1
+    ids: str = "uniform"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        tables = (*TABLES, *rivals.NAMES)
+        if self.table not in tables:
+            raise ValueError(f"table must be one of {', '.join(tables)}, got {self.table!r}")
+        if self.ids not in IDS:
+            raise ValueError(f"ids must be one of {', '.join(IDS)}, got {self.ids!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r} was asked for, and torch sees no CUDA device")
+        if self.one_pass and (self.table not in ("full-fused", "hashed") or self.device != "cpu"):
+            raise ValueError(
+                "a step in one pass is for the tables full-fused and hashed on the CPU, got "
+                f"{self.table!r} on {self.device!r}"
+            )
+        for name in ("num_embeddings", "embedding_dim", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def label(self) -> str:
+        """A short name, distinct among the cases of one run."""
+        if self.table == "full":
+            return f"full, {'sparse' if self.sparse_gradients else 'dense'} gradients"
+        name = self.table
+        if self.pool_size is not None:
+            name += f", pool {self.pool_size:,}, block {self.block_size}"
+        return f"{name}, one pass" if self.one_pass else name
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether `cemb.optim` updates the table: ours where visiting all of it would be the larger part."""
+        if self.device != "cpu":
+            return False
+        is_large = self.pool_size is not None and self.pool_size > cpu.PRIVATE_POOL_LIMIT
+        return self.table.startswith("full-fused") or (self.table == "hashed" and is_large)
+
+
+def _ids(case: SpeedCase, generator: torch.Generator) -> torch.Tensor:
+    shape = (case.batch_size, 2)
+    if case.ids == "uniform":
+        return torch.randint(case.num_embeddings, shape, generator=generator)
+    # The inverse of the cumulative sum of 1/(i + 1), which is close to a logarithm.
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    rows = torch.exp(uniform * torch.log(torch.tensor(case.num_embeddings + 1.0, dtype=torch.float64))) - 1
+    return rows.long().clamp_(max=case.num_embeddings - 1)
+
+
+def _batches(case: SpeedCase) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            _ids(case, generator).to(case.device),
+            torch.rand(case.batch_size, generator=generator).to(case.device),
+        )
+        for _ in range(_NUM_BATCHES)
+    ]
+
+
+class Timed:
+    """A case made ready to be timed: its model, optimizer and batches. Call it with a `measure.Clock`.
+
+    Its tables may be those of the same case without `one_pass`, to save memory.
+    """
+
+    num_parameters: int
+    _score: Any
+    _optimizer: Any
+
+    def __init__(self, case: SpeedCase, tables: "Timed | None" = None):
+        self.case = case
+        self._batches = _batches(case)
+        self._calls = 0
+        if tables is not None:
+            assert tables.case == replace(case, one_pass=False)
+            self._score, self._optimizer = tables._score, tables._optimizer
+            self.num_parameters = tables.num_parameters
+            return
+        torch.manual_seed(0)
+        rate = LEARNING_RATES[case.optimizer]
+        if case.table in rivals.NAMES:
+            self._score, self._optimizer, self.num_parameters = rivals.build(case, rate)
+            return
+        model = build_model(
+            case.table,
+            case.num_embeddings,
+            case.embedding_dim,
+            pool_size=case.pool_size,
+            block_size=case.block_size,
+            sparse_gradients=case.sparse_gradients,
+            dropout=case.dropout,
+            device="meta",
+        ).to_empty(device=case.device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if case.table in ("hashed", "full-fused"):  # as their constructors do
+                    advise_huge_pages(parameter)
+                # Drawing normal deviates would take longer than the measurement; no time depends on values.
+                parameter.uniform_(-0.1, 0.1)
+        self._score = model.train()
+        self.num_parameters = model.num_parameters
+        self._optimizer = make_optimizer(
+            case.optimizer,
+            model.parameters(),
+            rate,
+            sparse=case.sparse_gradients,
+            touched=case.is_touched,
+            one_pass=case.one_pass,
+        )
+
+    def __call__(self, clock: timing.Clock) -> None:
+        pairs, values = self._batches[self._calls % _NUM_BATCHES]
+        self._calls += 1
+        if self.case.one_pass:
+            with clock.phase("step"):
+                self._score.squared_error_step(self._optimizer, pairs, values)
+            return
+        with clock.phase("forward"):
+            scores = self._score(pairs)
+        loss = mse_loss(scores, values)
+        with clock.phase("gradient"):
+            loss.backward()
+        with clock.phase("step"):
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def graph_ms(self, *, repeats: int = 40) -> float | None:
+        """Median time of the step, loss included, replayed as a CUDA graph; None for sparse gradients.
+
+        These wait for the device to learn their size, which a graph cannot. No launch is waited for in a
+        replay, so it is what a step takes where Python is not in its way.
+        """
+        if self.case.sparse_gradients:
+            return None
+        pairs, values = (tensor.clone() for tensor in self._batches[0])
+
+        def step() -> None:
+            mse_loss(self._score(pairs), values).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+        for group in self._optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+
+        def feed() -> None:
+            batch, wanted = self._batches[self._calls % _NUM_BATCHES]
+            self._calls += 1
+            pairs.copy_(batch)
+            values.copy_(wanted)
+
+        return timing.graph_ms(step, feed, repeats=repeats)
+
+    @property
+    def backend(self) -> str:
+        """What computes the step, as `cemb.ops.backend` says; ``"torch"`` for torch's tables, or a rival."""
+        if self.case.table in rivals.NAMES:
+            return rivals.NAMES[self.case.table]
+        if self.case.table in ("hashed", "full-fused"):
+            return ops.backend(torch.device(self.case.device), torch.float32)
+        return "torch"
+
+    def _device_times(self) -> dict[str, float | None]:
+        found = {"device_ms": timing.device_ms(self, self.case.device), "graph_ms": self.graph_ms()}
+        return {name: None if value is None else round(value, 4) for name, value in found.items()}
+
+    def record(self, times_ms: dict[str, list[float]], **options: object) -> records.Record:
+        """The record of these times; takes more steps, to see the memory one needs and the GPU's own time."""
+        case = self.case
+        cpu.release_memory()
+        peak = timing.peak_mib(self, case.device)
+        return {
+            "kind": "speed",
+            "label": case.label,
+            **asdict(case),
+            "backend": self.backend,
+            "touched_only": case.is_touched,
+            "learning_rate": LEARNING_RATES[case.optimizer],
+            "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
+            **options,
+            "parameters_mib": self.num_parameters * 4 / 2**20,
+            **timing.summarize(times_ms),
+            "peak_mib": None if peak is None else round(peak, 2),
+            **(self._device_times() if case.device != "cpu" else {}),
+            **records.provenance(case.device),
+        }
+
+
+def measure_cases(
+    cases: Sequence[SpeedCase], *, repeats: int = 15, warmup: int = 2, rounds: int = 3
+) -> list[records.Record]:
+    """Measure cases side by side, their repeats interleaved; one record each, ratios between them fair.
+
+    ValueError if they are not of one device.
+    """
+    devices = {case.device for case in cases}
+    if len(devices) != 1:
+        raise ValueError(f"cases measured together must share a device, got {sorted(devices)}")
+    options = {"repeats": repeats, "warmup": warmup, "rounds": rounds}
+    steps: dict[Hashable, Timed] = {case: Timed(case) for case in cases}
+    times = timing.interleave(steps, **options, device=devices.pop())
+    return [step.record(times[case], **options) for case, step in steps.items()]
+
+
+def comparison_cases(
+    optimizer: str, pool_size: int, block_sizes: Iterable[int] = (1,), *, eager: bool = True, **sizes: Any
+) -> list[SpeedCase]:
+    """What one notebook of the speed study compares: torch's full tables, ours, the hashed, eager PyTorch."""
+    full = SpeedCase("full", optimizer, **sizes)
+    cases = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
+    cases += [SpeedCase("hashed", optimizer, pool_size, block_size=b, **sizes) for b in block_sizes]
+    if eager:
+        cases.append(SpeedCase("hashed-reference", optimizer, pool_size, **sizes))
+    return cases
+
+
+def grid_cases(name: str, *, device: str = "cpu") -> list[SpeedCase]:
+    """The cases of a named grid, in the 2021 project's order of rows.
+
+    ``"original"`` is the nine rows of its published table; ``"original-full"`` all its batch and pool sizes.
+    """
+    grids = {
+        "original": (ORIGINAL_POOL_SIZES, (32_768,)),
+        "original-full": (ORIGINAL_FULL_POOL_SIZES, ORIGINAL_FULL_BATCH_SIZES),
+    }
+    if name not in grids:
+        raise ValueError(f"grid must be one of {', '.join(grids)}, got {name!r}")
+    pool_sizes, batch_sizes = grids[name]
+    return [
+        SpeedCase(
+            "full" if pool_size is None else "hashed",
+            optimizer,
+            pool_size,
+            batch_size=batch_size,
+            device=device,
+        )
+        for optimizer in ("adagrad", "sgd", "adam")
+        for batch_size in batch_sizes
+        for pool_size in (None, *pool_sizes)
+    ]
+
+
+_CSV_OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam"}
+
+
+def original_csv(speed_records: Iterable[records.Record]) -> str:
+    """Records as the 2021 project's ``benchmark.csv``, with its column names."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        [
+            "Model",
+            "batch_size",
+            "memory_size",
+            "forward_pass_ms",
+            "gradient_computation_ms",
+            "backward_pass_ms",
+            "model size",
+            "optimizer",
+        ]
+    )
+    for record in speed_records:
+        writer.writerow(
+            [
+                "FullEmbTableModel" if record["table"] == "full" else "CompressedEmbTableModel",
+                record["batch_size"],
+                "" if record["pool_size"] is None else record["pool_size"],
+                record["forward_ms"],
+                record["gradient_ms"],
+                record["step_ms"],
+                f"{record['parameters_mib']:.1f}MB",
+                _CSV_OPTIMIZERS[record["optimizer"]],
+            ]
+        )
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""Training a pair model on a PMI matrix, and judging the result."""

@@ -1,0 +1,282 @@
+"""Training a pair model: on mini-batches of pairs, or exactly on all cells at once."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cemb import optim
+from cemb.model import PairModel
+from cemb.train.batches import PairBatches
+from cemb.train.objective import AllCellsLoss, WeightedLoss
+
+OPTIMIZERS = ("sgd", "adagrad", "adam")
+FULL_BATCH_OPTIMIZERS = (*OPTIMIZERS, "lbfgs")
+LBFGS_HISTORY = 8
+
+# Adam's moments decay faster than its defaults, since runs here last tens to hundreds of steps.
+ADAM_BETAS = (0.8, 0.85)
+# Those of mini-batches must average the noise of their negative samples.
+MINI_BATCH_ADAM_BETAS = (0.9, 0.99)
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[Tensor],
+    learning_rate: float,
+    *,
+    sparse: bool = False,
+    touched: bool = False,
+    one_pass: bool = False,
+    betas: tuple[float, float] = ADAM_BETAS,
+) -> torch.optim.Optimizer:
+    """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s.
+
+    These are for pools and tables of which a step is to update what it `touched`, and for steps in
+    `one_pass`. Over sparse and touched gradients Adam is lazy: what a step does not touch keeps its moments
+    and does not move. `betas` are Adam's.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    parameters = list(parameters)
+    if touched or one_pass:
+        if name == "adam":
+            return (optim.LazyAdam if touched else optim.Adam)(parameters, learning_rate, betas)
+        return (optim.SGD if name == "sgd" else optim.Adagrad)(parameters, learning_rate)
+    if sparse:
+        # torch's default; where it is not asked for, some optimizers warn of it at their first step.
+        torch.sparse.check_sparse_tensor_invariants.disable()
+    fused = {} if sparse else {"fused": True}
+    # On a GPU torch's kernels for many parameters at once give one processor 65,536 values, which leaves most
+    # of them idle for a pool; Adam's alternative is ten kernels.
+    one_by_one = {"foreach": False} if not sparse and any(p.is_cuda for p in parameters) else fused
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, **one_by_one)
+    if name == "adagrad":
+        return torch.optim.Adagrad(parameters, lr=learning_rate, **one_by_one)
+    if sparse:
+        return torch.optim.SparseAdam(parameters, lr=learning_rate, betas=betas)
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, **fused)
+
+
+def optimizer_bytes(model: PairModel, optimizer: str) -> int:
+    """Bytes of an optimizer's state for a model, measured on a step of zero gradients at rate 0.
+
+    L-BFGS keeps its last moves and changes of gradient, a direction and a gradient, and makes no step where
+    there is no gradient: its bytes are counted, not measured.
+    """
+    if optimizer == "lbfgs":
+        return 2 * (LBFGS_HISTORY + 1) * sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = [torch.nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
+    step_of = make_optimizer(optimizer, parameters, 0.0)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    step_of.step()
+    state = [value for entry in step_of.state.values() for value in entry.values()]
+    return sum(value.numel() * value.element_size() for value in state if torch.is_tensor(value))
+
+
+def _decay(optimizer: torch.optim.Optimizer, learning_rate: float, progress: float) -> None:
+    """Linear decay to zero, as word2vec does."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * (1 - progress)
+
+
+class DivergenceError(RuntimeError):
+    """The loss became infinite, NaN or ten times what it was."""
+
+
+def _check(loss: float, first_loss: float, step: int, learning_rate: float) -> None:
+    if not loss <= 10 * first_loss:
+        raise DivergenceError(
+            f"training diverged at step {step}: loss {loss:.4g} from {first_loss:.4g} "
+            f"with learning_rate={learning_rate:g}"
+        )
+
+
+def _reclustering(model: PairModel) -> list[Any]:
+    return [t for t in (model.word_table, model.context_table) if hasattr(t, "recluster")]
+
+
+def train_full_batch(
+    model: PairModel,
+    objective: AllCellsLoss | WeightedLoss,
+    *,
+    optimizer: str,
+    learning_rate: float,
+    num_steps: int,
+    evaluate_every: int = 10,
+) -> list[dict[str, float]]:
+    """Minimize the all-cells squared error by `num_steps` exact gradient steps.
+
+    The gradient is that of the error per word, so that rates carry over between vocabulary sizes. Dropout
+    and biases play no part. A step is one evaluation of loss and gradient; L-BFGS, which has no rate to
+    decay and searches along lines, takes about one to a move. Tables that recluster do so as often as the
+    loss is noted, if not under L-BFGS, whose memory is of one function.
+
+    Returns:
+        ``{"step", "loss", "seconds"}`` at every `evaluate_every`-th step and after the last: the all-cells
+        error before that step, and the time since the start.
+
+    Raises:
+        DivergenceError: the loss grew tenfold (not for L-BFGS, which may try such points) or is not finite.
+    """
+    num_words = model.num_words
+    history: list[dict[str, float]] = []
+    tables = _reclustering(model)
+    # Before the clock starts: torch's first optimizer in a process imports for seconds.
+    step_of: torch.optim.Optimizer
+    if optimizer == "lbfgs":
+        step_of = _lbfgs(model, learning_rate, num_steps)
+    else:
+        step_of = make_optimizer(optimizer, model.parameters(), learning_rate)
+    start = time.perf_counter()
+
+    def note(step: int, loss: float) -> None:
+        history.append({"step": step, "loss": loss, "seconds": time.perf_counter() - start})
+
+    with tqdm(total=num_steps, desc=f"full batch, {optimizer}", unit="step") as progress:
+
+        def evaluate(step: int) -> Tensor:
+            loss = objective(*model.factors())
+            if step % evaluate_every == 0:
+                note(step, loss.item())
+            # A line search tries points that are worse, and leaves them.
+            if optimizer != "lbfgs" or not math.isfinite(loss.item()):
+                _check(loss.item(), history[0]["loss"], step, learning_rate)
+            (loss / num_words).backward()
+            progress.update()
+            return loss
+
+        if optimizer == "lbfgs":
+            steps = iter(itertools.count())
+
+            def closure() -> float:
+                step_of.zero_grad()
+                return evaluate(next(steps)).item()
+
+            step_of.step(closure)
+        else:
+            for step in range(num_steps):
+                if step and step % evaluate_every == 0:
+                    for table in tables:
+                        table.recluster()
+                _decay(step_of, learning_rate, step / num_steps)
+                evaluate(step)
+                step_of.step()
+                step_of.zero_grad()
+    with torch.no_grad():
+        note(num_steps, objective(*model.factors()).item())
+    return history
+
+
+def _lbfgs(model: PairModel, learning_rate: float, num_steps: int) -> torch.optim.LBFGS:
+    """L-BFGS (Liu and Nocedal, 1989), its line searches for Wolfe's conditions, of `num_steps` evaluations.
+
+    It may be one fewer, and fewer where the gradient vanishes.
+    """
+    return torch.optim.LBFGS(
+        model.parameters(),
+        learning_rate,
+        max_iter=num_steps - 1,
+        max_eval=num_steps - 1,  # torch's line search may make one more
+        tolerance_grad=0,
+        tolerance_change=0,
+        history_size=LBFGS_HISTORY,
+        line_search_fn="strong_wolfe",
+    )
+
+
+def train_mini_batches(
+    model: PairModel,
+    batches: PairBatches | Sequence[tuple[Tensor, ...]],
+    loss_function: Callable[..., Tensor],
+    *,
+    optimizer: str,
+    learning_rate: float,
+    num_epochs: int,
+    reports_per_epoch: int = 4,
+    sparse: bool = False,
+    touched: bool = False,
+) -> list[dict[str, float]]:
+    """Train on batches of pairs.
+
+    Args:
+        batches: pairs, values and what else `loss_function` takes after the scores; iterated once an epoch.
+        reports_per_epoch: entries of the history an epoch.
+        sparse: the model's full tables have sparse gradients.
+        touched: an optimizer of `cemb.optim` updates them.
+
+    Returns:
+        ``{"step", "epoch", "loss", "seconds"}`` for each report: steps and epochs done, the latter in
+        fractions, the mean loss of the batches since the last report, each taken before its own step, and
+        the time since the start.
+
+    Raises:
+        DivergenceError: a batch's loss is ten times the first batch's or not finite.
+
+    Tables that recluster do so after each report but the last.
+    """
+    step_of = make_optimizer(
+        optimizer,
+        model.parameters(),
+        learning_rate,
+        sparse=sparse,
+        touched=touched,
+        betas=MINI_BATCH_ADAM_BETAS,
+    )
+    start = time.perf_counter()
+    total = num_epochs * len(batches)
+    report_every = max(1, len(batches) // reports_per_epoch)
+    history: list[dict[str, float]] = []
+    losses: list[float] = []
+    first_loss: float | None = None
+    step = 0
+    tables = _reclustering(model)
+    model.train()
+    with tqdm(total=total, desc=f"mini-batches, {optimizer}", unit="step") as progress:
+        for _ in range(num_epochs):
+            for pairs, *cells in batches:
+                _decay(step_of, learning_rate, step / total)
+                loss = loss_function(model(pairs), *cells)
+                losses.append(loss.item())
+                first_loss = losses[0] if first_loss is None else first_loss
+                _check(losses[-1], first_loss, step, learning_rate)
+                loss.backward()
+                step_of.step()
+                step_of.zero_grad()
+                step += 1
+                if step % report_every == 0 or step == total:
+                    epoch = step / len(batches)
+                    seconds = time.perf_counter() - start
+                    mean = sum(losses) / len(losses)
+                    history.append({"step": step, "epoch": epoch, "loss": mean, "seconds": seconds})
+                    losses = []
+                    if step < total:
+                        for table in tables:
+                            table.recluster()
+                progress.update()
+    model.eval()
+    return history
+
+
+def halve_until_stable(
+    train: Callable[[float], list[dict[str, float]]], learning_rate: float, *, max_halvings: int = 12
+) -> tuple[list[dict[str, float]], float]:
+    """Call ``train(learning_rate)``, which must start afresh, at half the rate after each divergence.
+
+    Returns the history and the rate that served. Raises the last DivergenceError after `max_halvings`.
+    """
+    lowest = learning_rate / 2**max_halvings
+    while True:
+        try:
+            return train(learning_rate), learning_rate
+        except DivergenceError:
+            if learning_rate <= lowest:
+                raise
+            learning_rate /= 2
