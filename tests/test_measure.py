@@ -13,7 +13,8 @@ import torch
 from cemb import cli, files
 from cemb.report import speed as report_speed
 from cemb.report import stats
-from cemb.study import identity, records, speed, timing
+from cemb.study import records, speed, timing
+from cemb.study.identity import Code
 
 
 @pytest.fixture
@@ -371,34 +372,6 @@ def test_an_interrupted_directory_leaves_nothing(tmp_path):
     assert (tmp_path / "out" / "whole").read_text() == "whole"
 
 
-def test_imports_are_found_inside_every_kind_of_statement():
-    heads = ["if x:", "while x:", "for i in x:", "with x:", "def f():", "async def f():", "class C:"]
-    heads += ["if x:\n    pass\nelse:", "if x:\n    pass\nelif y:", "for i in x:\n    pass\nelse:"]
-    heads += ["try:\n    pass\nexcept E:", "try:\n    pass\nexcept* E:", "try:\n    pass\nfinally:"]
-    heads += ["try:\n    pass\nexcept E:\n    pass\nelse:", "match x:\n  case 1:\n    pass\n  case _:"]
-    for head in heads:
-        assert identity.imported_modules(f"{head}\n    from cemb import csr") == {"cemb.pmi.csr"}, head
-    assert identity.imported_modules("def f():\n  if x:\n    with y: import cemb.pmi.matrix") == {
-        "cemb.pmi.matrix"
-    }
-
-
-def test_code_hash_follows_imports(monkeypatch, tmp_path):
-    source = "from cemb import corpus, records\nfrom cemb.pmi.matrix import pmi_matrix\nimport numpy"
-    assert identity.imported_modules(source) == {"cemb.pmi.encode", "cemb.study.records", "cemb.pmi.matrix"}
-    assert identity.imported_modules("from cemb import HashedEmbedding") == {"cemb"}
-    package = tmp_path / "cemb"
-    package.mkdir()
-    for name, text in {"a": "from cemb.b import x", "b": "x = 1", "c": "y = 1"}.items():
-        (package / f"{name}.py").write_text(text)
-    monkeypatch.setattr(records, "PACKAGE", package)
-    before = identity.code_hash("from cemb import a")
-    (package / "c.py").write_text("y = 2")
-    assert identity.code_hash("from cemb import a") == before
-    (package / "b.py").write_text("x = 2")
-    assert identity.code_hash("from cemb import a") != before
-
-
 def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
     import ast
     import gc
@@ -411,16 +384,16 @@ def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
         def __del__(self):
             ast.parse("x = 1")
 
-    source = (records.PACKAGE / "study.py").read_text()
+    source = (records.PACKAGE / "study" / "run.py").read_text()
     before = gc.get_threshold()
     gc.set_threshold(20)
     try:
         with ThreadPoolExecutor(4) as pool:
             done = pool.map(
-                lambda _: (ParsesWhenCollected(), identity.imported_modules(source))[1], range(40)
+                lambda _: (ParsesWhenCollected(), Code({"cemb.a": source}).reach("from cemb import a\na"))[1],
+                range(40),
             )
-            assert set(map(frozenset, done)) == {
-                frozenset({"cemb.pmi.corpora", "cemb.study.records", "cemb.study.targets"})
-            }
+            (definitions,) = {frozenset(reached.definitions()) for reached in done}
+            assert "cemb.a.run_study" in definitions
     finally:
         gc.set_threshold(*before)

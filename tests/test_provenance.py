@@ -1,5 +1,6 @@
 """Where numbers come from: the ends of run pages, the pages of references, and what is stale of those."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,8 +11,8 @@ from conftest import ROOT
 from cemb import cli
 from cemb.report import provenance
 from cemb.study import grid, records
-from cemb.study import identity as study_identity
 from cemb.study import run as study_run
+from cemb.study.identity import RULE
 
 
 def _place(**fields):
@@ -28,6 +29,9 @@ def _place(**fields):
 
 def _speed_run():
     return next(run for run in grid.study_runs() if run.name == "speed-sgd-262144")
+
+
+_speed_run_of_the_study = _speed_run()
 
 
 def test_the_end_of_a_run_page_says_all_that_it_takes_to_get_its_numbers_again():
@@ -99,8 +103,8 @@ def reference(monkeypatch, tmp_path):
     package.mkdir()
     for name, text in {
         "__init__": "",
-        "bench": "from cemb import timing\n",
-        "timing": "",
+        "bench": "from cemb import timing\n\n\ndef run():\n    return timing.LIMIT\n",
+        "timing": "LIMIT = 1\n",
         "other": "",
     }.items():
         (package / f"{name}.py").write_text(text)
@@ -112,20 +116,25 @@ def reference(monkeypatch, tmp_path):
         )
         return done.stdout.strip()
 
+    (tmp_path / "notebooks").mkdir()
+    notebook = {"cells": [{"cell_type": "code", "source": ["from cemb import bench\n", "bench.run()"]}]}
+    (tmp_path / "notebooks" / "speed.ipynb").write_text(json.dumps(notebook))
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    code = study_identity.code_hash(study_run.code_cells(grid.NOTEBOOKS / "speed.ipynb"))
     folder = tmp_path / "results" / "reference" / "mine"
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "PACKAGE", package)
-    monkeypatch.setattr(provenance, "_notebook_hash", lambda notebook: code)
+    for module in (grid, study_run):
+        monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(grid, "study_runs", lambda grid: [_speed_run_of_the_study])
     provenance._changed_since.cache_clear()
 
     def write(bench=None, speed=None):
         place = _place(git_commit=git("rev-parse", "HEAD"))
         records.write([{**place, "kind": "rates", **(bench or {})}], folder / "bench.jsonl")
-        speed = {**place, "run": "speed-sgd-262144", "kind": "speed", "code_hash": code, **(speed or {})}
+        code = {"code_hash": study_run.reached(_speed_run_of_the_study).hash, "code_rule": RULE}
+        speed = {**place, "run": "speed-sgd-262144", "kind": "speed", **code, **(speed or {})}
         records.write([speed], folder / "records.jsonl")
 
     yield write, package
@@ -141,27 +150,39 @@ def test_a_reference_of_the_present_code_is_current(reference):
     write()
     assert _why() == {}
     (package / "other.py").write_text("x = 1")  # which the benchmark does not reach
+    (package / "timing.py").write_text('"""Timing."""\n\nLIMIT = 1  # of something\n')
     assert _why() == {}
 
 
 def test_code_that_a_benchmark_reaches_makes_it_stale(reference):
     write, package = reference
     write()
-    (package / "timing.py").write_text("x = 1")
-    (why,) = _why().items()
-    assert why[0] == ("bench", ())
-    assert re.fullmatch(r"code: since [0-9a-f]{10} changed cemb/timing.py", why[1])
+    (package / "timing.py").write_text("LIMIT = 2\n")
+    why = _why()
+    assert set(why) == {("bench", ()), ("records", ("speed-sgd-262144",))}
+    for text in why.values():
+        assert re.fullmatch(r"code: since [0-9a-f]{10} cemb\.timing\.LIMIT changed \(.*run → LIMIT\)", text)
+
+
+def test_records_of_an_earlier_rule_are_judged_by_their_commit(reference):
+    write, package = reference
+    write(speed={"code_hash": "old", "code_rule": None})
+    assert _why() == {}
+    (package / "timing.py").write_text("LIMIT = 2\n")
+    provenance._changed_since.cache_clear()
+    assert _why()["records", ("speed-sgd-262144",)].startswith("code: keyed by an earlier rule; since ")
 
 
 def test_versions_and_code_of_published_runs_are_told(reference):
     write, _ = reference
     write(
-        bench={"git_commit": "f" * 40}, speed={"code_hash": "old", "numba_version": "0.1", "cpu_model": "Z"}
+        bench={"git_commit": "f" * 40},
+        speed={"code_hash": "old", "git_commit": None, "numba_version": "0.1", "cpu_model": "Z"},
     )
     why = _why()
     assert why["bench", ()] == "code: git does not know commit ffffffffff here"
     code, numba = why["records", ("speed-sgd-262144",)].split("; ")
-    assert re.fullmatch("code: old → [0-9a-f]{16}", code)
+    assert code == "code: of no commit"
     assert numba == f"numba_version: 0.1 → {records.environment()['numba_version']}"
     assert list(provenance.staleness_table(provenance.published_staleness())["records of"]) == [
         "1 runs",

@@ -209,7 +209,7 @@ def _runs(machine: str, kind: str, found: list[records.Record]) -> list[str]:
 
 @functools.cache
 def _changed_since(commit: str, entry: str, device: str) -> str | None:
-    """What a notebook or module reaches that is another since a commit, or that git cannot tell; None if nothing."""
+    """What a notebook or module reaches that changed since a commit, or that git cannot tell."""
     try:
         then = Code.of_commit(records.ROOT, commit)
     except LookupError as error:
