@@ -24,3 +24,8 @@ def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'cemb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # With what is loaded on first use, for completion.
+    return sorted({*globals(), *__all__})

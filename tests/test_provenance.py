@@ -161,7 +161,7 @@ def test_code_that_a_benchmark_reaches_makes_it_stale(reference):
     why = _why()
     assert set(why) == {("bench", ()), ("records", ("speed-sgd-262144",))}
     for text in why.values():
-        assert re.fullmatch(r"code: since [0-9a-f]{10} cemb\.timing\.LIMIT changed \(.*run → LIMIT\)", text)
+        assert re.fullmatch(r"code: since [0-9a-f]{10} cemb\.timing\.LIMIT changed", text)
 
 
 def test_records_of_an_earlier_rule_are_judged_by_their_commit(reference):

@@ -218,7 +218,8 @@ def _changed_since(commit: str, entry: str, device: str) -> str | None:
     before, after = (_entry(code, entry) for code in (then, now))
     if before is None or after is None:
         return f"code: {entry} is not of commit {commit[:10]}"
-    changed = now.reach(after, device).changes(then.reach(before, device).definitions())
+    earlier = then.reach(before, device).definitions()
+    changed = now.reach(after, device).changes(earlier, with_ways=False)
     if not changed:
         return None
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""

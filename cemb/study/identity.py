@@ -39,6 +39,8 @@ _OF_CPU = (
 # Annotations that dataclasses and Triton act on.
 _ACTING = {"ClassVar", "InitVar", "KW_ONLY", "constexpr"}
 
+_AT_IMPORT = "(at import)"  # stands for a statement that binds no name
+
 _lock = threading.RLock()
 
 
@@ -386,7 +388,7 @@ def _read(name: str, tree: ast.Module) -> _Module:
         if _is_named(node, "TYPE_CHECKING") or _is_named(node, "__name__"):
             continue
         names = _bound(node)
-        unit = _Unit(name, names[0] if names else "(at import)", node)
+        unit = _Unit(name, names[0] if names else _AT_IMPORT, node)
         module.units.append(unit)
         for bound in dict.fromkeys(names):
             module.binding.setdefault(bound, []).append(unit)
@@ -430,11 +432,12 @@ class Reached:
         unit = next((unit for unit in self._found if str(unit) == definition), None)
         names = []
         while unit is not None:
-            names.append(unit.name)
+            if unit.name != _AT_IMPORT:
+                names.append(unit.name)
             unit = self._found[unit]
         return " → ".join(reversed(names))
 
-    def changes(self, before: Mapping[str, str]) -> list[str]:
+    def changes(self, before: Mapping[str, str], *, with_ways: bool = True) -> list[str]:
         """What is another than in earlier `definitions`, and what reaches it; modules do not count."""
 
         def by_name(definitions: Mapping[str, str]) -> dict[tuple[str, str], str]:
@@ -446,9 +449,7 @@ class Reached:
         found = []
         for name in sorted(added):
             changed = removed.pop(name.split(".")[-1], None)
-            way = self.way_to(name)
-            found.append(
-                f"{name.lstrip('.')} {'changed' if changed else 'is new'}"
-                + (f" ({way})" if " → " in way else "")
-            )
+            text = f"{name.lstrip('.')} {'changed' if changed else 'is new'}"
+            way = self.way_to(name) if with_ways else ""
+            found.append(f"{text} ({way})" if " → " in way else text)
         return [*found, *(f"{name.lstrip('.')} is not reached any more" for name in sorted(removed.values()))]

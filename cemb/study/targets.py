@@ -1,4 +1,4 @@
-"""What the kernels are to reach on two cores, and what memory allows at best. It judges records."""
+"""Ratios that the kernels are to reach on two cores and on a GPU, judged by records."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

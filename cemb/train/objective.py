@@ -1,4 +1,4 @@
-"""How good a factorization is: distance to the optimum, word similarity, analogies."""
+"""The exact loss over all cells, its gradient, and the optimum that the gap is measured to."""
 
 import warnings
 from collections.abc import Callable
