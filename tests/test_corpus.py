@@ -284,8 +284,8 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch):
 
 def test_a_killed_encoding_leaves_no_corpus(tmp_path):
     code = (
-        "import sys; from cemb import corpus, reading; corpus._BLOCK_BYTES = reading._PIECE = 1000; "
-        "corpus.encode('-', sys.argv[1], min_count=1, shard_tokens=64)"
+        "import sys; from cemb.pmi import encode, readers; encode._BLOCK_BYTES = readers._PIECE = 1000; "
+        "encode.encode('-', sys.argv[1], min_count=1, shard_tokens=64)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "ids")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:

@@ -136,20 +136,20 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from cemb import counting
+from cemb.pmi import out_of_core
 
-counting.LARGEST_TASK = 700
+out_of_core.LARGEST_TASK = 700
 done = 0
-before = counting.atomic_directory
+before = out_of_core.atomic_directory
 def counted(path):
     global done
     done += 1
     if done > int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
     return before(path)
-counting.atomic_directory = counted
+out_of_core.atomic_directory = counted
 shards = [np.load(path, mmap_mode="r") for path in sorted(Path(sys.argv[1]).glob("*.npy"))]
-counting.count(shards, sys.argv[2], vocab_size=400, workers=1)
+out_of_core.count(shards, sys.argv[2], vocab_size=400, workers=1)
 """
 
 

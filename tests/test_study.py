@@ -27,10 +27,12 @@ from cemb.study import run as study_run
 
 def _pretend(run, **changes):
     """Lay down a result of the run, as if made under another identity."""
+    definitions = changes.pop("definitions", None)
     content = {**study_run.identity(run), **changes}
     path = study_run._run_dir(run, content)
     path.mkdir(parents=True)
-    (path / "identity.json").write_text(json.dumps(content, default=str))
+    written = {**content, "definitions": definitions}
+    (path / "identity.json").write_text(json.dumps(written, default=str))
     (path / "records.jsonl").write_text('{"kind": "pmi"}\n')
     return path
 
@@ -151,8 +153,11 @@ def test_staleness_says_why():
     _pretend(run, numba_version="0.1", code="abc")
     why = study_run.staleness(run)
     assert "numba_version: 0.1 → " in why
-    assert "code: abc → " in why
+    assert "code: keyed by an earlier rule" in why
     assert "torch_version" not in why
+    definitions = {**study_run.reached(run).definitions(), "cemb.hashing.GOLDEN": "another"}
+    _pretend(run, code="abcd", definitions=definitions)
+    assert "code: cemb.hashing.GOLDEN changed (found → " in study_run.staleness(run)
     _pretend(run)
     assert study_run.staleness(run) is None
 
@@ -191,13 +196,14 @@ def test_an_unknown_value_fails_its_run_and_keeps_the_notebook(tmp_path):
     # Runs go side by side in threads, so none may move the process to another directory, even for a while.
     code = """
 import os
-from cemb import study
+from cemb.study.grid import Run
+from cemb.study.run import run_study
 change = os.chdir
 def stay(path):
     assert os.path.samefile(path, os.getcwd()), f"moved to {path}"
     change(path)
 os.chdir = stay
-study.run_study([study.Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "num_embeddings": 10})])
+run_study([Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "num_embeddings": 10})])
 """
     # In a process of its own: papermill leaves an event loop behind for the garbage collector to complain of.
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # What the rule is called in records. Those without it are keyed by whole files.
 RULE = "meaning"
@@ -405,8 +406,8 @@ def _read(name: str, tree: ast.Module) -> _Module:
 class Reached:
     """The definitions that a source reaches, each with the one it was first reached from."""
 
-    def __init__(self, code: Code, found: dict[_Unit, _Unit | None]):
-        self._found = found
+    def __init__(self, code: Code, found: Mapping[Any, Any]):
+        self._found: Mapping[_Unit, _Unit | None] = found
         shallow = {unit: unit.meaning for unit in found}
         lines = []
         for unit, meaning in shallow.items():
