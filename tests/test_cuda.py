@@ -39,7 +39,7 @@ SPECS = [
 ] + [
     HashSpec(1, 1, 1),
     HashSpec(10**9, 3, 50, block_size=2, table_offset=2**35),
-    # Blocks of more than `cuda.MAX_WIDTH` columns, the last one short.
+    # Blocks of more than `MAX_WIDTH` columns, the last one short.
     HashSpec(40, 300, 500, block_size=290, signed=True),
     HashSpec(2**61, 2, 30, signed=True, table_offset=2**60, hash_seed=7),
     FullSpec(23, 37),
@@ -519,7 +519,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cemb.hashing import HashSpec
-from cemb.kernels import cuda
+from cemb.kernels import triton as kernels_triton
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 
@@ -550,16 +550,17 @@ for spec in (
 ):
     for dtype in (torch.float32, torch.bfloat16):
         weight, rows = torch.ones(1000, dtype=dtype), torch.ones(3, spec.embedding_dim, dtype=dtype)
-        cuda.lookup(weight, ids, spec, rows)
+        kernels_triton.lookup(weight, ids, spec, rows)
         vectors = torch.ones(3, 2, spec.embedding_dim, dtype=dtype)
         for threshold in (0, 2**14):
             dropout = SimpleNamespace(threshold=threshold, scale=1.25)
-            cuda.vector_scores(vectors, dropout, seed, weight[:3])
-            cuda.vector_scores_backward(weight[:3], vectors, dropout, seed, vectors)
-            cuda.pair_scores(weight, pairs, spec, 63, dropout, seed, weight[:3])
+            kernels_triton.vector_scores(vectors, dropout, seed, weight[:3])
+            kernels_triton.vector_scores_backward(weight[:3], vectors, dropout, seed, vectors)
+            kernels_triton.pair_scores(weight, pairs, spec, 63, dropout, seed, weight[:3])
         for deterministic in (False, True):
-            cuda.scatter(rows, ids, spec, deterministic)
-            cuda.pair_scores_backward(weight[:3], weight, pairs, spec, 63, dropout, seed, deterministic)
+            kernels_triton.scatter(rows, ids, spec, deterministic)
+            table = pairs, spec, 63, dropout, seed
+            kernels_triton.pair_scores_backward(weight[:3], weight, *table, deterministic)
 """
 
 
