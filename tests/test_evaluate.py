@@ -268,8 +268,8 @@ def test_sparse_products_accept_a_matrix_without_cells():
 
 def test_scores_without_the_sets_are_nan(monkeypatch):
     def missing(name):
-        raise train_objective.PackageNotFoundError(name)
+        raise similarity.PackageNotFoundError(name)
 
-    monkeypatch.setattr(train_objective, "distribution", missing)
+    monkeypatch.setattr(similarity, "distribution", missing)
     assert math.isnan(similarity.similarity(np.eye(2), ["tiger", "cat"], "wordsim353")["score"])
     assert math.isnan(similarity.analogies(np.eye(2), ["tiger", "cat"])["score"])
