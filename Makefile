@@ -14,7 +14,7 @@ TEST_STAMP := $(VENV)/.installed-test
 PEERS_STAMP := $(VENV)/.installed-peers
 OUT ?= results/local/gpu
 
-.PHONY: help env book study check check-published site archive test lint bench peers test-gpu gpu lab open clean
+.PHONY: help env book study check check-published site archive test test-long lint bench peers test-gpu gpu lab open clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -53,8 +53,14 @@ $(TEST_STAMP): requirements-test.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-test.txt -c constraints.txt
 	@touch $@
 
-test: $(TEST_STAMP) ## run the tests
-	$(BIN)/python -m pytest
+# A file's tests share compiled kernels, so they stay on one worker; the longest files go first.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+test: $(TEST_STAMP) ## run the tests; some minutes
+	$(PYTEST)
+
+test-long: $(TEST_STAMP) ## run those that take long; half an hour
+	$(PYTEST) -m long
 
 $(PEERS_STAMP): requirements-peers.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-peers.txt

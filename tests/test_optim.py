@@ -20,19 +20,30 @@ SPECS = [
     HashSpec(60, 100, 300),  # values in buckets, here one
     HashSpec(5000, 100, 2 * 2**buckets.SLICE_BITS + 1, signed=True),  # the third bucket all but empty
 ]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Of what is compared closely; and each kernel is compiled for one type, unless a test names another."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 IDS = [f"{type(spec).__name__}-{spec.block_size}-{spec.pool_size}" for spec in SPECS]
 
 
-def _train(make, spec, *, steps=6, parts=1, dtype=torch.float32, seed=0):
+def _train(make, spec, *, steps=6, parts=1, seed=0):
     """Weights after some steps on random pairs, each the sum of `parts` backward passes."""
     generator = torch.Generator().manual_seed(seed)
-    weight = nn.Parameter(torch.randn(spec.pool_size, generator=generator, dtype=dtype))
+    weight = nn.Parameter(torch.randn(spec.pool_size, generator=generator))
     optimizer = make([weight])
     history = []
     for step in range(steps):
         for part in range(parts):
             pairs = torch.randint(spec.num_embeddings, (40, 2), generator=generator)
-            values = torch.randn(40, generator=generator, dtype=dtype)
+            values = torch.randn(40, generator=generator)
             torch.manual_seed(10 * step + part)
             scores = ops.pair_scores(weight, pairs, spec, dropout=0.1)
             ((scores - values) ** 2).mean().backward()
@@ -57,15 +68,15 @@ def _train(make, spec, *, steps=6, parts=1, dtype=torch.float32, seed=0):
     ids=["sgd", "adagrad", "adagrad-options"],
 )
 def test_steps_equal_the_dense_optimizers(spec, parts, ours, theirs):
-    found = _train(ours, spec, parts=parts, dtype=torch.float64)
-    expected = _train(theirs, spec, parts=parts, dtype=torch.float64)
+    found = _train(ours, spec, parts=parts)
+    expected = _train(theirs, spec, parts=parts)
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, step=step: f"step {step}: {m}")
 
 
 def test_lazy_adam_equals_sparse_adam_on_a_full_table():
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(50, 20, generator=generator, dtype=torch.float64)
+    start = torch.randn(50, 20, generator=generator)
     ours, theirs = (
         nn.Parameter(start.clone()),
         nn.Embedding.from_pretrained(start.clone(), False, sparse=True),
@@ -85,7 +96,7 @@ def test_lazy_adam_equals_sparse_adam_on_a_full_table():
 
 def test_lazy_adam_differs_from_dense_adam_only_where_steps_miss():
     spec = FullSpec(4, 6)
-    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     weights = [nn.Parameter(start.clone()) for _ in range(2)]
     optimizers = [optim.LazyAdam(weights[:1], lr=0.1), torch.optim.Adam(weights[1:], lr=0.1)]
     for pairs in ([[0, 1]], [[0, 1]], [[0, 2]]):
@@ -131,10 +142,10 @@ def test_results_are_the_same_bits_for_any_number_of_threads(spec, make, monkeyp
 @pytest.mark.parametrize(("rows", "columns", "num_pairs"), [(60, 100, 40), (5000, 100, 300), (50, 7, 30)])
 def test_rowwise_adagrad_is_the_formula(rows, columns, num_pairs):
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    start = torch.randn(rows, columns, generator=generator)
     ours, naive = (nn.Parameter(start.clone()) for _ in range(2))
     optimizer = optim.RowwiseAdagrad([ours], 0.05, initial_accumulator_value=0.2, eps=1e-3)
-    sums = torch.full((rows,), 0.2, dtype=torch.float64)
+    sums = torch.full((rows,), 0.2)
     for step in range(5):
         pairs = torch.randint(rows, (num_pairs, 2), generator=generator)
         for weight in (ours, naive):
@@ -209,7 +220,7 @@ def test_a_step_uses_the_gradient_up():
 
 @pytest.mark.parametrize("spec", SPECS, ids=IDS)
 def test_gradients_of_other_ops_are_taken_in(spec):
-    weights = [nn.Parameter(torch.full((spec.pool_size,), 0.5, dtype=torch.float64)) for _ in range(2)]
+    weights = [nn.Parameter(torch.full((spec.pool_size,), 0.5)) for _ in range(2)]
     optimizers = [optim.Adagrad(weights[:1], lr=0.1), torch.optim.Adagrad(weights[1:], lr=0.1)]
     for weight, optimizer in zip(weights, optimizers, strict=True):
         for _ in range(2):
@@ -253,7 +264,7 @@ def test_a_graph_of_before_the_step_cannot_be_used_after_it():
 
 def test_at_block_size_1_weights_may_change_between_the_backward_pass_and_the_step():
     spec, pairs = HashSpec(60, 100, 3000), torch.tensor([[0, 1], [2, 3]])
-    weights = [nn.Parameter(torch.linspace(-1, 1, 3000, dtype=torch.float64)) for _ in range(2)]
+    weights = [nn.Parameter(torch.linspace(-1, 1, 3000)) for _ in range(2)]
     optimizers = [optim.SGD(weights[:1], lr=0.1), torch.optim.SGD(weights[1:], lr=0.1)]
     for weight, optimizer in zip(weights, optimizers, strict=True):
         ops.pair_scores(weight, pairs, spec).sum().backward()
@@ -418,13 +429,13 @@ OFFSET = 10**6
 def _fit(make, spec, *, steps=4, num_pairs=70, dtype=torch.float64, one_pass=True):
     """Weights and losses of steps on squared errors; by naive PyTorch if not `one_pass`."""
     generator = torch.Generator().manual_seed(0)
-    start = (0.3 * torch.randn(spec.pool_size, generator=generator, dtype=torch.float64)).to(dtype)
+    start = (0.3 * torch.randn(spec.pool_size, generator=generator)).to(dtype)
     weight = nn.Parameter(start.view(60, 100) if spec == FullSpec(60, 100) else start)
     optimizer, losses = make([weight]), []
     offset = 0 if isinstance(spec, FullSpec) else OFFSET
     for step in range(steps):
         pairs = torch.randint(spec.num_embeddings, (num_pairs, 2), generator=generator)
-        values, weights = torch.rand(2, num_pairs, generator=generator, dtype=torch.float64).to(dtype)
+        values, weights = torch.rand(2, num_pairs, generator=generator).to(dtype)
         options = {"dropout": 0.1, "context_offset": offset, "weights": weights if step % 2 else None}
         torch.manual_seed(step)
         if one_pass:
@@ -446,9 +457,15 @@ def test_a_step_in_one_pass_is_that_of_naive_pytorch(spec, name):
     found = _fit(lambda p: getattr(optim, name)(p, lr=0.05), spec)
     expected = _fit(lambda p: getattr(torch.optim, name)(p, lr=0.05), spec, one_pass=False)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    if name == "SGD":
-        found = _fit(lambda p: optim.SGD(p, lr=0.05), spec, dtype=torch.float32)
-        torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spec", ONE_PASS_SPECS, ids=ONE_PASS_IDS)
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam"])
+def test_a_step_in_one_pass_in_float32(spec, name):
+    found = _fit(lambda p: getattr(optim, name)(p, lr=0.05), spec, dtype=torch.float32)
+    expected = _fit(lambda p: getattr(optim, name)(p, lr=0.05), spec)
+    torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -458,12 +475,12 @@ def test_a_step_in_one_pass_is_that_of_naive_pytorch(spec, name):
 )
 def test_a_step_in_one_pass_is_a_backward_pass_and_a_step(make, spec):
     shape = (spec.num_embeddings, -1) if isinstance(spec, FullSpec) else (-1,)
-    start = torch.randn(spec.pool_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(spec.pool_size, generator=torch.Generator().manual_seed(0))
     ours, theirs = (nn.Parameter(start.clone().view(shape)) for _ in range(2))
     optimizers = make([ours], 0.1), make([theirs], 0.1)
     for step in range(3):
         pairs = torch.randint(spec.num_embeddings, (40, 2), generator=torch.Generator().manual_seed(step))
-        values = torch.linspace(-1, 1, 40, dtype=torch.float64)
+        values = torch.linspace(-1, 1, 40)
         torch.manual_seed(step)
         loss = optimizers[0].squared_error_step(ours, pairs, values, spec, dropout=0.2)
         torch.manual_seed(step)
@@ -498,7 +515,7 @@ def test_a_step_in_one_pass_clears_the_memory_it_finds():
 
 def test_adam_visits_what_a_backward_pass_does_not_touch():
     spec = FullSpec(4, 6)
-    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     weights = [nn.Parameter(start.clone()) for _ in range(2)]
     optimizers = [optim.Adam(weights[:1], lr=0.1, eps=0.01), torch.optim.Adam(weights[1:], lr=0.1, eps=0.01)]
     for pairs in ([[0, 1]], [[0, 2]], [[2, 2]]):
@@ -575,9 +592,9 @@ def test_adagrad_without_eps_leaves_alone_what_no_step_touched():
 
 
 def test_the_loss_of_a_step_in_one_pass_is_summed_in_double_precision():
-    weight, spec = nn.Parameter(torch.full((2, 1), 0.1)), FullSpec(2, 1)
-    pairs = torch.tensor([[0, 1]]).expand(2**20, 2)
-    loss = optim.SGD([weight], 1e-9).squared_error_step(weight, pairs, torch.zeros(2**20), spec)
+    weight, spec = nn.Parameter(torch.full((2, 1), 0.1, dtype=torch.float32)), FullSpec(2, 1)
+    pairs, values = torch.tensor([[0, 1]]).expand(2**20, 2), torch.zeros(2**20, dtype=torch.float32)
+    loss = optim.SGD([weight], 1e-9).squared_error_step(weight, pairs, values, spec)
     assert loss.item() == pytest.approx(1e-4, rel=1e-6)
 
 

@@ -381,12 +381,16 @@ def test_nothing_keeps_readers_out(browser, site, pages, theme):
         f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}');"
     )
     tab = context.new_page()
+    # Themes differ in colours alone.
+    rules = "" if theme == "light" else ", runOnly: ['color-contrast']"
     found = []
     chapters = sorted(name for name in pages if "/" not in name)
     for name in (*chapters, next(name for name in pages if name.startswith("runs/speed-"))):
         tab.goto((site / name).as_uri(), wait_until="load")
         tab.evaluate(axe.read_text(encoding="utf-8"))
-        result = tab.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+        # Entries of the API are made alike, and axe's time grows with the square of their number.
+        tab.evaluate("() => [...document.querySelectorAll('dl.py')].slice(30).forEach((e) => e.remove())")
+        result = tab.evaluate(f"() => axe.run(document, {{resultTypes: ['violations']{rules}}})")
         found += [
             f"{name}: {violation['id']} ({violation['impact']}), {node['target']}: {node['html'][:120]}"
             for violation in result["violations"]
