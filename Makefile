@@ -71,7 +71,7 @@ peers: $(PEERS_STAMP) ## install what the benchmark compares with besides torch
 bench: $(STAMP) ## time every table and rival, and say which targets are reached
 	$(BIN)/python -m cemb bench --targets --out results/local/bench.jsonl
 
-# On a CUDA host, with the torch, Triton, numba, scipy, tqdm and pytest that are there; no Jupyter.
+# On a CUDA host, with the torch, Triton, numba, scipy, tqdm, tyro and pytest that are there; no Jupyter.
 test-gpu: ## run the tests of the kernels on this GPU
 	$(PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "torch sees no CUDA device")'
 	$(PYTHON) -m pytest tests/kernels/test_triton.py tests/test_ops.py

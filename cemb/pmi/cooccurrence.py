@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from cemb.pmi.csr import row_blocks
 from cemb.pmi.threads import in_order
 
 DISTANCE_WEIGHTINGS = ("flat", "harmonic")
+DistanceWeighting: TypeAlias = Literal[*DISTANCE_WEIGHTINGS]  # type: ignore[valid-type]
 BORDER = -1  # in place of an id: windows do not cross it
 LARGEST_TOTAL = 2**63 - 1
 
@@ -52,7 +53,7 @@ class Windows:
     """
 
     window_size: int = 5
-    distance_weighting: str = "flat"
+    distance_weighting: DistanceWeighting = "flat"
     symmetric: bool = True
 
     def __post_init__(self) -> None:

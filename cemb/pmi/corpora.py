@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from cemb.pmi import readers
 from cemb.pmi.readers import DOCUMENT_BREAK, Source
@@ -265,6 +265,9 @@ CORPORA = {
         "wikitext-103-raw/wiki.train.raw",
     ),
 }
+
+# A name, or else a path or glob.
+CorpusName: TypeAlias = Literal[*CORPORA] | str  # type: ignore[valid-type]
 
 
 def find_sources(corpus: str | Sequence[str], text_field: str | None = None) -> list[Source]:

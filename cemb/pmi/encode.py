@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 BORDERS = {"document": tokenizer.DOCUMENTS, "line": tokenizer.LINES, "sentence": tokenizer.SENTENCES}
+Borders: TypeAlias = Literal[*BORDERS]  # type: ignore[valid-type]
 
 _LETTER = r"[^\W\d_]"
 # Where Unicode 15 has combining marks; the last are variation selectors.
@@ -184,21 +185,32 @@ def encode(
     *,
     min_count: int = 5,
     max_vocab: int | None = None,
-    borders: str | None = None,
+    borders: Borders | None = None,
     text_field: str | None = None,
     shard_tokens: int = 2**24,
     threads: int | None = None,
 ) -> EncodedCorpus:
     """Tokenize a corpus, number its words by falling count, ties alphabetically, and write a new folder.
 
-    `corpus` is what `cemb.pmi.corpora.find_sources` takes: names, files, directories, globs, ``-``. `borders`
-    puts -1 between documents (``"document"``), or between them and lines (``"line"``) or sentences
-    (``"sentence"``, by `split_sentences`). Documents are files, lines of JSON, rows of Parquet, entries of
-    dictionaries. Memory is some 60 bytes for each distinct word, and some hundred MiB; the disk holds about
-    four bytes a token at any time. The result does not depend on `threads`, by default one for each core.
+    Memory is some 60 bytes for each distinct word, and some hundred MiB; the disk holds about four bytes a
+    token at any time.
 
-    Raises ValueError if there is no token, or if no word reaches `min_count`; FileExistsError if the folder
-    exists; OSError if the disk is full; and what reading raises. Then no folder is there.
+    Args:
+        corpus: what `cemb.pmi.corpora.find_sources` takes: names, files, directories, globs, ``-``.
+        folder: the folder to make.
+        min_count: occurrences a word needs.
+        max_vocab: keep so many frequent words; None: all.
+        borders: where -1 ends windows: between documents, or between them and lines or sentences (by
+            `split_sentences`); None: nowhere. Documents are files, lines of JSON, rows of Parquet, entries of
+            dictionaries.
+        text_field: field of JSON lines or column of Parquet; None: text.
+        shard_tokens: ids in a file.
+        threads: at work at once, of no influence on the result; None: one a core.
+
+    Raises:
+        ValueError: there is no token, or no word reaches `min_count`.
+        FileExistsError: the folder exists.
+        OSError: the disk is full. These, and what reading raises, leave no folder.
     """
     folder = Path(folder)
     if min_count < 1:

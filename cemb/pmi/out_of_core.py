@@ -40,6 +40,7 @@ from tqdm import tqdm
 from cemb.files import atomic_directory, exclusive, write_atomic
 from cemb.pmi.cooccurrence import (
     BORDER,
+    DistanceWeighting,
     PositionIndex,
     Row,
     Windows,
@@ -52,7 +53,7 @@ from cemb.pmi.cooccurrence import (
 )
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors, row_blocks
 
-DEFAULT_MEMORY = 2 * 2**30  # bytes
+DEFAULT_MEMORY = "2GiB"
 # More would show progress too rarely, and memory that is used again is faster than new memory.
 LARGEST_TASK = 2**24  # tokens
 _LARGEST_MERGE = 2**22  # cells
@@ -413,12 +414,12 @@ def count(
     *,
     vocab_size: int,
     window_size: int = 5,
-    distance_weighting: str = "flat",
+    distance_weighting: DistanceWeighting = "flat",
     symmetric: bool = True,
     subsample_threshold: float | None = None,
     word_counts: npt.NDArray[Any] | None = None,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
     executor: Executor | None = None,
 ) -> "CooccurrenceCounts":
@@ -428,9 +429,15 @@ def count(
         shards: the stream ``[ids]`` in pieces; windows reach across their borders. Arrays that `numpy.load`
             maps into memory are read from their files, by workers too.
         out: the folder to make; ``OUT.partial`` beside it holds what is finished until all is.
+        vocab_size: ids are below this.
+        window_size: tokens to each side.
+        distance_weighting: ``"flat"`` counts 1 per pair, ``"harmonic"`` 1/distance.
+        symmetric: count contexts on both sides; otherwise only those that follow the word.
+        subsample_threshold: as word2vec's; None: all tokens count.
         word_counts: ``[vocab_size]``, which subsampling needs.
-        memory: bytes that all tasks running at once may take, besides Python and its packages themselves; a
-            cluster's machine each. It has no influence on the result.
+        seed: of subsampling.
+        memory: bytes, or a size such as 512MiB, that all tasks running at once may take, besides Python and
+            its packages themselves; a cluster's machine each. It has no influence on the result.
         workers: tasks at once; by default the processors there are.
         executor: where tasks run; by default threads of this process.
 
@@ -446,6 +453,7 @@ def count(
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     windows = Windows(window_size, distance_weighting, symmetric)
+    memory = parse_memory(memory)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")

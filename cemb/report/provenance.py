@@ -43,7 +43,8 @@ MEASUREMENTS = {
     "rates": Measurement("learning rates", "python -m cemb rates --out results/local/rates.jsonl", "quality"),
     "second": Measurement(
         "a second corpus",
-        "python -m cemb frontier --corpus wordnet.txt --ratio 4 8 16 32 --out results/local/second.jsonl",
+        "python -m cemb frontier --corpus wordnet.txt --compression-ratios 4 8 16 32 "
+        "--out results/local/second.jsonl",
         "frontier",
     ),
     "counting": Measurement(

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from cemb.study import records, rivals, speed, timing
-from cemb.study.sizes import BLOCK, GPU_BLOCK, HUGE_TABLE, LARGE, OPTIMIZERS, SMALL
+from cemb.study.sizes import BLOCK, GPU_BLOCK, HUGE_TABLE, LARGE, OPTIMIZERS, SMALL, Optimizer
 
 _THP = "THP_MEM_ALLOC_ENABLE"
 
@@ -113,9 +113,9 @@ class _Process:
 
 
 def run(
-    optimizers: Iterable[str] = OPTIMIZERS,
     *,
-    ids: Iterable[str] = ("uniform", "zipf"),
+    optimizers: Sequence[Optimizer] = OPTIMIZERS,
+    ids: Sequence[speed.Ids] = speed.IDS,
     device: str = "cpu",
     repeats: int = 2,
     rounds: int = 8,
@@ -128,6 +128,15 @@ def run(
     seconds hits all alike. Rates are measured after each round of cases, and their
     medians count, so that a machine whose speed changes is not judged by its best minute. Needs some 20 GB of
     memory at the original's sizes.
+
+    Args:
+        optimizers: rules of the steps.
+        ids: how rows are drawn: all alike, or (zipf) row i in proportion to 1/(i + 1).
+        device: as torch names it, such as cuda.
+        repeats: timed steps a turn.
+        rounds: turns.
+        threads: of torch and the kernels; None: as many as torch takes by itself.
+        sizes: other fields of the cases.
     """
     threads = threads or torch.get_num_threads()
     # All of them first, so that a case that cannot be is refused before any is measured.

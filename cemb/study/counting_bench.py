@@ -138,6 +138,12 @@ def run(
     """Time counting, its rivals, counting to disk, and all from text to PMI in turns; a record for each.
 
     polars is left out where it is not installed.
+
+    Args:
+        num_tokens: of the stream.
+        vocab_size: distinct ids, at most.
+        text_mb: megabytes of text, at most, that PMI is made from.
+        repeats: turns.
     """
     ids = zipf_ids(num_tokens, vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
@@ -220,13 +226,19 @@ def measure_scaling(
     folder: Path,
     *,
     vocab_size: int = 1_000_000,
-    memory: int = 2**29,
+    memory: int | str = "512MiB",
     workers: int | None = None,
 ) -> records.Record:
     """Make a stream of `zipf_ids` with bursts in shards, count it and take its PMI in a process of its own.
 
     `folder` takes some 150 bytes a token meanwhile. Peak memory is beyond what the process held before.
+
+    Args:
+        vocab_size: distinct ids, at most.
+        memory: bytes, or a size such as 512MiB, that counting and PMI may take.
+        workers: tasks at once; None: one a core.
     """
+    memory = out_of_core.parse_memory(memory)
     folder.mkdir(parents=True, exist_ok=True)
     shard_tokens = 2**22
     firsts = range(0, num_tokens, shard_tokens)

@@ -18,9 +18,11 @@ import scipy.sparse as sp
 from cemb import files
 from cemb.pmi import corpora, encode
 from cemb.pmi import events as pmi_events
+from cemb.pmi.cooccurrence import DistanceWeighting
+from cemb.pmi.corpora import CorpusName
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
 from cemb.pmi.matrix import write_pmi
-from cemb.pmi.out_of_core import DEFAULT_MEMORY, count
+from cemb.pmi.out_of_core import DEFAULT_MEMORY, count, parse_memory
 from cemb.study import records
 from cemb.study.identity import Code
 from cemb.train.objective import Optimum, optimum
@@ -43,23 +45,35 @@ _BUILDS = "from cemb.study.dataset import load_pmi\nload_pmi"
 class PmiConfig:
     """How text becomes a PMI matrix, see `encode`, `count` and `write_pmi`; or events, see `read_events`.
 
-    `events` are the two columns that hold users and items, as ``"user,item"``, in the files that `corpus`
-    names; None takes them as text. Raises ValueError if options of text are given with it.
+    Raises ValueError if options of text are given with `events`.
     """
 
-    corpus: str | tuple[str, ...] = encode.DEFAULT_CORPUS
+    corpus: CorpusName | tuple[CorpusName, ...] = encode.DEFAULT_CORPUS
+    """Names, files, directories or quoted globs of UTF-8 text, JSON lines, Parquet, plain or compressed."""
     events: str | None = None
+    """Columns of users and items, as user,item, if the corpus is CSV, TSV or Parquet with an event a row."""
     text_field: str | None = None
-    borders: str | None = None
+    """Field of JSON lines or column of Parquet, by default text."""
+    borders: encode.Borders | None = None
+    """Windows stay inside such a part of the text, which else is one stream."""
     min_count: int = 5
+    """Occurrences a word needs."""
     max_vocab: int | None = None
+    """Keep so many frequent words, or all."""
     window_size: int = 5
-    distance_weighting: str = "flat"
+    """Tokens to each side."""
+    distance_weighting: DistanceWeighting = "flat"
+    """Pairs count 1, or (harmonic) 1 over their distance."""
     subsample_threshold: float | None = None
+    """As word2vec's; without it all tokens count."""
     context_smoothing: float = 0.75
+    """Exponent on context counts."""
     num_negative: int = 1
+    """PMI is shifted down by its logarithm."""
     top_k: int | None = None
+    """Largest cells kept of a row, or all."""
     rank: int = 100
+    """Dimension of the vectors, and of the best factorization."""
 
     def __post_init__(self) -> None:
         if self.events is None:
@@ -93,6 +107,7 @@ class PmiDataset:
     context_counts: npt.NDArray[np.int64]  # int64 [contexts]
     optimum: Optimum
     summary: records.Record  # the record of how it was built
+    folder: Path  # where it is kept
 
     def check_is_text(self, what: str) -> None:
         """Raise ValueError unless the matrix is of text, so that its contexts are its words."""
@@ -103,16 +118,19 @@ class PmiDataset:
             )
 
 
-def load_pmi(config: PmiConfig | None = None, *, memory: int = DEFAULT_MEMORY) -> PmiDataset:
+def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEMORY) -> PmiDataset:
     """The data set of a configuration, from results/local/data or built anew and put there.
 
     What is kept is found by the configuration, the corpus's content and the meaning of the code that builds
     it, so a changed constant or version is built again. A build that was stopped goes on from the tokens,
-    counts or matrix it had finished. `memory` bounds the bytes that counting and PMI take; reading needs some
-    for each distinct word, or for each event, besides, and the optimum some for each word. Raises what its
-    stages raise for a corpus that cannot be used, and leaves nothing behind then.
+    counts or matrix it had finished. Raises what its stages raise for a corpus that cannot be used, and
+    leaves nothing behind then.
+
+    Args:
+        memory: bytes, or a size such as 512MiB, that counting and PMI take at most; reading needs some for
+            each distinct word, or for each event, besides, and the optimum some for each word.
     """
-    config = config or PmiConfig()
+    config, memory = config or PmiConfig(), parse_memory(memory)
     if config.events is None:
         options, fingerprint = asdict(config), encode.fingerprint(config.corpus, config.text_field)
     else:
@@ -267,4 +285,4 @@ def _read(path: Path) -> PmiDataset:
         word_counts, context_counts = stored["words"], stored["contexts"]
     words, contexts = _read_names(path / "names.json")
     matrix = CsrFolder(path / "matrix").matrix()
-    return PmiDataset(matrix, words, word_counts, contexts, context_counts, best, summary)
+    return PmiDataset(matrix, words, word_counts, contexts, context_counts, best, summary, path)

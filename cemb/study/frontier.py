@@ -7,17 +7,18 @@ Gradients and other temporary memory are counted for no method.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from cemb.model import COMPRESSED_TABLES
-from cemb.study import records
-from cemb.study.dataset import PmiDataset
+from cemb.study import records, timing
+from cemb.study.dataset import PmiConfig, PmiDataset, load_pmi
 from cemb.study.quality import QualityCase, measure_quality, score
 from cemb.tables import (
     ProductQuantizedEmbedding,
@@ -139,6 +140,7 @@ COMPRESSED_AFTER: dict[str, Callable[..., Pair]] = {
 ALTERNATING = {f"alternating, {name}": name for name in (*STORES, "transform coding")}
 FIXED_RATIO = ("full", "int8", "int4", *(f"alternating, {name}" for name in STORES))
 METHODS = (*TRAINED, *QUANTIZED, *COMPRESSED_AFTER, *ALTERNATING)
+Method: TypeAlias = Literal[*METHODS]  # type: ignore[valid-type]
 
 
 def _coded(max_bytes: int) -> Store:
@@ -309,3 +311,30 @@ def measure(
         return _record(method, data, seed, tables, objective, **asked, train_s=seconds, history=history)
     except ValueError as error:
         return _record(method, data, seed, None, objective, **asked, failure=str(error))
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What the frontier notebook measures: methods at some ratios, with some seeds."""
+
+    data: PmiConfig
+    methods: Sequence[Method] = METHODS
+    """Ways to make tables in fewer bytes, trained small or made small after training."""
+    compression_ratios: Sequence[float] = (4, 8, 16, 32)
+    """Of full inference bytes to a method's; methods of one size have one record."""
+    seeds: Sequence[int] = (0,)
+    """A record for each, of methods that draw."""
+    num_steps: int = 50
+    """Of full batches."""
+    threads: int | None = None
+    """Of torch and the kernels, by default as many as torch takes by itself."""
+
+    def measure(self) -> Iterator[records.Record]:
+        """The record of each method at each ratio, if it has any, with each seed, if it draws any."""
+        timing.set_threads(self.threads)
+        data = load_pmi(self.data)
+        objective = AllCellsLoss(data.matrix)
+        todo = cases(self.methods, self.compression_ratios, self.seeds)
+        for method, ratio, seed in tqdm(todo, desc="tables", unit="table"):
+            options = {"compression_ratio": ratio, "seed": seed, "num_steps": self.num_steps}
+            yield measure(method, data, objective, **options)

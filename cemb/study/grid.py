@@ -4,16 +4,25 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from cemb.pmi import corpora
 from cemb.study import records
 from cemb.study import sizes as study_sizes
 
 NOTEBOOKS = records.ROOT / "notebooks"
+# What each notebook builds from its parameters, see `cemb.study.parameters`. By name, to do without torch.
+PARAMETERS = {
+    "pmi.ipynb": "cemb.study.quality:Baselines",
+    "speed.ipynb": "cemb.study.speed:Comparison",
+    "growth.ipynb": "cemb.study.speed:Growth",
+    "quality.ipynb": "cemb.study.quality:Trainings",
+    "frontier.ipynb": "cemb.study.frontier:Frontier",
+}
 OPTIMIZERS = study_sizes.OPTIMIZERS
 OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam", "lbfgs": "L-BFGS"}
 GRIDS = ("default", "full", "smoke")
+Grid: TypeAlias = Literal[*GRIDS]  # type: ignore[valid-type]
 POOL_SIZES = (study_sizes.SMALL, study_sizes.LARGE)
 COMPRESSION_RATIOS = (1, 4, 16)
 # Mini-batches whose expected loss is that of all cells; most samples go where most cells are.
@@ -33,7 +42,9 @@ WEIGHT_POWER = 0.5
 
 @dataclass(frozen=True)
 class Run:
-    """One notebook with its parameters. `name` is unique in a study, `title` heads the run's page.
+    """One notebook with its parameters, by flat names: its variables and what goes into its ``options``.
+
+    `name` is unique in a study, `title` heads the run's page.
 
     Timed runs have the machine to themselves; others share it.
     """

@@ -4,7 +4,7 @@ import scipy.sparse as sp
 
 from cemb.kernels import cpu
 from cemb.model import build_model
-from cemb.study.speed import Timed, comparison_cases
+from cemb.study.speed import Comparison, Task, Timed
 from cemb.study.timing import Clock
 from cemb.train.loops import OPTIMIZERS
 from cemb.train.objective import AllCellsLoss
@@ -14,8 +14,8 @@ def precompile() -> None:
     """Compile the kernels of training steps, where they are not yet, by using each on small tables."""
     for optimizer in OPTIMIZERS:
         for pool_size in (1000, cpu.PRIVATE_POOL_LIMIT + 1):
-            small = {"num_embeddings": 100, "embedding_dim": 32, "batch_size": 64}
-            for case in comparison_cases(optimizer, pool_size, (1, 25), eager=False, **small):
+            small = Task(embedding_dim=32, batch_size=64)
+            for case in Comparison(small, optimizer, pool_size, num_embeddings=100, eager=False).cases:
                 Timed(case)(Clock())
     model = build_model("hashed", 100, 32, pool_size=1000, shared_table=False)
     AllCellsLoss(sp.eye_array(100, format="csr", dtype="float32"))(*model.factors()).backward()

@@ -3,10 +3,10 @@
 import math
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,8 @@ import torch
 
 from cemb.model import COMPRESSED_TABLES, TABLES, PairModel, build_compressed_model, build_model
 from cemb.pmi import encode
-from cemb.study import records
-from cemb.study.dataset import PmiDataset
+from cemb.study import records, timing
+from cemb.study.dataset import PmiConfig, PmiDataset, load_pmi
 from cemb.tables import num_bytes
 from cemb.train import objective as train_objective
 from cemb.train import similarity
@@ -35,6 +35,11 @@ from cemb.train.loops import (
 from cemb.train.losses import LOSSES
 
 TRAININGS = ("full-batch", "mini-batch")
+# What options may be, for whoever reads types.
+Loss: TypeAlias = Literal[*LOSSES]  # type: ignore[valid-type]
+Optimizer: TypeAlias = Literal[*FULL_BATCH_OPTIMIZERS]  # type: ignore[valid-type]
+Table: TypeAlias = Literal[*TABLES, *COMPRESSED_TABLES]  # type: ignore[valid-type]
+Training: TypeAlias = Literal[*TRAININGS]  # type: ignore[valid-type]
 _PMI_FIELDS = (
     "corpus_fingerprint",
     "min_count",
@@ -48,36 +53,40 @@ _PMI_FIELDS = (
 
 @dataclass(frozen=True)
 class QualityCase:
-    """What one record of the quality study measures.
+    """What one record of the quality study measures: a table, trained."""
 
-    `compression_ratio` is bytes of the full tables (words' and contexts' together) per byte of these, and
-    sets their sizes; `pool_size` sets a hashed one's directly. A full table has neither.
-
-    `num_steps` is for full batches; a `weight_power` other than 0 weighs their cells by the product of their
-    words' counts to that power, and loss and gap are of weighted cells then. `num_epochs`, `batch_size`,
-    `negative_share`, `negative_power` and `loss` are for mini-batches, where contexts of negative samples
-    are drawn uniformly, or half of them in proportion to their counts to the `negative_power`.
-
-    `seed` is of initial values, hashes and batches. A `learning_rate` of None takes the training's default,
-    which for SGD is divided by the compression ratio.
-    """
-
-    table: str
-    optimizer: str
-    training: str = "full-batch"
+    table: Table = "hashed"
+    """Of `cemb.model.TABLES` or `cemb.model.COMPRESSED_TABLES`."""
+    optimizer: Optimizer = "adam"
+    """The rule of the step; lbfgs of full batches alone."""
+    training: Training = "full-batch"
+    """On all cells at each step, exactly, or on pairs with negative samples."""
     pool_size: int | None = None
+    """Values in a hashed table's pool."""
     compression_ratio: float | None = None
+    """Bytes of both full tables per byte of these, which sets their sizes, where no pool size does."""
     block_size: int = 1
+    """Consecutive columns that read consecutive values of the pool."""
     signed: bool = False
+    """Hashed blocks have hashed signs."""
     learning_rate: float | None = None
+    """By default that of training, table and optimizer, which for SGD is divided by the compression ratio."""
     num_steps: int = 50
+    """Of full batches."""
     num_epochs: int = 1
+    """Of mini-batches."""
     batch_size: int = 32_768
+    """Pairs of a mini-batch."""
     negative_share: float = 0.5
+    """Share of a mini-batch that is negative samples."""
     negative_power: float = 0.0
-    loss: str = "mse"
+    """Contexts of negative samples are drawn uniformly, half of them by their counts to this power."""
+    loss: Loss = "mse"
+    """Of mini-batches."""
     weight_power: float = 0.0
+    """Cells of full batches weigh as the product of their words' counts to this power, also in the gap."""
     seed: int = 0
+    """Of initial values, hashes and batches."""
 
     def __post_init__(self) -> None:
         choices: dict[str, Collection[str]] = {
@@ -399,3 +408,39 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
         **records.provenance(),
     }
     return record, None if failure else model
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """What the quality notebook measures: a case on a data set, for some seeds."""
+
+    case: QualityCase
+    data: PmiConfig
+    seeds: Sequence[int] = ()
+    """A record for each, in place of one for the case's own seed."""
+    threads: int | None = None
+    """Of torch and the kernels, by default as many as torch takes by itself."""
+
+    def measure(self) -> Iterator[tuple[records.Record, PairModel | None]]:
+        """What `measure_quality` returns, for each seed."""
+        timing.set_threads(self.threads)
+        data = load_pmi(self.data)
+        for seed in self.seeds or (self.case.seed,):
+            # Named, so that runs are keyed by its definition.
+            yield measure_quality(QualityCase(**{**asdict(self.case), "seed": seed}), data)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What the data notebook measures: scores of the best factorization, and of word2vec."""
+
+    data: PmiConfig
+    sgns_epochs: int = 0
+    """Of word2vec on the same tokens, to compare with, which takes minutes; none by default."""
+
+    def measure(self, data: PmiDataset) -> Iterator[records.Record]:
+        """Records of three splits of the singular values, and of word2vec."""
+        for power in (0.0, 0.5, 1.0):
+            yield svd_record(data, power)
+        if self.sgns_epochs:
+            yield sgns_record(data, num_epochs=self.sgns_epochs)

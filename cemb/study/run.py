@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from cemb import files
 from cemb.pmi import corpora
-from cemb.study import records
-from cemb.study.grid import NOTEBOOKS, Run
+from cemb.study import parameters, records
+from cemb.study.grid import NOTEBOOKS, PARAMETERS, Run
 from cemb.study.identity import RULE, Code, Reached
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -102,14 +104,25 @@ def staleness(run: Run) -> str | None:
     return "; ".join(changed)
 
 
+def parameters_of(notebook: str) -> type:
+    """The dataclass that a notebook builds from its parameters."""
+    kind: type = pkgutil.resolve_name(PARAMETERS[notebook])
+    return kind
+
+
 def check_parameters(run: Run) -> None:
-    """ValueError if the run sets a parameter its notebook does not have; papermill only warns."""
+    """ValueError if the run sets a parameter that is no field of what its notebook builds from them."""
+    parameters.check(parameters_of(run.notebook), run.parameters, run.notebook)
+
+
+def _notebook_parameters(run: Run) -> dict[str, Any]:
+    """A run's parameters as its notebook has them: those that are no variables of its go into ``options``."""
     from papermill import inspect_notebook
 
-    known = inspect_notebook(str(NOTEBOOKS / run.notebook))
-    unknown = sorted(set(run.parameters) - set(known))
-    if unknown:
-        raise ValueError(f"{run.notebook} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+    variables = inspect_notebook(str(NOTEBOOKS / run.notebook))
+    own = {name: value for name, value in run.parameters.items() if name in variables}
+    others = {name: value for name, value in run.parameters.items() if name not in variables}
+    return {**own, "options": others}
 
 
 def execute(run: Run) -> Path:
@@ -130,7 +143,7 @@ def execute(run: Run) -> Path:
                 notebook,
                 str(work / "run.ipynb"),
                 # The kernel works in notebooks/; a relative path keeps this machine's off the page.
-                {**run.parameters, "records_path": os.path.relpath(found, NOTEBOOKS)},
+                {**_notebook_parameters(run), "records_path": os.path.relpath(found, NOTEBOOKS)},
                 # Not `cwd`: for that papermill changes the directory of this whole process, so of two runs
                 # side by side one could start its kernel where the other had left.
                 resources={"metadata": {"path": str(NOTEBOOKS)}},

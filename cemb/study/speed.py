@@ -10,7 +10,7 @@ import csv
 import io
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -27,35 +27,57 @@ LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.05, "adam": 0.001}
 ORIGINAL_POOL_SIZES = (study_sizes.SMALL, study_sizes.LARGE)
 ORIGINAL_FULL_POOL_SIZES = (1, 8, 64, 512, *(32_768 * 8**i for i in range(5)), 100_000_000)
 ORIGINAL_FULL_BATCH_SIZES = (64, 512, 4096, 32_768)
+GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # sizes of pools and batches
+    "original": (ORIGINAL_POOL_SIZES, (32_768,)),
+    "original-full": (ORIGINAL_FULL_POOL_SIZES, ORIGINAL_FULL_BATCH_SIZES),
+}
 IDS = ("uniform", "zipf")
+# What options may be, for whoever reads types.
+Grid: TypeAlias = Literal[*GRIDS]  # type: ignore[valid-type]
+Ids: TypeAlias = Literal[*IDS]  # type: ignore[valid-type]
+Table: TypeAlias = Literal[*TABLES, *rivals.NAMES]  # type: ignore[valid-type]
 _NUM_BATCHES = 4  # drawn beforehand and used in turn
 
 
-@dataclass(frozen=True)
-class SpeedCase:
-    """What one record of the speed study measures. `pool_size` is None for a full table.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a timed step trains on, whatever its table."""
 
-    `table` is one of `cemb.model.TABLES` or of `cemb.study.rivals.NAMES`. `sparse_gradients` is for full
-    tables of torch: only the rows of a batch have gradients, and Adam is lazy. `one_pass` is for our
-    tables on the CPU: scores, loss, gradient and update are one call,
-    `cemb.optim.Touched.squared_error_step`, and its time is that of the phase `step`. `ids` says how rows are
-    drawn: all alike, or row i in proportion to 1/(i + 1).
-    """
-
-    table: str
-    optimizer: str
-    pool_size: int | None = None
-    block_size: int = 1
-    sparse_gradients: bool = False
-    one_pass: bool = False
-    num_embeddings: int = 1_000_000
     embedding_dim: int = 100
+    """Dimension of the vectors."""
     batch_size: int = 32_768
+    """Pairs a step."""
     dropout: float = 0.1
-    ids: str = "uniform"
+    """Share of vector components zeroed."""
+    ids: Ids = "uniform"
+    """Rows are drawn all alike, or (zipf) row i in proportion to 1/(i + 1)."""
     device: str = "cpu"
+    """As torch names it, such as cuda."""
+
+
+@dataclass(frozen=True)
+class SpeedCase(Task):
+    """What one record of the speed study measures: a training step."""
+
+    table: Table = "hashed"
+    """Of `cemb.model.TABLES` or `cemb.study.rivals.NAMES`."""
+    optimizer: study_sizes.Optimizer = "sgd"
+    """The rule of the step."""
+    pool_size: int | None = None
+    """Values in a hashed table's pool, by default 262,144; a full table has none."""
+    block_size: int = 1
+    """Consecutive columns that read consecutive values of the pool."""
+    sparse_gradients: bool = False
+    """Of torch's full table, only the rows of a batch have gradients, and Adam is lazy."""
+    one_pass: bool = False
+    """Scores, loss, gradient and update in one call, `cemb.optim.Touched.squared_error_step`, whose time is
+    that of the phase step; of our tables on the CPU."""
+    num_embeddings: int = study_sizes.ROWS
+    """Rows of the table."""
 
     def __post_init__(self) -> None:
+        if self.pool_size is None and self.table.startswith("hashed"):
+            object.__setattr__(self, "pool_size", study_sizes.SMALL)
         tables = (*TABLES, *rivals.NAMES)
         if self.table not in tables:
             raise ValueError(f"table must be one of {', '.join(tables)}, got {self.table!r}")
@@ -248,7 +270,13 @@ def measure_cases(
 ) -> list[records.Record]:
     """Measure cases side by side, their repeats interleaved; one record each, ratios between them fair.
 
-    ValueError if they are not of one device.
+    Args:
+        repeats: timed steps of each case.
+        warmup: steps before them.
+        rounds: turns that the repeats are dealt out to.
+
+    Raises:
+        ValueError: they are not of one device.
     """
     devices = {case.device for case in cases}
     if len(devices) != 1:
@@ -259,16 +287,74 @@ def measure_cases(
     return [step.record(times[case], **options) for case, step in steps.items()]
 
 
-def comparison_cases(
-    optimizer: str, pool_size: int, block_sizes: Iterable[int] = (1,), *, eager: bool = True, **sizes: Any
-) -> list[SpeedCase]:
-    """What one notebook of the speed study compares: torch's full tables, ours, the hashed, eager PyTorch."""
-    full = SpeedCase("full", optimizer, **sizes)
-    cases = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
-    cases += [SpeedCase("hashed", optimizer, pool_size, block_size=b, **sizes) for b in block_sizes]
-    if eager:
-        cases.append(SpeedCase("hashed-reference", optimizer, pool_size, **sizes))
-    return cases
+@dataclass(frozen=True)
+class Comparison:
+    """What the speed notebook compares: torch's full tables, ours, the hashed ones, and eager PyTorch."""
+
+    task: Task
+    optimizer: study_sizes.Optimizer = "sgd"
+    """The rule of the step."""
+    pool_size: int = study_sizes.SMALL
+    """Values in the pool."""
+    block_sizes: Sequence[int] = (1, study_sizes.BLOCK)
+    """Consecutive columns that read consecutive values of the pool, of each hashed table."""
+    num_embeddings: int = study_sizes.ROWS
+    """Rows of all tables."""
+    eager: bool = True
+    """Also measure the same hash in eager PyTorch."""
+    repeats: int = 9
+    """Timed steps of each table."""
+    threads: int | None = None
+    """Of torch and the kernels, by default as many as torch takes by itself."""
+
+    @property
+    def cases(self) -> list[SpeedCase]:
+        sizes = {**asdict(self.task), "num_embeddings": self.num_embeddings}
+        full = SpeedCase("full", self.optimizer, **sizes)
+        found = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
+        hashed = SpeedCase("hashed", self.optimizer, self.pool_size, **sizes)
+        found += [replace(hashed, block_size=block) for block in self.block_sizes]
+        return [*found, replace(hashed, table="hashed-reference")] if self.eager else found
+
+    def measure(self) -> list[records.Record]:
+        """A record of each case, measured side by side."""
+        timing.set_threads(self.threads)
+        return measure_cases(self.cases, repeats=self.repeats)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What the growth notebook compares: a pool of one size for more and more rows, and full tables."""
+
+    task: Task
+    optimizer: study_sizes.Optimizer = "adam"
+    """The rule of the step."""
+    pool_size: int = study_sizes.SMALL
+    """Values in the pool."""
+    block_sizes: Sequence[int] = (1, study_sizes.BLOCK)
+    """Consecutive columns that read consecutive values of the pool, of each hashed table."""
+    rows: Sequence[int] = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
+    """Of the hashed tables."""
+    full_rows: Sequence[int] = (10**4, 10**5, 10**6)
+    """Of full tables, with cemb's kernels."""
+    repeats: int = 9
+    """Timed steps of each table."""
+    threads: int | None = None
+    """Of torch and the kernels, by default as many as torch takes by itself."""
+
+    @property
+    def cases(self) -> list[SpeedCase]:
+        full = SpeedCase("full-fused", self.optimizer, **asdict(self.task))
+        hashed = replace(full, table="hashed", pool_size=self.pool_size)
+        return [
+            *(replace(full, num_embeddings=n) for n in self.full_rows),
+            *(replace(hashed, block_size=b, num_embeddings=n) for b in self.block_sizes for n in self.rows),
+        ]
+
+    def measure(self) -> list[records.Record]:
+        """A record of each case, measured side by side."""
+        timing.set_threads(self.threads)
+        return measure_cases(self.cases, repeats=self.repeats)
 
 
 def grid_cases(name: str, *, device: str = "cpu") -> list[SpeedCase]:
@@ -276,13 +362,9 @@ def grid_cases(name: str, *, device: str = "cpu") -> list[SpeedCase]:
 
     ``"original"`` is the nine rows of its published table; ``"original-full"`` all its batch and pool sizes.
     """
-    grids = {
-        "original": (ORIGINAL_POOL_SIZES, (32_768,)),
-        "original-full": (ORIGINAL_FULL_POOL_SIZES, ORIGINAL_FULL_BATCH_SIZES),
-    }
-    if name not in grids:
-        raise ValueError(f"grid must be one of {', '.join(grids)}, got {name!r}")
-    pool_sizes, batch_sizes = grids[name]
+    if name not in GRIDS:
+        raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
+    pool_sizes, batch_sizes = GRIDS[name]
     return [
         SpeedCase(
             "full" if pool_size is None else "hashed",

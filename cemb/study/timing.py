@@ -35,6 +35,12 @@ class Clock:
         self.phases_ms[name] += (self._now() - start) * 1e3
 
 
+def set_threads(threads: int | None) -> None:
+    """Have torch, and the kernels with it, use so many threads; None leaves it to torch."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 Step = Callable[[Clock], None]
 _TASKS = Path("/proc/self/task")
 

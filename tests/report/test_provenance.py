@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -63,8 +64,8 @@ def test_the_end_of_a_run_page_says_all_that_it_takes_to_get_its_numbers_again()
         assert wanted in text
     assert text.count("contended") == 1
     (command,) = re.findall(r"`(python -m cemb study [^`]*)`", text)
-    parsed = cli._parser().parse_args(shlex.split(command)[3:])
-    runs = grid.select(grid.study_runs(parsed.grid, parsed.corpus), names=parsed.run)
+    asked = cli.parse(shlex.split(command)[3:]).keywords
+    runs = grid.select(grid.study_runs(asked["grid"], asked["corpus"]), names=asked["run"])
     assert [selected.name for selected in runs] == [run.name]
 
 
@@ -72,8 +73,8 @@ def test_the_command_names_a_corpus_that_is_not_the_default(tmp_path):
     text = tmp_path / "my text.txt"
     text.write_text("one two")
     run = grid.study_runs("smoke", str(text))[0]
-    parsed = cli._parser().parse_args(shlex.split(provenance.study_command(run, "smoke"))[3:])
-    assert (ROOT / parsed.corpus).resolve() == text.resolve()
+    asked = cli.parse(shlex.split(provenance.study_command(run, "smoke"))[3:]).keywords
+    assert (ROOT / asked["corpus"]).resolve() == text.resolve()
     assert "--corpus" not in provenance.study_command(_speed_run(), "default")
 
 
@@ -87,13 +88,13 @@ def test_every_published_file_has_a_page_and_a_command_that_parses():
         assert measured[0]["device_name"] in page
         assert f"../data/{machine}-{kind}.jsonl" in page
         command, *others = re.findall(r"`(python -m cemb [^`]*)`", page)
-        parsed = cli._parser().parse_args(shlex.split(command)[3:])
+        asked = cli.parse(shlex.split(command)[3:]).keywords
         runs = list(dict.fromkeys(record["run"] for record in measured if "run" in record))
         assert others == [f"{command} --run {run}" for run in runs]
         for run in runs:
             assert page.count(f"({provenance.label(machine, kind, run)})=\n{run}, ") == 1
         if kind != "records":
-            assert parsed.out == f"results/local/{kind}.jsonl"
+            assert asked["out"] == Path(f"results/local/{kind}.jsonl")
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def test_a_small_benchmark_runs(monkeypatch):
 
     monkeypatch.setattr(bandwidths, "measure_rates", measure_rates)
     before = torch.get_num_threads()
-    found = bench.run(["sgd"], ids=["zipf"], repeats=2, rounds=3, threads=1, **SIZES)
+    found = bench.run(optimizers=["sgd"], ids=["zipf"], repeats=2, rounds=3, threads=1, **SIZES)
     assert found[0]["kind"] == "rates"
     assert threads == [1, 1, 1]
     assert torch.get_num_threads() == before

@@ -19,9 +19,10 @@ def test_the_steps_of_a_study_find_their_kernels_compiled():
     precompile()
     before = _compiled()
     assert before["cemb.kernels.cpu._pair_scores"] and before["cemb.kernels.sparse._product"]
-    sizes = {"num_embeddings": 3000, "embedding_dim": 100, "batch_size": 300}
+    task = speed.Task(embedding_dim=100, batch_size=300)
     for optimizer in speed.OPTIMIZERS:
         for pool_size in (262_144, 5_000_000):
-            for case in speed.comparison_cases(optimizer, pool_size, (1, 25), eager=False, **sizes):
+            study = speed.Comparison(task, optimizer, pool_size, num_embeddings=3000, eager=False)
+            for case in study.cases:
                 speed.Timed(case)(Clock())
     assert _compiled() == before

@@ -157,7 +157,7 @@ def test_staleness_says_why():
     assert "torch_version" not in why
     definitions = {**study_run.reached(run).definitions(), "cemb.hashing.GOLDEN": "another"}
     _pretend(run, code="abcd", definitions=definitions)
-    assert "code: cemb.hashing.GOLDEN changed (found → " in study_run.staleness(run)
+    assert "code: cemb.hashing.GOLDEN changed (study → " in study_run.staleness(run)
     _pretend(run)
     assert study_run.staleness(run) is None
 
