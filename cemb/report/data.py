@@ -1,14 +1,53 @@
-"""The records as tables to take away: CSV, and the explorer's script."""
-
-import csv
-import io
-import json
+"""The chapter on the data: the PMI matrix, and what counting takes."""
 
 import pandas as pd
 
-from cemb.report.select import frame, pick
+from cemb.report.provenance import Numbers, label
+from cemb.report.quality import optimum
+from cemb.report.select import pick, reference
 from cemb.report.stats import time_ratio
+from cemb.report.text import machine
 from cemb.study.records import Record
+
+STAGES = {
+    "read and number the tokens": "encode_s",
+    "count co-occurrences": "count_s",
+    "PMI": "pmi_s",
+    "truncated SVD": "optimum_s",
+}
+
+
+def numbers(found: list[Record]) -> Numbers:
+    """What the page's text says, by name, of this machine's matrix and of two measurements of references."""
+    pmi, svd = pick(found, kind="pmi"), optimum(found)
+    counts = ("num_tokens", "num_words", "num_counted_cells", "num_stored_cells")
+    (scaling_name, scaling), (counting_name, counting) = reference("scaling"), reference("counting")
+    first = pick(counting, case="cemb")
+    return {
+        **{name: (pmi[name], pmi) for name in (*counts, "window_size", "min_count", "rank")},
+        "density": (100 * pmi["density"], pmi),
+        "smoothing": (pmi["context_smoothing"], None),
+        "mean_value": (pmi["mean_stored_value"], pmi),
+        "explained": (100 * pmi["optimum_explained_share"], pmi),
+        "corpus": (pmi["corpus_fingerprint"], pmi),
+        **{f"{name}_pairs": (svd[f"{name}_pairs"], svd) for name in ("wordsim353", "simlex999")},
+        **{f"{name}_total": (svd[f"{name}_pairs_total"], None) for name in ("wordsim353", "simlex999")},
+        "questions": (svd["analogies_questions"], None),
+        "questions_total": (svd["analogies_questions_total"], None),
+        "scaling_name": (scaling_name, label(scaling_name, "scaling")),
+        "scaling_machine": (machine(scaling), None),
+        "scaling_words": (scaling[0]["vocab_size"], None),
+        "counting_name": (counting_name, label(counting_name, "counting")),
+        "counting_machine": (machine(counting), None),
+        "counting_tokens": (first["num_tokens"], None),
+        "counting_words": (first["vocab_size"], None),
+    }
+
+
+def stages_table(found: list[Record]) -> pd.DataFrame:
+    """Seconds of each stage from text to the best factorization."""
+    pmi = pick(found, kind="pmi")
+    return pd.DataFrame({"what": list(STAGES), "seconds": [f"{pmi[name]:.1f}" for name in STAGES.values()]})
 
 
 def counting_table(found: list[Record]) -> pd.DataFrame:
@@ -23,21 +62,3 @@ def counting_table(found: list[Record]) -> pd.DataFrame:
             "times ours": ["1" if r is ours else str(time_ratio(r, ours, field="count_s")) for r in rows],
         }
     )
-
-
-def csv_text(found: list[Record], kind: str) -> str:
-    """Records of a kind as CSV, one row each, every field a column; lists as JSON."""
-    rows = frame(found, kind)
-    for name in rows.columns:
-        rows[name] = rows[name].map(lambda cell: json.dumps(cell) if isinstance(cell, list) else cell)
-    text: str = rows.to_csv(index=False, lineterminator="\n")
-    return text
-
-
-def explorer_data(found: list[Record]) -> str:
-    """The script that hands the explorer the CSV files' columns and cells, by kind."""
-    data = {}
-    for kind in ("speed", "quality", "frontier"):
-        columns, *rows = csv.reader(io.StringIO(csv_text(found, kind)))
-        data[kind] = {"columns": columns, "rows": rows}
-    return f"window.cembRecords = {json.dumps(data, ensure_ascii=False)};\n"
