@@ -171,8 +171,9 @@ def test_records_of_an_earlier_rule_are_judged_by_their_commit(reference):
 
 def test_a_notebook_that_the_commit_lacks_is_told(reference):
     write, package = reference
-    _git(package.parent, "rm", "-q", "--cached", "notebooks/speed.ipynb")
-    _git(package.parent, "commit", "-q", "-m", "without")
+    _git(package.parent, "mv", "notebooks/speed.ipynb", "notebooks/time.ipynb")
+    _git(package.parent, "commit", "-q", "-m", "renamed")
+    _git(package.parent, "mv", "notebooks/time.ipynb", "notebooks/speed.ipynb")
     write(speed={"code_hash": "old"})
     why = _why()["records", ("speed-sgd-262144",)]
     assert re.fullmatch(r"code: speed\.ipynb is not of commit [0-9a-f]{10}", why)
