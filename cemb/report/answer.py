@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from cemb.report import frontier, labels, quality, speed, text
-from cemb.report.provenance import Numbers
+from cemb.report.provenance import Numbers, of
 from cemb.study import grid, records
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
@@ -20,8 +20,8 @@ def numbers(found: list[Record]) -> Numbers:
         **frontier.numbers(found),
         **quality.numbers(found),
         **speed.numbers(found),
-        "smaller": (first["num_embeddings"] * first["embedding_dim"] / speed.SMALL, None),
-        "ship_gap": (text.gap_text(ship, 2), ship),
+        **of(None, smaller=first["num_embeddings"] * first["embedding_dim"] / speed.SMALL),
+        **of(ship, ship_gap=text.gap_text(ship, 2)),
     }
 
 

@@ -174,15 +174,13 @@ def numbers(
     machines = ", ".join(f"{name} ({text.machine(there)})" for name, there in references)
     num_bad = int((~checked.matches).sum())
     verdict = f"{num_bad:,} of them do not match" if num_bad else "all of them match"
+    label, num_pairs = provenance.label(references[0][0], "records"), sum(len(c.pairs) for c in compared)
     return {
-        "machine": (text.machine(found), None),
-        "references": (machines, provenance.label(references[0][0], "records")),
-        "num_pairs": (sum(len(comparison.pairs) for comparison in compared), None),
-        "num_records": (len(found), None),
-        "num_checks": (len(checked), None),
-        "verdict": (verdict if len(checked) else "so nothing is compared", None),
-        "contended_share": (f"{100 * records.CONTENDED_SHARE:g}", None),
-        "num_stale": (len(stale), None),
+        **provenance.of(None, machine=text.machine(found), num_records=len(found), num_pairs=num_pairs),
+        **provenance.of(None, num_checks=len(checked), num_stale=len(stale)),
+        **provenance.of(None, verdict=verdict if len(checked) else "so nothing is compared"),
+        **provenance.of(None, contended_share=f"{100 * records.CONTENDED_SHARE:g}"),
+        **provenance.of(label, references=machines),
     }
 
 
@@ -300,7 +298,7 @@ def time_ratios(found: list[Comparison]) -> pd.DataFrame:
     """Time here over time there, for each pair with repeats, by phase and in total.
 
     Columns: ``machine``, ``run``, ``record``, ``phase``, ``value``, ``low`` and ``high``, the 95% bootstrap
-    interval of the ratio of medians, ``is_tie``, and ``is_contended`` if either side says that it was.
+    interval of the ratio of medians, and ``is_contended`` if either side says that it was.
     """
     rows = []
     for comparison in found:
@@ -320,7 +318,6 @@ def time_ratios(found: list[Comparison]) -> pd.DataFrame:
                         "value": ratio.value,
                         "low": ratio.low,
                         "high": ratio.high,
-                        "is_tie": ratio.is_tie,
                         "is_contended": bool(here.get("is_contended") or there.get("is_contended")),
                     }
                 )

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from cemb.report.provenance import Numbers, label
+from cemb.report.provenance import Numbers, label, of
 from cemb.report.quality import optimum
 from cemb.report.select import pick, reference
 from cemb.report.stats import time_ratio
@@ -20,27 +20,23 @@ STAGES = {
 def numbers(found: list[Record]) -> Numbers:
     """What the page's text says, by name, of this machine's matrix and of two measurements of references."""
     pmi, svd = pick(found, kind="pmi"), optimum(found)
-    counts = ("num_tokens", "num_words", "num_counted_cells", "num_stored_cells")
     (scaling_name, scaling), (counting_name, counting) = reference("scaling"), reference("counting")
     first = pick(counting, case="cemb")
+    names = ("num_tokens", "num_words", "num_counted_cells", "num_stored_cells")
+    pairs = ("wordsim353_pairs", "simlex999_pairs")
+    of_counting = {"counting_tokens": first["num_tokens"], "counting_words": first["vocab_size"]}
     return {
-        **{name: (pmi[name], pmi) for name in (*counts, "window_size", "min_count", "rank")},
-        "density": (100 * pmi["density"], pmi),
-        "smoothing": (pmi["context_smoothing"], None),
-        "mean_value": (pmi["mean_stored_value"], pmi),
-        "explained": (100 * pmi["optimum_explained_share"], pmi),
-        "corpus": (pmi["corpus_fingerprint"], pmi),
-        **{f"{name}_pairs": (svd[f"{name}_pairs"], svd) for name in ("wordsim353", "simlex999")},
-        **{f"{name}_total": (svd[f"{name}_pairs_total"], None) for name in ("wordsim353", "simlex999")},
-        "questions": (svd["analogies_questions"], None),
-        "questions_total": (svd["analogies_questions_total"], None),
-        "scaling_name": (scaling_name, label(scaling_name, "scaling")),
-        "scaling_machine": (machine(scaling), None),
-        "scaling_words": (scaling[0]["vocab_size"], None),
-        "counting_name": (counting_name, label(counting_name, "counting")),
-        "counting_machine": (machine(counting), None),
-        "counting_tokens": (first["num_tokens"], None),
-        "counting_words": (first["vocab_size"], None),
+        **of(pmi, **{name: pmi[name] for name in (*names, "window_size", "min_count", "rank")}),
+        **of(pmi, corpus=pmi["corpus_fingerprint"], density=100 * pmi["density"]),
+        **of(pmi, mean_value=pmi["mean_stored_value"], explained=100 * pmi["optimum_explained_share"]),
+        **of(None, smoothing=pmi["context_smoothing"]),
+        **of(svd, **{name: svd[name] for name in pairs}),
+        **of(None, **{f"{name}_total": svd[f"{name}_total"] for name in pairs}),
+        **of(None, questions=svd["analogies_questions"], questions_total=svd["analogies_questions_total"]),
+        **of(label(scaling_name, "scaling"), scaling_name=scaling_name),
+        **of(None, scaling_machine=machine(scaling), scaling_words=scaling[0]["vocab_size"]),
+        **of(label(counting_name, "counting"), counting_name=counting_name),
+        **of(None, counting_machine=machine(counting), **of_counting),
     }
 
 

@@ -5,7 +5,7 @@ import io
 import json
 from collections import Counter
 
-from cemb.report.provenance import Numbers
+from cemb.report.provenance import Numbers, of
 from cemb.report.select import completed, frame
 from cemb.report.text import machine, sources_text
 from cemb.study.records import Record
@@ -19,10 +19,8 @@ def numbers(own: list[Record]) -> Numbers:
     kinds = Counter(record["kind"] for record in found)
     commits = sorted({(record["git_commit"] or "no commit")[:10] for record in own})
     return {
-        **{kind: (kinds[kind], None) for kind in KINDS},
-        "commits": (", ".join(commits), None),
-        "machine": (machine(own), None),
-        "sources": (sources_text(found), None),
+        **of(None, **{kind: kinds[kind] for kind in KINDS}),
+        **of(None, commits=", ".join(commits), machine=machine(own), sources=sources_text(found)),
     }
 
 

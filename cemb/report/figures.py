@@ -135,10 +135,10 @@ def speed_phases(speed: pd.DataFrame) -> Figure:
 
 SPEED_SERIES = (
     # table, sparse gradients, block size, name, colour, marker
-    ("full", False, 1, "full table, PyTorch, dense gradients", GREY, "s"),
-    ("full", True, 1, "full table, PyTorch, sparse gradients", BLACK, "D"),
-    ("full-fused", False, 1, "full table, same kernels", PURPLE, "v"),
-    ("hashed-reference", False, 1, "hashed, eager PyTorch", RED, "x"),
+    ("full", False, 1, f"{labels.TIMED['full']}, dense gradients", GREY, "s"),
+    ("full", True, 1, f"{labels.TIMED['full']}, sparse gradients", BLACK, "D"),
+    ("full-fused", False, 1, labels.TIMED["full-fused"], PURPLE, "v"),
+    ("hashed-reference", False, 1, labels.TIMED["hashed-reference"], RED, "x"),
     ("hashed", False, 1, "hashed, block 1", BLUE, "o"),
     ("hashed", False, 25, "hashed, block 25", GREEN, "^"),
 )
@@ -431,7 +431,7 @@ def _quality_by_words(panel: Axes, quality: pd.DataFrame) -> None:
 
 
 def _speed_by_rows(times: Axes, memory: Axes, speed: pd.DataFrame) -> None:
-    series = [(speed.table == "full-fused", GREY, "s", "full table, same kernels")]
+    series = [(speed.table == "full-fused", GREY, "s", labels.TIMED["full-fused"])]
     series += [
         ((speed.table == "hashed") & (speed.block_size == block), colour, marker, f"hashed, block {block}")
         for block, colour, marker in ((1, BLUE, "o"), (25, GREEN, "^"))

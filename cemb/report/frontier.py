@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from cemb.report import labels
-from cemb.report.provenance import Numbers, label
+from cemb.report.provenance import Numbers, label, of
 from cemb.report.quality import growth_frame, optimum
 from cemb.report.select import pick, reference
 from cemb.report.speed import growth_numbers
@@ -26,34 +26,26 @@ def numbers(found: list[Record]) -> Numbers:
     svd = optimum(found)
     hashed, rank = (best_point(found, "inference", 4, [name]) for name in ("hashed", "lower rank"))
     one = point(found, "lower rank", 64)
-    one_ratio = NOT_MEASURED if one is None or one["gap"] is None else f"{one['inference_ratio']:.0f}"
+    if one is not None and one["gap"] is None:
+        one = None
     second_name, second = reference("second")
-    source = label(second_name, "second")
-    given: Numbers = {
-        "svd_wordsim": (score_text(svd, "wordsim353"), svd),
-        "words": (pick(found, kind="pmi")["num_words"], None),
-        "dim": (svd["embedding_dim"], None),
-        "pool": (grid.POOL_SIZES[0], None),
-        "full_mib": (svd["num_parameters"] * 4 / 2**20, svd),
-        "weights_share": (100 * 16 * 2 / svd["embedding_dim"], None),
-        "num_seeds": (max(record["num_seeds"] for record in median_points(found)), None),
-        "num_failed": (len(frontier_table(found)[1]), None),
-        "sources": (sources_text(found), None),
-        "hashed_gap": (gap_text(hashed, 2), hashed),
-        "hashed_wordsim": (score_text(hashed, "wordsim353"), hashed),
-        "rank_gap": (gap_text(rank, 2), rank),
-        "one_ratio": (one_ratio, one),
-        "one_gap": (NOT_MEASURED if one_ratio == NOT_MEASURED else gap_text(one), one),
-        "rounding_cost": rounding_cost(found),
-        "second_name": (second_name, source),
-        "second_words": (second[0]["num_words"], source),
-        **{f"formula at {ratio}": (hashed_gap(ratio), None) for ratio in (4, 16)},
-        **{
-            f"gap of {name}": (gap_text(point(found, name), 4), point(found, name))
-            for name in ("int8", "int4")
-        },
+    given = {
+        **of(svd, svd_wordsim=score_text(svd, "wordsim353"), full_mib=svd["num_parameters"] * 4 / 2**20),
+        **of(None, dim=svd["embedding_dim"], weights_share=100 * 16 * 2 / svd["embedding_dim"]),
+        **of(None, words=pick(found, kind="pmi")["num_words"], pool=grid.POOL_SIZES[0]),
+        **of(None, num_seeds=max(record["num_seeds"] for record in median_points(found))),
+        **of(None, num_failed=len(frontier_table(found)[1]), sources=sources_text(found)),
+        **of(hashed, hashed_gap=gap_text(hashed, 2), hashed_wordsim=score_text(hashed, "wordsim353")),
+        **of(rank, rank_gap=gap_text(rank, 2)),
+        **of(one, one_ratio=f"{one['inference_ratio']:.0f}" if one else NOT_MEASURED, one_gap=gap_text(one)),
+        **of(label(second_name, "second"), second_name=second_name, second_words=second[0]["num_words"]),
         **growth_numbers(found),
+        "rounding_cost": rounding_cost(found),
     }
+    for name in ("int8", "int4"):
+        given[f"gap of {name}"] = gap_text(point(found, name), 4), point(found, name)
+    for ratio in (4, 16):
+        given[f"formula at {ratio}"] = hashed_gap(ratio), None
     for budget, ratios in BUDGETS.items():
         for ratio in ratios:
             best = best_point(found, budget, ratio)
@@ -70,7 +62,8 @@ def numbers(found: list[Record]) -> Numbers:
         rounded = best_rounded(found, ratio)
         given[f"best rounded at {ratio}"] = rounded_text(rounded), rounded
     growth = growth_frame(found).query("table == 'hashed'").sort_values("num_words")
-    for name, row in (("least", growth.iloc[0]), ("whole", growth.iloc[-1])):
+    for name, place in (("least", 0), ("whole", -1)):
+        row = growth.iloc[place]
         given[f"{name}_words"] = int(row.num_words), None
         given[f"{name}_ratio"] = float(row.compression_ratio), row
         given[f"{name}_gap"] = gap_text(row), row

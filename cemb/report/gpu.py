@@ -3,9 +3,9 @@
 import pandas as pd
 
 from cemb.report import labels
-from cemb.report.provenance import Numbers, label
-from cemb.report.rivals import bandwidths_of, cases_frame
-from cemb.report.select import reference
+from cemb.report.provenance import Numbers, label, of
+from cemb.report.rivals import cases_frame
+from cemb.report.select import pick
 from cemb.report.stats import time_ratio
 from cemb.report.text import machine, quartiles_text
 from cemb.study import roofline, sizes, targets
@@ -13,42 +13,38 @@ from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
 
 
-def numbers() -> Numbers:
-    """What the page's text says, by name, of the reference machine that has a GPU."""
-    name, found = reference("gpu")
-    source = label(name, "gpu")
-    bandwidths = bandwidths_of(found)
+def numbers(name: str, found: list[Record]) -> Numbers:
+    """What the page's text says, by name, of the reference machine `name` and its benchmark on a GPU."""
+    bandwidths = pick(found, kind="rates")  # of memory and caches
     example = next(record for record in found if record["kind"] == "speed")
     _, ours, full = targets.gpu_ratio(found, "sgd", "device_ms")
-    measured: dict[str, object] = {
+    reads = ("random_row", "cached_block", "cached_value")
+    accesses = [f"{read}{what}" for read in reads for what in ("s", "_adds")]
+
+    def ideal_ms(record: Record) -> float:
+        floor = roofline.gpu_floor_ms(record, bandwidths)
+        assert floor is not None
+        return floor
+
+    measured = {
         "name": name,
+        "stream": bandwidths["stream_gb_per_s"],
+        **{access: bandwidths[f"{access}_per_s"] / 1e9 for access in accesses},
+        "ideal_full_us": 1e3 * ideal_ms(full),
+        "ideal_hashed_us": 1e3 * ideal_ms(ours),
         "python_over_own": ours["total_ms"] / ours["device_ms"],
         "graph_over_own": ours["graph_ms"] / ours["device_ms"],
-        "ideal_full_us": 1e3 * (roofline.gpu_floor_ms(full, bandwidths) or 0),
-        "ideal_hashed_us": 1e3 * (roofline.gpu_floor_ms(ours, bandwidths) or 0),
-        "stream": bandwidths["stream_gb_per_s"],
-        "row_reads": bandwidths["random_rows_per_s"] / 1e9,
-        "row_adds": bandwidths["random_row_adds_per_s"] / 1e9,
-        "block_reads": bandwidths["cached_blocks_per_s"] / 1e9,
-        "block_adds": bandwidths["cached_block_adds_per_s"] / 1e9,
-        "value_reads": bandwidths["cached_values_per_s"] / 1e9,
-        "value_adds": bandwidths["cached_value_adds_per_s"] / 1e9,
     }
     for optimizer in sizes.OPTIMIZERS:
         ratio, _, best = targets.gpu_ratio(found, optimizer, "device_ms")
         _, seen, peer = targets.gpu_ratio(found, optimizer, "total_ms")
         measured[f"{optimizer}_own"] = ratio
         measured[f"{optimizer}_python"] = time_ratio(seen, peer).short
-        measured[f"{optimizer}_ideal"] = (roofline.gpu_floor_ms(best, bandwidths) or 0) / best["device_ms"]
+        measured[f"{optimizer}_ideal"] = ideal_ms(best) / best["device_ms"]
     return {
-        **{key: (value, source) for key, value in measured.items()},
-        "machine": (machine(found), None),
-        "commit": (example["git_commit"][:10], None),
-        "repeats": (example["repeats"], None),
-        "num_rows": (sizes.ROWS, None),
-        "small": (sizes.SMALL, None),
-        "block": (sizes.GPU_BLOCK, None),
-        "limit": (targets.GPU_LIMIT, None),
+        **of(label(name, "gpu"), **measured),
+        **of(None, machine=machine(found), commit=example["git_commit"][:10], repeats=example["repeats"]),
+        **of(None, num_rows=sizes.ROWS, small=sizes.SMALL, block=sizes.GPU_BLOCK, limit=targets.GPU_LIMIT),
     }
 
 

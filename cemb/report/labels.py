@@ -3,7 +3,7 @@
 from cemb.study.records import Record
 
 # Of a timed step. What else a record's label says follows.
-_TIMED = {
+TIMED = {
     "full": "full table, PyTorch",
     "full-fused": "full table, same kernels",
     "full-fused-rowwise": "full table, same kernels, row-wise",
@@ -25,7 +25,7 @@ def timed(record: Record) -> str:
     """The name of a speed record's table, with its gradients, or its pool and block size."""
     table: str = record["table"]
     rest: str = record["label"].removeprefix(table)
-    return _TIMED.get(table, table) + rest
+    return TIMED.get(table, table) + rest
 
 
 def trained(key: str) -> str:

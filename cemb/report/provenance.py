@@ -104,6 +104,11 @@ def glue(name: str, value: object, source: Mapping[str, Any] | str | None) -> No
     IPython.display.display(data, raw=True, metadata=metadata)
 
 
+def of(source: Mapping[str, Any] | str | None, **values: object) -> Numbers:
+    """Numbers of one source, as `glue` takes it."""
+    return {name: (value, source) for name, value in values.items()}
+
+
 def glue_all(numbers: Numbers) -> None:
     """`glue` each of a chapter's numbers."""
     for name, (value, source) in numbers.items():

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from cemb.report import labels
-from cemb.report.provenance import Numbers, label
+from cemb.report.provenance import Numbers, label, of
 from cemb.report.select import completed, of_runs, pick, reference, whole_study
 from cemb.report.stats import gaps_tie, median_seeds, seconds_to_gap
 from cemb.report.text import (
@@ -35,35 +35,24 @@ def numbers(own: list[Record]) -> Numbers:
     small, exact = best_quality(found, pool_size=grid.POOL_SIZES[0]), quality_record(timed, "adam")
     assert full is not None and small is not None and exact is not None  # of every grid
     rates_name, rates = reference("rates")
-    searched = label(rates_name, "rates")
     timed_name = timed[-1].get("reference", "this one")
-    given: Numbers = {
-        "sources": (sources_text(found), None),
-        "timed_machine": (f"{timed_name} ({machine(timed)})", timed[-1]),
-        "rates_name": (rates_name, searched),
-        "rates_minutes": (minutes(rates), searched),
-        "best_optimizer": (best_optimizer_text(found), full),
-        "closed": (closed_share(full), full),
-        "betas": (" and ".join(str(beta) for beta in full["adam_betas"] or ()), None),
-        "full_gap": (gap_text(full), full),
-        "full_wordsim": (score_text(full, "wordsim353"), full),
-        "svd_wordsim": (score_text(svd, "wordsim353"), svd),
-        "rank": (full["embedding_dim"], None),
-        "words": (full["num_words"], None),
-        "num_steps": (full["num_steps"], None),
-        "num_seeds": (full["num_seeds"], None),
-        "weight_power": (grid.WEIGHT_POWER, None),
-        "small": (grid.POOL_SIZES[0], None),
-        "small_gap": (gap_text(small, 2), small),
-        "small_ratio": (small["compression_ratio"], None),
-        "batch_size": (mini["batch_size"], None),
-        "negative_share": (100 * mini["negative_share"], None),
-        "mini_epochs": (mini["num_epochs"], None),
-        "mini_steps": (mini["history"][-1]["step"], mini),
-        "mini_seconds": (mini["train_s"], mini),
-        "mini_gap": (gap_text(mini), mini),
-        "mini_wordsim": (score_text(mini, "wordsim353"), mini),
-        "full_batch_seconds": (exact["train_s"], exact),
+    betas = " and ".join(str(beta) for beta in full["adam_betas"] or ())
+    given = {
+        **of(None, sources=sources_text(found), small=grid.POOL_SIZES[0], weight_power=grid.WEIGHT_POWER),
+        **of(None, rank=full["embedding_dim"], words=full["num_words"], betas=betas),
+        **of(None, num_steps=full["num_steps"], num_seeds=full["num_seeds"]),
+        **of(full, best_optimizer=best_optimizer_text(found), closed=closed_share(full)),
+        **of(full, full_gap=gap_text(full), full_wordsim=score_text(full, "wordsim353")),
+        **of(svd, svd_wordsim=score_text(svd, "wordsim353")),
+        **of(small, small_gap=gap_text(small, 2)),
+        **of(None, small_ratio=small["compression_ratio"]),
+        **of(None, batch_size=mini["batch_size"], negative_share=100 * mini["negative_share"]),
+        **of(None, mini_epochs=mini["num_epochs"]),
+        **of(mini, mini_steps=mini["history"][-1]["step"], mini_seconds=mini["train_s"]),
+        **of(mini, mini_gap=gap_text(mini), mini_wordsim=score_text(mini, "wordsim353")),
+        **of(exact, full_batch_seconds=exact["train_s"]),
+        **of(timed[-1], timed_machine=f"{timed_name} ({machine(timed)})"),
+        **of(label(rates_name, "rates"), rates_name=rates_name, rates_minutes=minutes(rates)),
     }
     for ratio in grid.COMPRESSION_RATIOS:
         best = best_quality(found, compression_ratio=ratio)

@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 
 from cemb.report import labels
-from cemb.report.provenance import Numbers, label
-from cemb.report.select import pick, reference, references
+from cemb.report.provenance import Numbers, label, of
+from cemb.report.select import pick, references
 from cemb.report.stats import Ratio, time_ratio
 from cemb.report.text import contended_mark, machine, minutes, quartiles_text
 from cemb.study import roofline, sizes, targets
@@ -19,25 +19,22 @@ _SMALL_BLOCKS, _SMALL, _LARGE = (sizes.SMALL, sizes.BLOCK), (sizes.SMALL, 1), (s
 _TABLES = {"blocks": _SMALL_BLOCKS, "single": _SMALL, "large": _LARGE, "full": (None, None)}
 
 
-def numbers() -> Numbers:
-    """What the page's text says, by name, of the reference machine measured last."""
-    name, found = reference("bench")
+def numbers(name: str, found: list[Record]) -> Numbers:
+    """What the page's text says, by name, of the reference machine `name` and its benchmark."""
     source = label(name, "bench")
-    bandwidths = bandwidths_of(found)
+    bandwidths = pick(found, kind="rates")  # of memory and caches
     speeds = [record for record in found if record["kind"] == "speed"]
     verdicts = targets_table(found).ratio.str.split(", ").str[1]
     huge = [target_ratio(found, target).value for target in targets.targets() if "10^9" in target.name]
     small = [r["peak_mib"] for r in speeds if r["table"] == "hashed" and r["pool_size"] == sizes.SMALL]
-    measured: dict[str, object] = {
+    accesses = ("random_rows", "random_values", "cached_gathers", "cached_adds")
+    millions = {access: bandwidths[f"{access}_per_s"] / 1e6 for access in accesses}
+    measured = {
         "name": name,
         "minutes": minutes(found),
         "stream": bandwidths["stream_gb_per_s"],
-        "row_reads": bandwidths["random_rows_per_s"] / 1e6,
-        "value_reads": bandwidths["random_values_per_s"] / 1e6,
-        "gathers": bandwidths["cached_gathers_per_s"] / 1e6,
-        "adds": bandwidths["cached_adds_per_s"] / 1e6,
-        "num_reached": int((verdicts == "reached").sum()),
-        "num_undecided": int((verdicts == "undecided").sum()),
+        **millions,
+        **{f"num_{verdict}": int((verdicts == verdict).sum()) for verdict in ("reached", "undecided")},
         "huge_low": min(huge),
         "huge_high": max(huge),
         "peak": max(small),
@@ -49,21 +46,17 @@ def numbers() -> Numbers:
         same_rule = targets.of_one_rule(_peer_target("adagrad", pool_size, block_size))
         measured[f"same_{key}"] = target_ratio(found, same_rule).short
         measured[f"one_pass_{key}"] = _one_pass_ratio(speeds, pool_size, block_size).short
-    given: Numbers = {key: (value, source) for key, value in measured.items()}
+    commit = (speeds[0]["git_commit"] or "no commit")[:10]
+    given = {
+        **of(source, **measured),
+        **of(None, machine=machine(found), commit=commit, repeats=speeds[0]["repeats"]),
+        **of(None, num_rows=sizes.ROWS, small=sizes.SMALL, large=sizes.LARGE),
+        **of(None, num_targets=len(verdicts), peak_limit=targets.PEAK_LIMIT_MIB),
+    }
     for other, there in references("bench"):
         ratio = target_ratio(there, _peer_target("sgd", *_SMALL))
         given[f"single_sgd_{other}"] = ratio.short, label(other, "bench")
-    return {
-        **given,
-        "machine": (machine(found), None),
-        "commit": ((speeds[0]["git_commit"] or "no commit")[:10], None),
-        "repeats": (speeds[0]["repeats"], None),
-        "num_rows": (sizes.ROWS, None),
-        "small": (sizes.SMALL, None),
-        "large": (sizes.LARGE, None),
-        "num_targets": (len(verdicts), None),
-        "peak_limit": (targets.PEAK_LIMIT_MIB, None),
-    }
+    return given
 
 
 def _peer_target(optimizer: str, pool_size: int | None, block_size: int | None) -> targets.Target:
@@ -88,18 +81,13 @@ def _one_pass_ratio(speeds: list[Record], pool_size: int | None, block_size: int
     return time_ratio(one_pass, usual)
 
 
-def bandwidths_of(found: list[Record]) -> Record:
-    """The record of what a machine's memory and caches did, measured beside a benchmark."""
-    return pick(found, kind="rates")
-
-
 def cases_frame(
     found: list[Record],
     floor_ms: Callable[[Record, Record], float | None],
     times: Callable[[Record], dict[str, Any]],
 ) -> pd.DataFrame:
     """A row for each case of a benchmark, with its floor in ms, and `times` of each of its records."""
-    bandwidths = bandwidths_of(found)
+    bandwidths = pick(found, kind="rates")  # of memory and caches
     rows: dict[tuple[str, str], Record] = {}
     for record in found:
         if record["kind"] != "speed":
@@ -169,7 +157,7 @@ def targets_table(found: list[Record]) -> pd.DataFrame:
 
     Where the interval holds the target, the noise does not let us say.
     """
-    bandwidths = bandwidths_of(found)
+    bandwidths = pick(found, kind="rates")  # of memory and caches
     stepwise = targets.by_autograd(found)
     rows = []
     for target in targets.targets():

@@ -5,7 +5,7 @@ from importlib import resources
 import pandas as pd
 
 from cemb.report import labels
-from cemb.report.provenance import Numbers
+from cemb.report.provenance import Numbers, of
 from cemb.report.select import frame, of_runs, pick
 from cemb.report.stats import Ratio, time_ratio
 from cemb.report.text import NOT_MEASURED, contended_mark, machine, quartiles_text
@@ -20,18 +20,14 @@ SMALL, LARGE = grid.POOL_SIZES
 def numbers(found: list[Record]) -> Numbers:
     """What the page's text says, by name."""
     first = speed_record(found, "hashed", "sgd", SMALL)
-    timed = frame(found, "speed")
     names = ("num_embeddings", "embedding_dim", "batch_size", "repeats", "dropout")
-    given: Numbers = {
-        **{name: (first[name], None) for name in names},
-        "small": (SMALL, None),
-        "large": (LARGE, None),
-        "machine": (machine(found), None),
-        "contended_share": (100 * CONTENDED_SHARE, None),
-        "num_timed": (len(timed), None),
-        "num_contended": (sum(record.get("is_contended", False) for record in found), None),
-        "full_mib": (best_full(found, "sgd", SMALL)["parameters_mib"], first),
-        "small_mib": (first["parameters_mib"], first),
+    num_contended = sum(record.get("is_contended", False) for record in found)
+    given = {
+        **of(None, **{name: first[name] for name in names}),
+        **of(None, small=SMALL, large=LARGE, machine=machine(found), contended_share=100 * CONTENDED_SHARE),
+        **of(None, num_timed=len(frame(found, "speed")), num_contended=num_contended),
+        **of(first, small_mib=first["parameters_mib"]),
+        **of(first, full_mib=best_full(found, "sgd", SMALL)["parameters_mib"]),
     }
     for name in grid.OPTIMIZERS:
         for size, pool in (("small", SMALL), ("large", LARGE)):
@@ -101,11 +97,11 @@ def beside_original(found: list[Record]) -> pd.DataFrame:
         pool_size = SMALL if is_full else int(old.pool_size)
         full = best_full(found, old.optimizer, pool_size)
         ours = full if is_full else speed_record(found, "hashed", old.optimizer, pool_size)
+        name = labels.TIMED["full"] if is_full else f"hashed, pool {pool_size:,}"
         rows.append(
             {
                 "optimizer": OPTIMIZER_NAMES[old.optimizer],
-                "table": ("full table, PyTorch" if is_full else f"hashed, pool {pool_size:,}")
-                + contended_mark(ours),
+                "table": name + contended_mark(ours),
                 "2021 (ms)": f"{old.total_ms:,.0f}",
                 "2021 ÷ full": "" if is_full else f"{original_ratio(old.optimizer, pool_size):.2f}",
                 "total (ms)": f"{ours['total_ms']:,.1f}",
@@ -155,21 +151,18 @@ def growth_records(found: list[Record]) -> list[Record]:
 
 def growth_numbers(found: list[Record]) -> Numbers:
     """What the growth of a pool's rows costs in time and memory."""
-    blocks = {block: f"growth_block_{block}" for block in (1, sizes.BLOCK)}
-    names = (*blocks.values(), "growth_fewest", "growth_most", "growth_hashed_mib", "growth_full_gib")
-    texts = dict.fromkeys(names, NOT_MEASURED)
+    of_block = {block: f"growth_block_{block}" for block in (1, sizes.BLOCK)}
+    names = ("growth_fewest", "growth_most", "growth_hashed_mib", "growth_full_gib", *of_block.values())
     hashed = [record for record in growth_records(found) if record["table"] == "hashed"]
     if not hashed:
-        return {name: (text, None) for name, text in texts.items()}
+        return of(None, **dict.fromkeys(names, NOT_MEASURED))
     hashed.sort(key=lambda record: record["num_embeddings"])
-    first, last = hashed[0], hashed[-1]
-    copies = sizes.COPIES[last["optimizer"]]
-    full_gib = 4 * copies * last["num_embeddings"] * last["embedding_dim"] / 2**30
-    texts["growth_fewest"] = f"{first['num_embeddings']:,}"
-    texts["growth_most"] = f"{last['num_embeddings']:,}"
-    texts["growth_hashed_mib"] = f"{copies * last['parameters_mib']:.0f}"
-    texts["growth_full_gib"] = f"{full_gib:,.0f}"
-    for block, name in blocks.items():
-        if own := [record["total_ms"] for record in hashed if record["block_size"] == block]:
-            texts[name] = f"{own[0]:.1f} to {own[-1]:.1f}"
-    return {name: (text, last) for name, text in texts.items()}
+    fewest, most = hashed[0]["num_embeddings"], hashed[-1]["num_embeddings"]
+    last, copies = hashed[-1], sizes.COPIES[hashed[-1]["optimizer"]]
+    full_gib = 4 * copies * most * last["embedding_dim"] / 2**30
+    values = (f"{fewest:,}", f"{most:,}", f"{copies * last['parameters_mib']:.0f}", f"{full_gib:,.0f}")
+    texts = dict(zip(names, values, strict=False))
+    for block, name in of_block.items():
+        own = [record["total_ms"] for record in hashed if record["block_size"] == block]
+        texts[name] = f"{own[0]:.1f} to {own[-1]:.1f}" if own else NOT_MEASURED
+    return of(last, **texts)
