@@ -53,6 +53,10 @@ def _figure(*shape: int, size: tuple[float, float] = (7, 3), **options: Any) -> 
     return plt.subplots(*shape, figsize=size, **options)
 
 
+def _style(colour: str, marker: str, line: str = "none", **more: Any) -> dict[str, Any]:
+    return {"color": colour, "marker": marker, "linestyle": line or "none", **more}
+
+
 def _label_axis(axis: Axis, form: str = "{:g}", ticks: Sequence[float] | None = None) -> None:
     """Numbers at a logarithmic axis's larger ticks, or at those given, and none between."""
     if ticks is not None:
@@ -156,16 +160,8 @@ def speed_overview(runs: Mapping[tuple[str, int], pd.DataFrame]) -> Figure:
                 if row.empty:
                     continue
                 middle, spread = _quartiles(row.total_ms_repeats)
-                panel.errorbar(
-                    x + (k - 2.5) * 0.12,
-                    middle,
-                    yerr=spread,
-                    color=colour,
-                    marker=marker,
-                    markersize=7,
-                    linestyle="none",
-                    label=label if x == 0 else None,
-                )
+                style = _style(colour, marker, markersize=7, label=label if x == 0 else None)
+                panel.errorbar(x + (k - 2.5) * 0.12, middle, yerr=spread, **style)
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         panel.set_xticks(range(3), [style[2] for style in OPTIMIZER_STYLES.values()])
@@ -209,8 +205,7 @@ def benchmark(rows: pd.DataFrame) -> Figure:
         for k, (name, colour, marker, label) in enumerate(series):
             spread = _quartiles(own[f"{name}_repeats"])[1] if f"{name}_repeats" in own else None
             values, places = own[name].astype(float), y + (k - 1) * 0.2
-            style = {"fmt": marker, "color": colour, "markersize": 5, "label": label}
-            panel.errorbar(values, places, xerr=spread, **style)
+            panel.errorbar(values, places, xerr=spread, **_style(colour, marker, markersize=5, label=label))
         panel.vlines(own.floor.astype(float), y - 0.42, y + 0.42, color=BLACK, label="floor")
         panel.set_yticks(y, own.table, fontsize=8)
         for tick, is_ours in zip(panel.get_yticklabels(), own.is_ours, strict=True):
@@ -236,7 +231,7 @@ def quality_overview(quality: pd.DataFrame, svd: Record) -> Figure:
         hashed = rows[rows.table == "hashed"].sort_values("compression_ratio")
         full = rows[rows.table == "full"]
         left.plot(hashed.compression_ratio, hashed.gap, color=colour, marker=marker, label=f"hashed, {name}")
-        hollow = {"color": colour, "marker": marker, "markerfacecolor": "white", "linestyle": "none"}
+        hollow = _style(colour, marker, markerfacecolor="white")
         left.plot(1, full.gap, **hollow)
         score = hashed.wordsim353_score
         error = [score - hashed.wordsim353_low, hashed.wordsim353_high - score]
@@ -244,7 +239,7 @@ def quality_overview(quality: pd.DataFrame, svd: Record) -> Figure:
         right.plot(1, full.wordsim353_score, **hollow)
     left.axhline(0, color=GREY, linestyle="--", label="SVD, the optimum")
     left.axhline(1, color=GREY, linestyle=":", label="predicting zero")
-    left.plot([], [], color="k", marker="o", markerfacecolor="white", linestyle="none", label="full tables")
+    left.plot([], [], **_style("k", "o", markerfacecolor="white", label="full tables"))
     right.axhline(svd["wordsim353_score"], color=GREY, linestyle="--")
     right.axhspan(svd["wordsim353_low"], svd["wordsim353_high"], color=GREY, alpha=0.12)
     left.set(ylabel="gap to the optimum")
@@ -304,17 +299,8 @@ def frontier(points: pd.DataFrame, limits: list[Record] | None = None) -> Figure
             spread = None
             if "gap_low" in rows:
                 spread = [gaps - rows.gap_low.clip(lower=1e-4), rows.gap_high.clip(lower=1e-4) - gaps]
-            panel.errorbar(
-                rows[f"{budget}_ratio"],
-                gaps,
-                yerr=spread,
-                color=colour,
-                marker=marker,
-                linestyle=line or "none",
-                markersize=5,
-                linewidth=1.2,
-                label=labels.trained(method),
-            )
+            style = _style(colour, marker, line, markersize=5, linewidth=1.2, label=labels.trained(method))
+            panel.errorbar(rows[f"{budget}_ratio"], gaps, yerr=spread, **style)
         if limits is not None and budget == "inference":
             lines = pd.DataFrame(limits)
             lines = lines[lines.rows >= 1e-4]
@@ -338,19 +324,11 @@ def frontier_similarity(points: pd.DataFrame, full: Record) -> Figure:
     figure, axes = _figure(size=(7.4, 4.2))
     chosen = ("hashed", "hybrid", "low-rank", "product quantization", "transform coding")
     for k, method in enumerate(name for name in chosen if name in set(points.method)):
-        colour, marker, line = FRONTIER_STYLES[method]
         rows = points[points.method == method].sort_values("inference_ratio")
         score = rows.wordsim353_score
-        axes.errorbar(
-            rows.inference_ratio * 1.02 ** (k - 2),
-            score,
-            yerr=[score - rows.wordsim353_low, rows.wordsim353_high - score],
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            capsize=2,
-            label=labels.trained(method),
-        )
+        spread = [score - rows.wordsim353_low, rows.wordsim353_high - score]
+        style = _style(*FRONTIER_STYLES[method], capsize=2, label=labels.trained(method))
+        axes.errorbar(rows.inference_ratio * 1.02 ** (k - 2), score, yerr=spread, **style)
     axes.axhspan(full["wordsim353_low"], full["wordsim353_high"], color=GREY, alpha=0.15, label="full table")
     axes.set_xscale("log")
     _label_axis(axes.xaxis, "{:g}×", [2, 4, 8, 16, 32, 64])
@@ -415,14 +393,8 @@ def _quality_by_words(panel: Axes, quality: pd.DataFrame) -> None:
     for table, colour, marker in (("full", GREY, "s"), ("hashed", BLUE, "o")):
         rows = quality[quality.table == table].sort_values("num_words")
         spread = [rows.gap - rows.gap_low, rows.gap_high - rows.gap]
-        panel.errorbar(
-            rows.num_words,
-            rows.gap,
-            yerr=spread,
-            color=colour,
-            marker=marker,
-            label=f"{labels.trained(table)}, gap",
-        )
+        style = _style(colour, marker, "-", label=f"{labels.trained(table)}, gap")
+        panel.errorbar(rows.num_words, rows.gap, yerr=spread, **style)
     panel.set(xscale="log", xlabel="words (log)", ylabel="gap to the optimum", ylim=(-0.05, 1.05))
     panel.set_xticks(sorted(set(quality.num_words)))
     panel.minorticks_off()
@@ -440,7 +412,7 @@ def _speed_by_rows(times: Axes, memory: Axes, speed: pd.DataFrame) -> None:
         rows = speed[chosen].sort_values("num_embeddings")
         if rows.empty:
             continue
-        style: dict[str, Any] = {"color": colour, "marker": marker, "label": label}
+        style = _style(colour, marker, "-", label=label)
         middle, spread = _quartiles(rows.total_ms_repeats)
         times.errorbar(rows.num_embeddings, middle, yerr=spread, **style)
         mib = rows.parameters_mib * rows.optimizer.map(sizes.COPIES) + rows.peak_mib.fillna(0)
@@ -553,16 +525,8 @@ def times(ratios: pd.DataFrame) -> Figure:
             places = [rows.index(key) for key in zip(own.run, own.record, strict=True)]
             # The ratio of medians may lie outside of what the bootstrap draws.
             error = np.maximum([own.value - own.low, own.high - own.value], 0)
-            axes.errorbar(
-                own.value,
-                places,
-                xerr=error if phase == "total" else None,
-                fmt="o" if phase == "total" else "|",
-                color=colour,
-                markersize=5,
-                label=phase,
-                linestyle="none",
-            )
+            style = _style(colour, "o" if phase == "total" else "|", markersize=5, label=phase)
+            axes.errorbar(own.value, places, xerr=error if phase == "total" else None, **style)
         axes.axvline(1, color=GREY, linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
