@@ -85,7 +85,7 @@ def test_decisions_and_failures_are_shown(found):
 
 def test_no_frontier_is_said():
     with pytest.raises(LookupError, match="no record of kind 'frontier'"):
-        frontier.frontier_frame([])
+        frontier.median_points([])
 
 
 def test_seconds_are_until_the_gap_is_first_small():
@@ -96,7 +96,7 @@ def test_seconds_are_until_the_gap_is_first_small():
 
 def test_the_frontier_is_drawn_with_its_ranges(found):
     figure = figures.frontier(
-        frontier.frontier_frame(found), [{"ratio": 8.0, "components": 0.005, "rows": 0.002}]
+        pd.DataFrame(frontier.median_points(found)), [{"ratio": 8.0, "components": 0.005, "rows": 0.002}]
     )
     inference, training = figure.axes
     labels = inference.get_legend_handles_labels()[1]
@@ -440,11 +440,11 @@ def test_compositions_are_drawn_beside_what_is_made_after_training(trained):
         _point("low-rank, then int8", 0.4),
         _point("transform coding", 0.01),
     ]
-    figure = figures.composition(frontier.frontier_frame(points))
+    figure = figures.composition(pd.DataFrame(frontier.median_points(points)))
     shown = [panel for panel in figure.axes if panel.get_visible()]
     assert [panel.get_title() for panel in shown] == ["hashed", "trained low-rank"]
     plt.close(figure)
-    plt.close(figures.composition(frontier.frontier_frame(trained)))
+    plt.close(figures.composition(pd.DataFrame(frontier.median_points(trained))))
 
 
 def test_learning_rates_are_as_good_as_what_the_reference_found():

@@ -78,11 +78,6 @@ def median_points(found: list[Record]) -> list[Record]:
     return median_seeds(rows, "method", "asked_ratio")
 
 
-def frontier_frame(found: list[Record]) -> pd.DataFrame:
-    """`median_points` as a frame."""
-    return pd.DataFrame(median_points(found))
-
-
 def frontier_table(found: list[Record]) -> tuple[pd.DataFrame, list[str]]:
     """Every point of the frontier, by method; and of those which failed, why."""
     points = median_points(found)
