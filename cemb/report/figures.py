@@ -284,7 +284,7 @@ FRONTIER_STYLES = {
 def frontier(points: pd.DataFrame, limits: list[Record] | None = None) -> Figure:
     """Gap (log) against how much smaller than the full table (log), at inference and in training.
 
-    `points` are frontier records or of `frontier.median_points`; bars are the range over seeds where that has
+    `points` are frontier records, or `frontier.median_points`; bars are the range over seeds where that has
     several. `limits` are those of `cemb.study.frontier.limits`.
     """
     points = points[points.failure.isna()]
@@ -447,7 +447,7 @@ def growth(quality: pd.DataFrame, speed: pd.DataFrame) -> Figure:
 def composition(points: pd.DataFrame) -> Figure:
     """For each trained table its gap (log) by fewer bytes (log), as trained and with its values in int8.
 
-    `points` is of `frontier.median_points`. Behind each are the tables made after training, the same in all.
+    `points` are `frontier.median_points`. Behind each are the tables made after training, the same in all.
     """
     points = points[points.failure.isna()]
     behind = {
