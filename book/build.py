@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cemb import files
-from cemb.report import data, provenance, select
+from cemb.report import export, provenance, select
 from cemb.study import grid, records
 from cemb.study import run as study_run
 
@@ -63,8 +63,8 @@ def stage(runs: list[grid.Run], found: list[dict], source: Path) -> None:
         page.write_text(provenance.reference_page(machine, kind, measured), encoding="utf-8")
     whole = select.completed(found)
     for kind in ("pmi", "speed", "quality", "frontier"):
-        (source / "data" / f"{kind}.csv").write_text(data.csv_text(whole, kind), encoding="utf-8")
-    (source / "assets" / "records.js").write_text(data.explorer_data(whole), encoding="utf-8")
+        (source / "data" / f"{kind}.csv").write_text(export.csv_text(whole, kind), encoding="utf-8")
+    (source / "assets" / "records.js").write_text(export.explorer_data(whole), encoding="utf-8")
 
 
 def stage_run(run: grid.Run, found: list[dict], page: Path) -> None:

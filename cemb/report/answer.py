@@ -1,56 +1,66 @@
-"""The README's answer, and where the study is found and cited."""
+"""The first page's and the README's answer, and where the study is found and cited."""
 
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
-from cemb.report.frontier import best_point
-from cemb.report.quality import best_quality
-from cemb.report.speed import best_full, original_ratio, speed_record
-from cemb.report.stats import time_ratio
-from cemb.report.text import closed_share, machine, score_text
+from cemb.report import frontier, labels, quality, speed, text
+from cemb.report.provenance import Numbers, of
 from cemb.study import grid, records
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
 
 
+def numbers(found: list[Record]) -> Numbers:
+    """What the first page's text says, by name: what the chapters' do, and how much smaller the pool is."""
+    first = speed.speed_record(found, "hashed", "sgd", speed.SMALL)
+    ship = frontier.best_point(found, "inference", 16)
+    return {
+        **frontier.numbers(found),
+        **quality.numbers(found),
+        **speed.numbers(found),
+        **of(None, smaller=first["num_embeddings"] * first["embedding_dim"] / speed.SMALL),
+        **of(ship, ship_gap=text.gap_text(ship, 2)),
+    }
+
+
 def readme_answer(found: list[Record]) -> str:
     """The README's answer in three numbers, as Markdown."""
-    small, large = grid.POOL_SIZES
-    verdicts: dict[int, list[str]] = {}
-    for pool_size in grid.POOL_SIZES:
-        for name in grid.OPTIMIZERS:
-            hashed = speed_record(found, "hashed", name, pool_size)
-            verdict = time_ratio(hashed, best_full(found, name, pool_size)).verdict
-            verdicts.setdefault(pool_size, []).append(f"{verdict} with {OPTIMIZER_NAMES[name]}")
-    rows, dim = hashed["num_embeddings"], hashed["embedding_dim"]
-    then_sgd, then_adagrad = (original_ratio(name, small) for name in ("sgd", "adagrad"))
-    full = best_quality(found)
-    lines = [
-        f"- **Speed.** A training step over a table of {rows:,} × {dim} values, hashed one by one into a "
-        f"pool {rows * dim / small:,.0f} times smaller, is {', '.join(verdicts[small])}, against the "
-        f"faster of PyTorch's full tables. In 2021, in TensorFlow, it was {then_sgd:.1f} times slower with "
-        f"SGD and {then_adagrad:.1f} with Adagrad. A pool of {large:,}, too large for cache, is "
-        f"{', '.join(verdicts[large])}.",
-        f"- **Quality.** A full table goes {closed_share(full)} of the way from predicting zero to the best "
-        f"possible factorization, and scores {score_text(full, 'wordsim353')} on WordSim-353.",
-    ]
+    small, large = (
+        ", ".join(
+            f"{speed.over_full(found, name, pool_size).verdict} with {OPTIMIZER_NAMES[name]}"
+            for name in grid.OPTIMIZERS
+        )
+        for pool_size in grid.POOL_SIZES
+    )
+    first = speed.speed_record(found, "hashed", "sgd", speed.SMALL)
+    rows, dim = first["num_embeddings"], first["embedding_dim"]
+    then_sgd, then_adagrad = (speed.original_ratio(name, speed.SMALL) for name in ("sgd", "adagrad"))
+    full = quality.best_quality(found)
     prices = []
     for ratio, words in ((1, "as many values as the table"), (16, "16 times fewer")):
-        record = best_quality(found, compression_ratio=ratio)
-        prices.append(f"with {words} {closed_share(record)} of it and {score_text(record, 'wordsim353')}")
-    lines.append(f"- **The price.** A hashed pool goes {', '.join(prices)}.")
-    ships, trains = best_point(found, "inference", 16), best_point(found, "training", 12)
-    trainer = trains["method"].replace("alternating, ", "alternating least squares stored by ")
-    lines.append(
-        f"- **What a byte is worth.** In 16 times fewer bytes than the full table, {ships['method']} goes "
-        f"{closed_share(ships)} of it, and scores {score_text(ships, 'wordsim353')}; trained in 12 times "
-        f"fewer bytes than a full table with Adam takes, {trainer} goes {closed_share(trains)}."
+        record = quality.best_quality(found, compression_ratio=ratio)
+        score = text.score_text(record, "wordsim353")
+        prices.append(f"with {words} {text.closed_share(record)} of it and {score}")
+    ships, trains = (frontier.best_point(found, *budget) for budget in (("inference", 16), ("training", 12)))
+    trainer = labels.trained(trains["method"]).replace(
+        "alternating, ", "alternating least squares stored by "
     )
-    return "\n".join(
-        [*lines, "", f"Measured on {machine(found)}, PyTorch's memory settings left as they come."]
-    )
+    return f"""\
+- **Speed.** A training step over a table of {rows:,} × {dim} values, hashed one by one into a \
+pool {rows * dim / speed.SMALL:,.0f} times smaller, is {small}, against the \
+faster of PyTorch's full tables. In 2021, in TensorFlow, it was {then_sgd:.1f} times slower with \
+SGD and {then_adagrad:.1f} with Adagrad. A pool of {speed.LARGE:,}, too large for cache, is {large}.
+- **Quality.** A full table goes {text.closed_share(full)} of the way from predicting zero to the best \
+possible factorization, and scores {text.score_text(full, "wordsim353")} on WordSim-353.
+- **The price.** A hashed pool goes {", ".join(prices)}.
+- **What a byte is worth.** In 16 times fewer bytes than the full table, \
+{labels.trained(ships["method"])} goes \
+{text.closed_share(ships)} of it, and scores {text.score_text(ships, "wordsim353")}; trained in 12 times \
+fewer bytes than a full table with Adam takes, {trainer} goes {text.closed_share(trains)}.
+
+Measured on {text.machine(found)}, PyTorch's memory settings left as they come."""
 
 
 def launch(repository: str | None) -> str:

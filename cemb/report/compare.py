@@ -5,16 +5,14 @@ Records are compared where they were asked for the same thing, which is where th
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass
 from typing import TypeGuard
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from cemb.report import figures, stats, text
+from cemb.report import provenance, select, stats, text
 from cemb.report.speed import PHASES
 from cemb.study import records
 from cemb.study.records import Record
@@ -36,7 +34,6 @@ _PLACE = {
     *("code_hash", "code_rule", "repeats", "rounds", "warmup"),
 }
 _MEASURED_HERE = ("_s", "_ms", "_ms_repeats", "_per_s", "seconds", "peak_mib", "cpu_wait_share", "contended")
-EXACT = "exact"
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,25 @@ class Tolerance:
     relative: float = 0.0
     why: str = ""
 
-    def allows(self, here: float, there: float) -> bool:
+    def allows(self, here: object, there: object) -> bool:
+        if not (_is_number(here) and _is_number(there)):
+            return here == there
         return abs(here - there) <= max(self.absolute, self.relative * abs(there))
+
+    def difference(self, here: object, there: object) -> float:
+        """Absolute, or relative where the tolerance is; of what has no size, none or infinite."""
+        if not (_is_number(here) and _is_number(there)):
+            return 0.0 if here == there else math.inf
+        return abs(here - there) / (abs(there) if self.relative and there else 1)
 
     def __str__(self) -> str:
         if self.absolute:
             return f"{self.absolute:g}"
         return f"{self.relative:g} of it" if self.relative else "none"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # By the last part of a field's name, the first that fits; any other field must be the same.
@@ -77,16 +86,17 @@ TOLERANCES = {
     ),
     ("loss",): Tolerance("losses", relative=0.005, why="as for gaps"),
 }
-_EXACT = Tolerance(EXACT, why="counts, sizes, settings and fingerprints are the same on every machine")
+EXACT = Tolerance("exact", why="counts, sizes, settings and fingerprints are the same on every machine")
 
 
-def tolerance(name: str, value: object) -> Tolerance:
-    """How far values of a field may lie apart; only floats may at all."""
-    if isinstance(value, float):
-        for ends, found in TOLERANCES.items():
-            if name.endswith(ends):
-                return found
-    return _EXACT
+def tolerance(name: str, here: object, there: object) -> Tolerance:
+    """How far values of a field may lie apart; only floats may at all.
+
+    Of an int and a float, as JSON may have one value, the float decides.
+    """
+    if isinstance(here, float) or isinstance(there, float):
+        return next((limit for ends, limit in TOLERANCES.items() if name.endswith(ends)), EXACT)
+    return EXACT
 
 
 def asked(record: Record) -> dict[str, object]:
@@ -105,23 +115,6 @@ def _asked_by_key(found: list[Record]) -> dict[str, Record]:
             raise ValueError(f"two records of run {record['run']!r} were asked for the same: {key}")
         side[key] = record
     return side
-
-
-@dataclass(frozen=True)
-class Check:
-    """One value that must match.
-
-    `difference` is absolute, or relative where the tolerance is; infinite of what has no size.
-    """
-
-    run: str
-    record: str
-    name: str
-    here: object
-    there: object
-    tolerance: Tolerance
-    difference: float
-    matches: bool
 
 
 def _values(name: str, value: object) -> Iterable[tuple[str, object]]:
@@ -149,22 +142,6 @@ def _must_match(record: Record) -> dict[str, object]:
     return found
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check(run: str, record: str, name: str, here: object, there: object) -> Check:
-    # Of an int and a float, as JSON may have one value, the float decides.
-    limit = tolerance(name, here if isinstance(here, float) else there)
-    if not (_is_number(here) and _is_number(there)):
-        same = here == there
-        return Check(run, record, name, here, there, limit, 0.0 if same else math.inf, same)
-    difference = abs(here - there)
-    if limit.relative and there:
-        difference /= abs(there)
-    return Check(run, record, name, here, there, limit, difference, limit.allows(here, there))
-
-
 @dataclass
 class Comparison:
     """Records here beside those of the reference machine `name`.
@@ -173,18 +150,9 @@ class Comparison:
     """
 
     name: str
-    pairs: list[tuple[Record, Record]] = field(default_factory=list)
-    only_here: list[Record] = field(default_factory=list)
-    only_there: list[Record] = field(default_factory=list)
-
-    def checks(self) -> list[Check]:
-        """Every value that must match, of all pairs; a field that one record lacks is not checked."""
-        found = []
-        for here, there in self.pairs:
-            ours, theirs = _must_match(here), _must_match(there)
-            for name in ours.keys() & theirs.keys():
-                found.append(_check(here["run"], text.record_name(here), name, ours[name], theirs[name]))
-        return sorted(found, key=lambda check: (check.run, check.record, check.name))
+    pairs: list[tuple[Record, Record]]
+    only_here: list[Record]
+    only_there: list[Record]
 
 
 def compare(name: str, here: list[Record], there: list[Record]) -> Comparison:
@@ -198,24 +166,59 @@ def compare(name: str, here: list[Record], there: list[Record]) -> Comparison:
     )
 
 
-def checks_table(found: list[Comparison]) -> pd.DataFrame:
-    """For each machine and kind of value: how many must match, how many do, and the largest difference."""
+def numbers(
+    found: list[Record], compared: list[Comparison], checked: pd.DataFrame, stale: Sized
+) -> provenance.Numbers:
+    """What the page's text says, by name; `checked` is `checks` of the comparisons."""
+    references = select.references("records")
+    machines = ", ".join(f"{name} ({text.machine(there)})" for name, there in references)
+    num_bad = int((~checked.matches).sum())
+    verdict = f"{num_bad:,} of them do not match" if num_bad else "all of them match"
+    label, num_pairs = provenance.label(references[0][0], "records"), sum(len(c.pairs) for c in compared)
+    return {
+        **provenance.of(None, machine=text.machine(found), num_records=len(found), num_pairs=num_pairs),
+        **provenance.of(None, num_checks=len(checked), num_stale=len(stale)),
+        **provenance.of(None, verdict=verdict if len(checked) else "so nothing is compared"),
+        **provenance.of(None, contended_share=f"{100 * records.CONTENDED_SHARE:g}"),
+        **provenance.of(label, references=machines),
+    }
+
+
+def checks(found: list[Comparison]) -> pd.DataFrame:
+    """Every value that must match, of all pairs; a field that one record lacks is not checked.
+
+    Columns: ``machine``, ``run``, ``record``, ``name`` of the value, ``here``, ``there``, the `Tolerance`
+    ``limit``, its ``difference``, and whether it ``matches``.
+    """
     rows = []
     for comparison in found:
-        groups: dict[str, list[Check]] = {}
-        for check in comparison.checks():
-            groups.setdefault(check.tolerance.name, []).append(check)
-        for limit in (_EXACT, *TOLERANCES.values()):
-            if not (checks := groups.get(limit.name)):
+        for here, there in comparison.pairs:
+            ours, theirs = _must_match(here), _must_match(there)
+            of_pair = comparison.name, here["run"], text.record_name(here)
+            for name in sorted(ours.keys() & theirs.keys()):
+                both = ours[name], theirs[name]
+                limit = tolerance(name, *both)
+                rows.append((*of_pair, name, *both, limit, limit.difference(*both), limit.allows(*both)))
+    columns = ("machine", "run", "record", "name", "here", "there", "limit", "difference", "matches")
+    frame = pd.DataFrame(rows, columns=columns, dtype=object)
+    return frame.astype({"difference": float, "matches": bool})
+
+
+def checks_table(checked: pd.DataFrame) -> pd.DataFrame:
+    """For each machine and kind of value: how many must match, how many do, and the largest difference."""
+    rows = []
+    for machine, of_machine in checked.groupby("machine", sort=False):
+        for limit in (EXACT, *TOLERANCES.values()):
+            own = of_machine[of_machine.limit == limit]
+            if own.empty:
                 continue
-            bad = sum(not check.matches for check in checks)
-            largest = max(check.difference for check in checks)
+            num_bad, largest = int((~own.matches).sum()), own.difference.max()
             rows.append(
                 {
                     "what": limit.name,
-                    "machine": comparison.name,
-                    "compared": f"{len(checks):,}",
-                    "matching": "all" if not bad else f"all but {bad:,}",
+                    "machine": machine,
+                    "compared": f"{len(own):,}",
+                    "matching": f"all but {num_bad:,}" if num_bad else "all",
                     "largest difference": "another value" if math.isinf(largest) else f"{largest:.2g}",
                     "allowed": str(limit),
                 }
@@ -225,7 +228,7 @@ def checks_table(found: list[Comparison]) -> pd.DataFrame:
 
 def tolerances_table() -> pd.DataFrame:
     """Each tolerance and why it is what it is."""
-    rows = [_EXACT, *TOLERANCES.values()]
+    rows = [EXACT, *TOLERANCES.values()]
     return pd.DataFrame(
         {
             "what": [limit.name for limit in rows],
@@ -235,24 +238,20 @@ def tolerances_table() -> pd.DataFrame:
     )
 
 
-def mismatches_table(found: list[Comparison], most: int = 40) -> pd.DataFrame:
+def mismatches_table(checked: pd.DataFrame, most: int = 40) -> pd.DataFrame:
     """The values that do not match, the furthest from what is allowed first, at most so many."""
-    bad = [(c.name, check) for c in found for check in c.checks() if not check.matches]
-
-    def excess(named: tuple[str, Check]) -> float:
-        limit = named[1].tolerance
-        return named[1].difference / (limit.absolute or limit.relative or 1e-9)
-
-    bad.sort(key=excess, reverse=True)
+    allowed = checked.limit.map(lambda limit: limit.absolute or limit.relative or 1e-9)
+    order = (checked.difference / allowed)[~checked.matches].sort_values(ascending=False, kind="stable")
+    bad = checked.loc[order.index[:most]]
     return pd.DataFrame(
         {
-            "run": [check.run for _, check in bad[:most]],
-            "what": [f"{check.record}: {check.name}" for _, check in bad[:most]],
-            "machine": [name for name, _ in bad[:most]],
-            "here": [_text(check.here) for _, check in bad[:most]],
-            "there": [_text(check.there) for _, check in bad[:most]],
+            "run": bad.run,
+            "what": bad.record + ": " + bad.name,
+            "machine": bad.machine,
+            "here": bad.here.map(_text),
+            "there": bad.there.map(_text),
         }
-    )
+    ).reset_index(drop=True)
 
 
 def _text(value: object) -> str:
@@ -299,7 +298,7 @@ def time_ratios(found: list[Comparison]) -> pd.DataFrame:
     """Time here over time there, for each pair with repeats, by phase and in total.
 
     Columns: ``machine``, ``run``, ``record``, ``phase``, ``value``, ``low`` and ``high``, the 95% bootstrap
-    interval of the ratio of medians, ``is_tie``, and ``is_contended`` if either side says that it was.
+    interval of the ratio of medians, and ``is_contended`` if either side says that it was.
     """
     rows = []
     for comparison in found:
@@ -319,7 +318,6 @@ def time_ratios(found: list[Comparison]) -> pd.DataFrame:
                         "value": ratio.value,
                         "low": ratio.low,
                         "high": ratio.high,
-                        "is_tie": ratio.is_tie,
                         "is_contended": bool(here.get("is_contended") or there.get("is_contended")),
                     }
                 )
@@ -333,8 +331,8 @@ def seconds_ratios(found: list[Comparison]) -> pd.DataFrame:
         for here, there in comparison.pairs:
             for name, value in here.items():
                 if name.endswith("_s") and not name.endswith("_per_s") and value and there.get(name):
-                    key = (comparison.name, f"{here['kind']}: {name.removesuffix('_s')}")
-                    ratios.setdefault(key, []).append(value / there[name])
+                    what = f"{here['kind']}: {name.removesuffix('_s')}"
+                    ratios.setdefault((what, comparison.name), []).append(value / there[name])
     return pd.DataFrame(
         [
             {
@@ -344,7 +342,7 @@ def seconds_ratios(found: list[Comparison]) -> pd.DataFrame:
                 "here ÷ there": f"{np.median(values):.2f}",
                 "range": f"{min(values):.2f}–{max(values):.2f}",
             }
-            for (machine, what), values in ratios.items()
+            for (what, machine), values in ratios.items()
         ]
     )
 
@@ -367,50 +365,3 @@ def times_table(ratios: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def times_figure(ratios: pd.DataFrame) -> Figure:
-    """Total time here over there with its interval, and each phase's ratio, on logarithmic axes.
-
-    A panel for each machine of a frame that `time_ratios` made, and a row for each record; 1, the same time,
-    is a line.
-    """
-    rows = list(dict.fromkeys(zip(ratios.run, ratios.record, strict=True)))
-    machines = list(dict.fromkeys(ratios.machine))
-    colours = {**figures.PHASE_COLOURS, "total": "#000000"}
-    # Not in `cemb.report.figures`, which every notebook reaches: an edit there makes all of the study stale.
-    # Beyond this function, for drawings get their bytes when they are saved.
-    plt.rcParams.update(figures.STYLE)
-    figure, panels = plt.subplots(
-        1, len(machines), sharey=True, squeeze=False, figsize=(9, 1.2 + 0.2 * len(rows))
-    )
-    for machine, axes in zip(machines, panels[0], strict=True):
-        for phase, colour in colours.items():
-            own = ratios[(ratios.phase == phase) & (ratios.machine == machine)]
-            places = [rows.index(key) for key in zip(own.run, own.record, strict=True)]
-            # The ratio of medians may lie outside of what the bootstrap draws.
-            error = np.maximum([own.value - own.low, own.high - own.value], 0)
-            axes.errorbar(
-                own.value,
-                places,
-                xerr=error if phase == "total" else None,
-                fmt="o" if phase == "total" else "|",
-                color=colour,
-                markersize=5,
-                label=phase,
-                linestyle="none",
-            )
-        axes.axvline(1, color=figures.GREY, linewidth=1)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        low, high = axes.get_xlim()
-        labelled = "25" if high < 100 * low else ""  # beyond two decades there is no room for more
-        axes.xaxis.set_minor_formatter(
-            lambda value, _, labelled=labelled: f"{value:g}" if f"{value:e}"[0] in labelled else ""
-        )
-        axes.set(xlabel=f"time here ÷ time of\n{machine}")
-    names = [f"{run}: {record}" for run, record in rows]
-    panels[0, 0].set_yticks(range(len(rows)), names, fontsize=7)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper right")
-    return figure

@@ -1,14 +1,49 @@
-"""The records as tables to take away: CSV, and the explorer's script."""
-
-import csv
-import io
-import json
+"""The chapter on the data: the PMI matrix, and what counting takes."""
 
 import pandas as pd
 
-from cemb.report.select import frame, pick
+from cemb.report.provenance import Numbers, label, of
+from cemb.report.quality import optimum
+from cemb.report.select import pick, reference
 from cemb.report.stats import time_ratio
+from cemb.report.text import machine
 from cemb.study.records import Record
+
+STAGES = {
+    "read and number the tokens": "encode_s",
+    "count co-occurrences": "count_s",
+    "PMI": "pmi_s",
+    "truncated SVD": "optimum_s",
+}
+
+
+def numbers(found: list[Record]) -> Numbers:
+    """What the page's text says, by name, of this machine's matrix and of two measurements of references."""
+    pmi, svd = pick(found, kind="pmi"), optimum(found)
+    (scaling_name, scaling), (counting_name, counting) = reference("scaling"), reference("counting")
+    first = pick(counting, case="cemb")
+    names = ("num_tokens", "num_words", "num_counted_cells", "num_stored_cells")
+    pairs = ("wordsim353_pairs", "simlex999_pairs")
+    of_counting = {"counting_tokens": first["num_tokens"], "counting_words": first["vocab_size"]}
+    return {
+        **of(pmi, **{name: pmi[name] for name in (*names, "window_size", "min_count", "rank")}),
+        **of(pmi, corpus=pmi["corpus_fingerprint"], density=100 * pmi["density"]),
+        **of(pmi, mean_value=pmi["mean_stored_value"], explained=100 * pmi["optimum_explained_share"]),
+        **of(None, smoothing=pmi["context_smoothing"]),
+        **of(svd, **{name: svd[name] for name in pairs}),
+        **of(None, **{f"{name}_total": svd[f"{name}_total"] for name in pairs}),
+        **of(None, questions=svd["analogies_questions"], questions_total=svd["analogies_questions_total"]),
+        **of(label(scaling_name, "scaling"), scaling_name=scaling_name),
+        **of(None, scaling_machine=machine(scaling), scaling_words=scaling[0]["vocab_size"]),
+        **of(label(counting_name, "counting"), counting_name=counting_name),
+        **of(None, counting_machine=machine(counting), **of_counting),
+    }
+
+
+def stages_table(found: list[Record]) -> pd.DataFrame:
+    """Seconds of each stage from text to the best factorization."""
+    pmi = pick(found, kind="pmi")
+    return pd.DataFrame({"what": list(STAGES), "seconds": [f"{pmi[name]:.1f}" for name in STAGES.values()]})
 
 
 def counting_table(found: list[Record]) -> pd.DataFrame:
@@ -23,21 +58,3 @@ def counting_table(found: list[Record]) -> pd.DataFrame:
             "times ours": ["1" if r is ours else str(time_ratio(r, ours, field="count_s")) for r in rows],
         }
     )
-
-
-def csv_text(found: list[Record], kind: str) -> str:
-    """Records of a kind as CSV, one row each, every field a column; lists as JSON."""
-    rows = frame(found, kind)
-    for name in rows.columns:
-        rows[name] = rows[name].map(lambda cell: json.dumps(cell) if isinstance(cell, list) else cell)
-    text: str = rows.to_csv(index=False, lineterminator="\n")
-    return text
-
-
-def explorer_data(found: list[Record]) -> str:
-    """The script that hands the explorer the CSV files' columns and cells, by kind."""
-    data = {}
-    for kind in ("speed", "quality", "frontier"):
-        columns, *rows = csv.reader(io.StringIO(csv_text(found, kind)))
-        data[kind] = {"columns": columns, "rows": rows}
-    return f"window.cembRecords = {json.dumps(data, ensure_ascii=False)};\n"

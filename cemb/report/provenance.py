@@ -4,7 +4,7 @@ import functools
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from cemb.study import grid as study_grid
 from cemb.study import records
 from cemb.study import run as study_run
 from cemb.study.identity import RULE, Code
+
+# What a page glues, by name: a value, and where it comes from, as `glue` takes them.
+Numbers = dict[str, tuple[object, Mapping[str, Any] | str | None]]
 
 VERSIONS = ("python_version", *(f"{package}_version" for package in records.KEY_PACKAGES))
 
@@ -100,6 +103,17 @@ def glue(name: str, value: object, source: Mapping[str, Any] | str | None) -> No
         else:
             metadata["provenance"] = label(source["run"])
     IPython.display.display(data, raw=True, metadata=metadata)
+
+
+def of(source: Mapping[str, Any] | str | None, **values: object) -> Numbers:
+    """Numbers of one source, as `glue` takes it."""
+    return {name: (value, source) for name, value in values.items()}
+
+
+def glue_all(numbers: Numbers) -> None:
+    """`glue` each of a chapter's numbers."""
+    for name, (value, source) in numbers.items():
+        glue(name, value, source)
 
 
 def study_command(run: study_grid.Run, grid: str) -> str:
@@ -208,17 +222,23 @@ def _runs(machine: str, kind: str, found: list[records.Record]) -> list[str]:
     return ["", "Its runs, and what runs each again:", *lines] if lines else []
 
 
-@functools.cache
+_SHOWN = 3  # definitions that a line about staleness names
+
+
 def _changed_since(commit: str, entry: str, device: str) -> str | None:
-    """What a notebook or module reaches that changed since a commit, or that git cannot tell."""
+    """What a notebook or module reaches that changed since a commit, or why that cannot be told."""
     try:
         then = Code.of_commit(records.ROOT, commit)
     except LookupError as error:
         return f"code: {error}"
     now = Code.of_folder(records.PACKAGE)
-    before, after = (_entry(code, entry) for code in (then, now))
+    if entry.endswith(".ipynb"):
+        texts = then.text(f"notebooks/{entry}"), (study_grid.NOTEBOOKS / entry).read_text(encoding="utf-8")
+        before, after = (None if text is None else study_run.code_of(text) for text in texts)
+    else:
+        before, after = (_use_of(code, entry) for code in (then, now))
     if before is None or after is None:
-        return f"code: {entry} is not of commit {commit[:10]}"
+        return f"code: {entry} is not of {f'commit {commit[:10]}' if before is None else 'the present code'}"
     earlier = then.reach(before, device).definitions()
     changed = now.reach(after, device).changes(earlier, with_ways=False)
     if not changed:
@@ -227,19 +247,18 @@ def _changed_since(commit: str, entry: str, device: str) -> str | None:
     return f"code: since {commit[:10]} {', '.join(changed[:_SHOWN])}{more}"
 
 
-_SHOWN = 3  # definitions that a line about staleness names
+def _use_of(code: Code, module: str) -> str | None:
+    """Python source that reaches all of a module; None if the code has none of that name."""
+    names = code.modules_named(module)
+    return f"import {names[0]}\n{names[0]}" if names else None
 
 
-def _entry(code: Code, entry: str) -> str | None:
-    """Python source that reaches what a notebook or a module's measurement does."""
-    if entry.endswith(".ipynb"):
-        text = code.text(f"notebooks/{entry}") or (study_grid.NOTEBOOKS / entry).read_text(encoding="utf-8")
-        return study_run.code_of(text)
-    modules = code.modules_named(entry)
-    return f"import {modules[0]}\n{modules[0]}" if modules else None
-
-
-def _code_staleness(record: records.Record, kind: str, runs: Mapping[str, study_grid.Run]) -> str | None:
+def _code_staleness(
+    record: records.Record,
+    kind: str,
+    runs: Mapping[str, study_grid.Run],
+    changed_since: Callable[[str, str, str], str | None],
+) -> str | None:
     entry, commit = MEASUREMENTS[kind].module, record["git_commit"]
     if entry is None:
         run = runs.get(record["run"])
@@ -250,7 +269,7 @@ def _code_staleness(record: records.Record, kind: str, runs: Mapping[str, study_
         entry = run.notebook
     if not commit:
         return "code: of no commit"
-    change = _changed_since(commit, entry, record.get("device") or "cpu")
+    change = changed_since(commit, entry, record.get("device") or "cpu")
     if change and kind == "records" and record.get("code_rule") != RULE:
         return change.replace("code:", "code: keyed by an earlier rule;", 1)
     return change
@@ -277,6 +296,7 @@ def published_staleness() -> list[Stale]:
     """
     runs = {run.name: run for run in study_grid.study_runs("full")}
     now = records.environment()
+    changed_since = functools.cache(_changed_since)  # for this call: the code may change until the next
     found: dict[tuple[str, str, str], dict[str, None]] = {}
     for machine, kind, published_records in published():
         for record in published_records:
@@ -285,7 +305,7 @@ def published_staleness() -> list[Stale]:
                 for name in VERSIONS
                 if record.get(name) != now[name]
             ]
-            if code := _code_staleness(record, kind, runs):
+            if code := _code_staleness(record, kind, runs, changed_since):
                 changed.insert(0, code)
             if changed:
                 stale = found.setdefault((machine, kind, "; ".join(changed)), {})

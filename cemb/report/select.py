@@ -1,6 +1,7 @@
 """Which records the pages show, and how one is found among them."""
 
 import os
+from typing import Any
 
 import pandas as pd
 
@@ -9,16 +10,31 @@ from cemb.study import grid, records, run
 from cemb.study.records import Record
 
 
-def book_runs() -> list[grid.Run]:
-    """The runs the book shows: of the grid $CEMB_GRID on the corpus $CORPUS, by default the full study."""
+def book_runs(grid_name: str | None = None) -> list[grid.Run]:
+    """The runs the book shows: of the grid $CEMB_GRID, unless named, on the corpus $CORPUS."""
     return grid.study_runs(
-        os.environ.get("CEMB_GRID") or "default", os.environ.get("CORPUS") or corpora.DEFAULT_CORPUS
+        grid_name or os.environ.get("CEMB_GRID") or "default",
+        os.environ.get("CORPUS") or corpora.DEFAULT_CORPUS,
     )
 
 
 def load() -> list[Record]:
     """The records the book shows; FileNotFoundError if one is missing or stale."""
     return run.current_records(book_runs())
+
+
+def of_runs(found: list[Record], notebook: str, **parameters: Any) -> list[Record]:
+    """The records of those runs of a notebook that were asked for these parameters, whatever their names.
+
+    A parameter of None is one that the run leaves to the notebook. Runs are those of the book's grid, and of
+    the full one, which published records are of.
+    """
+    names = {
+        name
+        for name, run in {run.name: run for run in (*book_runs("full"), *book_runs())}.items()
+        if run.notebook == notebook and all(run.parameters.get(key) == parameters[key] for key in parameters)
+    }
+    return [record for record in found if record.get("run") in names]
 
 
 # What two records of a matrix have the same if the matrices are.

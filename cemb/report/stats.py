@@ -45,9 +45,7 @@ class Ratio:
         return f"{self.value:.1f} times slower"
 
 
-def time_ratio(
-    numerator: Record, denominator: Record, num_bootstrap: int = 2000, *, field: str = "total_ms"
-) -> Ratio:
+def time_ratio(numerator: Record, denominator: Record, *, field: str = "total_ms") -> Ratio:
     """Median time of one record over another's, in a field that has its repeats.
 
     To be fair, both come from the same run.
@@ -56,7 +54,7 @@ def time_ratio(
     medians = []
     for record in (numerator, denominator):
         repeats = np.array(record[f"{field}_repeats"])
-        samples = rng.integers(len(repeats), size=(num_bootstrap, len(repeats)))
+        samples = rng.integers(len(repeats), size=(2000, len(repeats)))
         medians.append(np.median(repeats[samples], axis=1))
     low, high = np.percentile(medians[0] / medians[1], [2.5, 97.5])
     return Ratio(numerator[field] / denominator[field], float(low), float(high))

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from cemb.report import labels
 from cemb.report.select import trainings
 from cemb.study.records import Record
 
@@ -31,8 +33,10 @@ def contended_mark(record: Record) -> str:
 
 def record_name(record: Record) -> str:
     """What a record is of, in its run: a speed case, a method at a ratio, a table; and its seed."""
-    name = record.get("label") or record.get("method") or record.get("table") or record["kind"]
-    parts = [str(name)]
+    if record.get("label"):
+        parts = [labels.timed(record)]
+    else:
+        parts = [labels.trained(record.get("method") or record.get("table") or record["kind"])]
     if record.get("num_embeddings") is not None:
         parts.append(f"{record['num_embeddings']:,} rows")
     if record.get("asked_ratio") is not None:
@@ -57,6 +61,12 @@ def compression_name(record: Record) -> str:
     if record["compression_ratio"] == 1:
         return "hashed, same size"
     return f"hashed, {record['compression_ratio']:.3g}× smaller"
+
+
+def quartiles_text(repeats: Sequence[float], digits: int = 1) -> str:
+    """The first and the third quartile of a record's repeats."""
+    low, high = np.percentile(repeats, [25, 75])
+    return f"{low:,.{digits}f}–{high:,.{digits}f}"
 
 
 NOT_MEASURED = "(not measured)"

@@ -31,18 +31,8 @@ from cemb.train.similarity import neighbours
 SYNTHETIC = "synthetic"
 # A synthetic word is its topic's name and two letters, so that neighbours show whether topics were found.
 TOPICS = (
-    "bird",
-    "cloud",
-    "fish",
-    "grain",
-    "harbour",
-    "king",
-    "metal",
-    "music",
-    "river",
-    "stone",
-    "tree",
-    "water",
+    *("bird", "cloud", "fish", "grain", "harbour", "king"),
+    *("metal", "music", "river", "stone", "tree", "water"),
 )
 COMMON = ("the", "of", "and", "to", "in", "that", "is", "with")
 

@@ -446,7 +446,7 @@ class Reached:
 
         then, now = by_name(before), by_name(self.definitions())
         added = [now[key] for key in now.keys() - then.keys()]
-        removed = {then[key].split(".")[-1]: then[key] for key in then.keys() - now.keys()}
+        removed = {then[key].split(".")[-1]: then[key] for key in sorted(then.keys() - now.keys())}
         found = []
         for name in sorted(added):
             changed = removed.pop(name.split(".")[-1], None)

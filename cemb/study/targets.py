@@ -66,11 +66,11 @@ def targets() -> list[Target]:
         small, blocks = _hashed(SMALL, 1), _hashed(SMALL, BLOCK)
         found += [
             Target(f"pool {SMALL:,}, block {BLOCK} / best peer", 0.20, o, blocks, peers),
-            Target(f"pool {SMALL:,}, block {BLOCK} / our fused full table", 0.75, o, blocks, (fused,)),
+            Target(f"pool {SMALL:,}, block {BLOCK} / full table, same kernels", 0.75, o, blocks, (fused,)),
             Target(f"pool {SMALL:,}, block 1 / best peer", 0.60, o, small, peers),
             Target(f"pool {SMALL:,}, block 1 / torch.compile", 0.25, o, small, (compiled[0],)),
             Target(f"pool {LARGE:,}, block {BLOCK} / best peer", 0.60, o, _hashed(LARGE, BLOCK), peers),
-            Target("our fused full table / best peer", 0.35, o, fused, peers),
+            Target("full table, same kernels / best peer", 0.35, o, fused, peers),
             Target("10^9 rows / 10^6 rows", 1.3, o, {**blocks, "num_embeddings": HUGE_TABLE}, (blocks,), "0"),
         ]
     large = Target(

@@ -10,7 +10,7 @@ from cemb.report import provenance, select
 
 CODE = re.compile(r"^```\{code-cell\} ipython3\n((?::[^\n]*\n)*)(.*?)^```$", re.DOTALL | re.MULTILINE)
 PASTED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`]*))?`")
-CHAPTERS = ("index", "quality", "frontier", "records", "speed", "data", "compare")
+CHAPTERS = ("index", "quality", "frontier", "records", "speed", "data", "compare", "rivals", "gpu")
 
 
 @pytest.fixture(params=["the reference's corpus", "another"])
@@ -30,6 +30,8 @@ def test_a_chapter_is_made_of_a_default_study(own, chapter, monkeypatch):
     text = (ROOT / "book" / f"{chapter}.md").read_text()
     cells = CODE.findall(text)
     assert cells
+    hidden = [code for options, code in cells if "remove-cell" in options]
+    assert all(code.count("\n") <= 15 for code in hidden)  # the page's source reads as prose
     names = {"__name__": chapter}
     for _, code in cells:
         exec(compile(code, chapter, "exec"), names)

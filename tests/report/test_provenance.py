@@ -42,6 +42,7 @@ def test_the_end_of_a_run_page_says_all_that_it_takes_to_get_its_numbers_again()
             run=run.name,
             kind="speed",
             label="full, dense gradients",
+            table="full",
             optimizer="sgd",
             code_hash="0123456789abcdef",
             total_ms_repeats=[1.5, 2.25],
@@ -97,6 +98,11 @@ def test_every_published_file_has_a_page_and_a_command_that_parses():
             assert asked["out"] == Path(f"results/local/{kind}.jsonl")
 
 
+def _git(folder, *arguments):
+    command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
 @pytest.fixture
 def reference(monkeypatch, tmp_path):
     """A repository with one commit, and a reference measured by its benchmark and by the speed notebook."""
@@ -110,36 +116,27 @@ def reference(monkeypatch, tmp_path):
     }.items():
         (package / f"{name}.py").write_text(text)
 
-    def git(*arguments):
-        identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
-        done = subprocess.run(
-            ["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
     (tmp_path / "notebooks").mkdir()
     notebook = {"cells": [{"cell_type": "code", "source": ["from cemb import bench\n", "bench.run()"]}]}
     (tmp_path / "notebooks" / "speed.ipynb").write_text(json.dumps(notebook))
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-q", "-m", "first")
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "first")
     folder = tmp_path / "results" / "reference" / "mine"
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "PACKAGE", package)
     for module in (grid, study_run):
         monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(grid, "study_runs", lambda grid: [_speed_run_of_the_study])
-    provenance._changed_since.cache_clear()
 
     def write(bench=None, speed=None):
-        place = _place(git_commit=git("rev-parse", "HEAD"))
+        place = _place(git_commit=_git(tmp_path, "rev-parse", "HEAD"))
         records.write([{**place, "kind": "rates", **(bench or {})}], folder / "bench.jsonl")
         code = {"code_hash": study_run.reached(_speed_run_of_the_study).hash, "code_rule": RULE}
         speed = {**place, "run": "speed-sgd-262144", "kind": "speed", **code, **(speed or {})}
         records.write([speed], folder / "records.jsonl")
 
-    yield write, package
-    provenance._changed_since.cache_clear()
+    return write, package
 
 
 def _why():
@@ -170,8 +167,17 @@ def test_records_of_an_earlier_rule_are_judged_by_their_commit(reference):
     write(speed={"code_hash": "old", "code_rule": None})
     assert _why() == {}
     (package / "timing.py").write_text("LIMIT = 2\n")
-    provenance._changed_since.cache_clear()
     assert _why()["records", ("speed-sgd-262144",)].startswith("code: keyed by an earlier rule; since ")
+
+
+def test_a_notebook_that_the_commit_lacks_is_told(reference):
+    write, package = reference
+    _git(package.parent, "mv", "notebooks/speed.ipynb", "notebooks/time.ipynb")
+    _git(package.parent, "commit", "-q", "-m", "renamed")
+    _git(package.parent, "mv", "notebooks/time.ipynb", "notebooks/speed.ipynb")
+    write(speed={"code_hash": "old"})
+    why = _why()["records", ("speed-sgd-262144",)]
+    assert re.fullmatch(r"code: speed\.ipynb is not of commit [0-9a-f]{10}", why)
 
 
 def test_versions_and_code_of_published_runs_are_told(reference):

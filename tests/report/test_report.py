@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT, of_the_default_grid
 
-from cemb.report import answer, figures, frontier, gpu, rivals, select, stats
+from cemb.report import answer, export, figures, frontier, gpu, labels, rivals, select, stats
 from cemb.report import data as report_data
 from cemb.report import quality as report_quality
 from cemb.report import speed as report_speed
@@ -80,12 +80,12 @@ def test_decisions_and_failures_are_shown(found):
     assert list(table.loc["48× in training"]) == ["none", "", "", "none"]
     points, failed = frontier.frontier_table(found)
     assert list(points.table) == ["hashed", "hashed", "transform coding"]
-    assert failed == ["low-rank at 64: max_bytes must be at least 9, got 3"]
+    assert failed == ["trained low-rank at 64: max_bytes must be at least 9, got 3"]
 
 
 def test_no_frontier_is_said():
     with pytest.raises(LookupError, match="no record of kind 'frontier'"):
-        frontier.frontier_frame([])
+        frontier.median_points([])
 
 
 def test_seconds_are_until_the_gap_is_first_small():
@@ -96,7 +96,7 @@ def test_seconds_are_until_the_gap_is_first_small():
 
 def test_the_frontier_is_drawn_with_its_ranges(found):
     figure = figures.frontier(
-        frontier.frontier_frame(found), [{"ratio": 8.0, "components": 0.005, "rows": 0.002}]
+        pd.DataFrame(frontier.median_points(found)), [{"ratio": 8.0, "components": 0.005, "rows": 0.002}]
     )
     inference, training = figure.axes
     labels = inference.get_legend_handles_labels()[1]
@@ -149,14 +149,14 @@ def trained(found):
         _trained("mini-batch-full", "full-fused", 0.3, inference_bytes=400, **mini),
         *(_trained("mini-batch-hashed-4-times", "hashed", gap, seed=gap, **mini) for gap in (0.7, 0.6, 0.65)),
         _trained("mini-batch-clustered-4-times", "clustered", None, failure="diverged", **mini),
-        _trained("growth-full-1000", "full", 0.002),
-        *(_trained("growth-hashed-1000", "hashed", gap, compression_ratio=0.5) for gap in (0.2, 0.1)),
+        _trained("growth-full-2500", "full", 0.002),
+        *(_trained("growth-hashed-2500", "hashed", gap, compression_ratio=0.5) for gap in (0.2, 0.1)),
     ]
 
 
 def test_mini_batches_stand_beside_full_batches_of_the_same_bytes(trained):
     table = report_quality.mini_batch_table(trained).set_index("table")
-    assert list(table.index) == ["full", "hashed", "clustered"]
+    assert list(table.index) == ["full table", "hashed", "clustered"]
     assert list(table["gap, mini-batches"]) == ["0.300", "0.650 (0.600 to 0.700)", "failed"]
     assert list(table["gap, full batches"]) == ["0.003", "0.610", "not measured"]
     assert report_quality.mini_batch_table(trained[:8]).empty
@@ -172,25 +172,24 @@ def test_growth_ends_with_the_whole_vocabulary(trained):
     assert list(table.words) == ["1,000", "9,000"]
     assert list(table["× smaller"]) == ["0.5", "4.0"]
     assert list(table["hashed, gap"]) == ["0.100 (0.100 to 0.200)", "0.800"]
-    assert list(table["full, gap"]) == ["0.002", "0.003"]
-    assert report_speed.growth_speed(trained).empty
+    assert list(table["full table, gap"]) == ["0.002", "0.003"]
+    assert report_speed.growth_records(trained) == []
     # What is not of the quality study is not in its own tables.
     assert len(report_quality.quality_table(trained, "full-batch")) == 3
     assert len(report_quality.quality_table(trained, "mini-batch")) == 1
 
 
 def test_points_are_those_asked_for(trained):
-    assert frontier.point_text(trained, "hashed", 16.0) == "0.900"
-    assert frontier.point_text(trained, "full") == "0.003"
+    assert frontier.point(trained, "hashed", 16.0)["gap"] == 0.9
+    assert frontier.point(trained, "full")["gap"] == 0.003
     assert frontier.point(trained, "hashed", 8) is None
-    assert frontier.point_text(trained, "hashed", 8) == "(not measured)"
-    assert frontier.point_text(trained, "low-rank", 64) == "failed"
+    assert report_text.gap_text(frontier.point(trained, "low-rank", 64)) == "failed"
 
 
 def test_the_trivial_table_is_the_first_at_the_same_bytes(trained):
     table = frontier.same_bytes_table([*trained, _point(frontier.TRIVIAL, 0.2)])
     assert list(table.columns) == ["table", "4×", "16×", "64×"]
-    assert list(table.iloc[0]) == [frontier.TRIVIAL, "0.200", "", ""]
+    assert list(table.iloc[0]) == ["rank-r SVD, then int8", "0.200", "", ""]
     assert list(table.set_index("table").loc["hashed"])[1:] == ["0.900", ""]
 
 
@@ -203,10 +202,9 @@ def test_words_for_what_beats_the_trivial_table(trained):
         _point("low-rank", 0.6, ratio=16.0),
         _point("clustered", 0.5, ratio=4.0),
     ]
-    assert frontier.beats_trivial(points, 16.0) == "transform coding, low-rank"
+    assert frontier.beats_trivial(points, 16.0) == "transform coding, trained low-rank"
     points.append(_point(frontier.TRIVIAL, 0.1, ratio=4.0))
     assert frontier.beats_trivial(points, 4.0) == "none"
-    assert frontier.point_text(points, "int8", digits=4) == "0.0001"
 
 
 def test_gaps_whose_seeds_overlap_are_tied():
@@ -219,13 +217,16 @@ def test_gaps_whose_seeds_overlap_are_tied():
         *seeds("clustered", 0.55, 0.57),
         *seeds("hybrid", 0.50, ratio=2.0),
     ]
-    assert frontier.best_method_text(points, "inference", 4) == "hashed (tied with low-rank)"
+    assert frontier.best_method_text(points, "inference", 4) == "hashed (tied with trained low-rank)"
     assert frontier.best_method_text(points, "inference", 2) == "hybrid (tied with hashed)"
     assert frontier.best_method_text(points, "inference", 5) == "none"
     uses = frontier.decisions(points).set_index("fewer bytes").use
-    assert uses["4× at inference"] == "hashed (tied with low-rank), 4.0×"
+    assert uses["4× at inference"] == "hashed (tied with trained low-rank), 4.0×"
     trivial = seeds(frontier.TRIVIAL, 0.565)
-    assert frontier.beats_trivial([*points, *trivial], 4.0) == "hashed, clustered (a tie), low-rank (a tie)"
+    assert (
+        frontier.beats_trivial([*points, *trivial], 4.0)
+        == "hashed, clustered (a tie), trained low-rank (a tie)"
+    )
     failed = {"gap": None}
     assert not stats.gaps_tie({"gap": 0.5}, failed)
     assert stats.gaps_tie({"gap": 0.5}, {"gap": 0.6, "gap_low": 0.4, "gap_high": None})
@@ -278,14 +279,20 @@ _BENCH_RATES = {
 def test_steps_in_one_pass_stand_beside_the_usual_ones():
     one_pass = _bench_record("full-fused", 2.0, one_pass=True, label="full-fused, one pass")
     found = [_BENCH_RATES, _bench_record("full-fused", 4.0), _bench_record("full", 10.0), one_pass]
-    assert rivals.bench_frame(found).table.tolist() == ["full-fused", "full-fused, one pass", "full"]
+    assert rivals.bench_frame(found).table.tolist() == [
+        "full table, same kernels",
+        "full table, same kernels, one pass",
+        "full table, PyTorch",
+    ]
     (row,) = rivals.targets_table(found).to_dict("records")
     assert row["ratio"].startswith("0.20 (")
     assert row["by autograd"] == "0.40"
 
 
 def test_a_target_within_the_noise_is_undecided():
-    (target, *_) = (t for t in targets.targets() if t.name.startswith("our fused") and t.optimizer == "sgd")
+    (target, *_) = (
+        t for t in targets.targets() if t.name.startswith("full table, same kernels") and t.optimizer == "sgd"
+    )
 
     def verdict(ours):
         found = [_BENCH_RATES, _bench_record("full-fused", ours), _bench_record("full", 10.0)]
@@ -296,8 +303,45 @@ def test_a_target_within_the_noise_is_undecided():
     assert verdict(10 * target.limit + 2).endswith("), missed")
 
 
+def test_tables_have_one_name_each():
+    _, found = select.reference("bench")
+    speeds = [record for record in found if record["kind"] == "speed"]
+    names = {record["label"]: labels.timed(record) for record in speeds}
+    assert len(set(names.values())) == len(names)
+    assert names["full, sparse gradients"] == "full table, PyTorch, sparse gradients"
+    assert names["full-fused, one pass"] == "full table, same kernels, one pass"
+    assert names["hashed, pool 262,144, block 1"] == "hashed, pool 262,144, block 1"
+    assert not [name for name in names.values() if re.search("fused|reference|compiled", name)]
+    methods = [method for group in grid.FRONTIER.values() for method in group]
+    assert len({labels.trained(method) for method in methods}) == len(methods)
+    assert labels.trained("low-rank, then int8") == "trained low-rank, then int8"
+
+
+def test_records_are_found_by_what_their_runs_were_asked_for():
+    _, found = select.reference("records")
+    for optimizer in grid.OPTIMIZERS:
+        for pool_size in grid.POOL_SIZES:
+            own = report_speed.run_records(found, optimizer, pool_size)
+            assert {r["optimizer"] for r in own} == {optimizer}
+            assert {r["pool_size"] for r in own if r["table"] == "hashed"} == {pool_size}
+            assert len({r["run"] for r in own}) == 1
+            assert [r["label"] for r in own][:2] == ["full, dense gradients", "full, sparse gradients"]
+    rows = {r["num_embeddings"] for r in report_speed.growth_records(found) if r["table"] == "hashed"}
+    assert rows == {10**power for power in range(4, 10)}
+    for ratio in grid.COMPRESSION_RATIOS:
+        for power in (None, grid.WEIGHT_POWER):
+            record = report_quality.quality_record(found, "adam", compression_ratio=ratio, weight_power=power)
+            assert record["compression_ratio"] == pytest.approx(ratio, rel=1e-6)
+            assert record["weight_power"] == (power or 0)
+            assert (record["training"], record["pmi_max_vocab"]) == ("full-batch", None)
+    small = report_quality.quality_record(found, "sgd", pool_size=POOL)
+    assert (small["pool_size"], small["optimizer"]) == (POOL, "sgd")
+    renamed = [{**record, "run": f"of-old-{record['run']}"} for record in found]
+    assert select.of_runs(renamed, "speed.ipynb") == []
+
+
 def test_contended_records_are_marked():
-    speed = {**_speed("hashed", 1000), "kind": "speed", "label": "hashed"}
+    speed = {**_speed("hashed", 1000), "kind": "speed"}
     speed |= {f"{phase}_ms": 1.0 for phase in report_speed.PHASES}
     waited, free = {**speed, "is_contended": True}, {**speed, "is_contended": False}
     assert list(report_speed.speed_table([speed, waited, free]).table) == [
@@ -314,32 +358,35 @@ def test_minutes_are_from_the_first_record_to_the_last():
 
 
 def test_words_for_rounded_tables(trained):
-    assert frontier.rounding_cost(trained) == frontier.best_rounded(trained, 8) == "(not measured)"
+    assert frontier.rounding_cost(trained) == ("(not measured)", None)
+    assert frontier.rounded_text(frontier.best_rounded(trained, 8)) == "(not measured)"
     rounded = [
         {**_point("hashed, then int8", 0.55, ratio=8), "float32_gap": 0.5499},
         {**_point("clustered, then int8", 0.41, ratio=8), "float32_gap": 0.4085},
         {**_point("low-rank, then int8", None, ratio=8, failure="diverged"), "float32_gap": None},
     ]
-    assert frontier.rounding_cost([*trained, *rounded]) == "0.0015"
-    assert frontier.best_rounded([*trained, *rounded], 8) == "clustered, 0.410"
+    assert frontier.rounding_cost([*trained, *rounded]) == ("0.0015", rounded[1])
+    assert frontier.rounded_text(frontier.best_rounded([*trained, *rounded], 8)) == "clustered, 0.410"
 
 
 def test_words_for_growth(trained):
-    assert set(report_speed.growth_texts(trained).values()) == {"(not measured)"}
+    nothing = report_speed.growth_numbers(trained)
+    assert set(nothing.values()) == {("(not measured)", None)}
     shared = {"kind": "speed", "run": "growth-speed"}
     speed = [
         {**_speed("hashed", rows, 25), **shared, "total_ms": 2.0 + rows / 10**9} for rows in (1000, 10**9)
     ]
-    found = report_speed.growth_texts([*trained, *speed, {**_speed("full-fused", 10**6), **shared}])
-    assert found == {
-        "block_1": "(not measured)",
-        "block_25": "2.0 to 3.0",
-        "fewest": "1,000",
-        "most": "1,000,000,000",
-        "hashed_mib": "3",
-        "full_gib": "1,118",
+    found = report_speed.growth_numbers([*trained, *speed, {**_speed("full-fused", 10**6), **shared}])
+    assert {name: value for name, (value, _) in found.items()} == {
+        "growth_block_1": "(not measured)",
+        "growth_block_25": "2.0 to 3.0",
+        "growth_fewest": "1,000",
+        "growth_most": "1,000,000,000",
+        "growth_hashed_mib": "3",
+        "growth_full_gib": "1,118",
     }
-    assert set(found) == set(report_speed.growth_texts(trained))
+    assert {source["run"] for _, source in found.values()} == {"growth-speed"}
+    assert set(found) == set(nothing)
 
 
 def test_an_empty_table_says_so():
@@ -360,6 +407,7 @@ def test_curves_are_against_steps_and_seconds(trained):
 def _speed(table, rows, block=1):
     return {
         "table": table,
+        "label": table,
         "optimizer": "adam",
         "num_embeddings": rows,
         "embedding_dim": 100,
@@ -375,9 +423,9 @@ def test_growth_is_drawn_with_what_there_is(trained):
     speed = pd.DataFrame([_speed("full-fused", 1000), *(_speed("hashed", rows) for rows in (1000, 10**9))])
     figure = figures.growth(report_quality.growth_frame(trained), speed)
     quality, times, memory = figure.axes
-    assert quality.get_legend_handles_labels()[1] == ["full, gap", "hashed, gap"]
+    assert quality.get_legend_handles_labels()[1] == ["full table, gap", "hashed, gap"]
     assert times.get_ylabel() == "milliseconds a step"
-    (counted,) = [line for line in memory.lines if line.get_label() == "full, counted"]
+    (counted,) = [line for line in memory.lines if line.get_label() == "full table, counted"]
     # A value and Adam's two, 4 bytes each.
     assert counted.get_ydata()[1] == pytest.approx(10**9 * 100 * 12 / 2**20)
     plt.close(figure)
@@ -392,11 +440,11 @@ def test_compositions_are_drawn_beside_what_is_made_after_training(trained):
         _point("low-rank, then int8", 0.4),
         _point("transform coding", 0.01),
     ]
-    figure = figures.composition(frontier.frontier_frame(points))
+    figure = figures.composition(pd.DataFrame(frontier.median_points(points)))
     shown = [panel for panel in figure.axes if panel.get_visible()]
-    assert [panel.get_title() for panel in shown] == ["hashed", "low-rank"]
+    assert [panel.get_title() for panel in shown] == ["hashed", "trained low-rank"]
     plt.close(figure)
-    plt.close(figures.composition(frontier.frontier_frame(trained)))
+    plt.close(figures.composition(pd.DataFrame(frontier.median_points(trained))))
 
 
 def test_learning_rates_are_as_good_as_what_the_reference_found():
@@ -483,7 +531,7 @@ def test_the_benchmark_on_a_gpu_is_shown():
     speeds = [record for record in found if record["kind"] == "speed"]
     assert len(rows) * 2 == len(speeds)  # uniform and Zipf ids
     table = gpu.gpu_table(found, "adam")
-    sparse = table[table.table == "full, sparse gradients"].iloc[0]
+    sparse = table[table.table == "full table, PyTorch, sparse gradients"].iloc[0]
     assert sparse["as a graph (ms)"] == ""
     (record,) = (
         r for r in speeds if r["optimizer"] == "adam" and r["sparse_gradients"] and r["ids"] == "uniform"
@@ -564,7 +612,7 @@ def test_what_was_not_run_is_said(published):
     ]
     texts += [
         report_quality.best_optimizer_text(own, compression_ratio=16),
-        frontier.point_text(own, "hybrid", 4),
+        report_text.gap_text(frontier.point(own, "hybrid", 4)),
     ]
     assert texts == [report_text.NOT_MEASURED] * 5
 
@@ -573,7 +621,7 @@ def test_the_explorer_has_every_record():
     columns = {"label": ["a, b", 'say "c"'], "total_ms": [1.5, 2.0], "total_ms_repeats": [[1, 2], [2]]}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     found = [{"kind": kind, **row} for kind in ("speed", "quality", "frontier") for row in rows]
-    name, _, script = report_data.explorer_data(found).partition(" = ")
+    name, _, script = export.explorer_data(found).partition(" = ")
     assert name == "window.cembRecords"
     data = json.loads(script.removesuffix(";\n"))
     assert data["speed"]["columns"] == ["kind", *columns]

@@ -58,7 +58,11 @@ def test_peers_of_another_rule_can_be_left_out():
 
 
 def test_our_full_table_has_a_state_for_each_row_against_a_peer_that_has():
-    (target,) = (t for t in targets.targets() if t.optimizer == "adagrad" and t.name.startswith("our fused"))
+    (target,) = (
+        t
+        for t in targets.targets()
+        if t.optimizer == "adagrad" and t.name.startswith("full table, same kernels")
+    )
     found = [
         _record("full-fused", 10.0, optimizer="adagrad"),
         _record("full", 40.0, optimizer="adagrad"),

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, SCRATCH
 
 from cemb.model import COMPRESSED_TABLES
-from cemb.report import data, select
+from cemb.report import export, select
 from cemb.report import quality as report_quality
 from cemb.report import speed as report_speed
 from cemb.study import frontier, grid
@@ -309,15 +309,15 @@ def test_smoke_records(smoke, monkeypatch):
     table = report_speed.beside_original(found)
     assert len(table) == 9
     assert report_quality.quality_table(found, "full-batch").shape[0] == 15
-    assert list(report_quality.mini_batch_table(found).table) == ["full", "hybrid"]
+    assert list(report_quality.mini_batch_table(found).table) == ["full table", "hybrid"]
     # A vocabulary of its own, and the whole.
     assert list(report_quality.growth_table(found)["hashed, gap"] != "") == [True, True]
-    assert sorted(report_speed.growth_speed(found).num_embeddings) == [1000] * 3 + [10**9] * 2
+    assert sorted(r["num_embeddings"] for r in report_speed.growth_records(found)) == [1000] * 3 + [10**9] * 2
     for record in found:
         assert record["git_commit"] is None or len(record["git_commit"]) == 40
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
         select.pick(found, table="robe")
-    rows = list(csv.DictReader(io.StringIO(data.csv_text(found, "quality"))))
+    rows = list(csv.DictReader(io.StringIO(export.csv_text(found, "quality"))))
     assert len(rows) == 22
     trained = next(row for row in rows if row["training"] == "full-batch")
     assert json.loads(trained["history"])[0]["step"] == 0
