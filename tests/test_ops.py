@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import long
 from numba import njit
 
 from cemb import kernels, ops, reference
@@ -56,7 +57,7 @@ def test_places_in_groups_of_keys_are_the_specification(dim):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *long(torch.float64, torch.float16)])
 def test_lookup_equals_the_reference_bit_for_bit(spec, dtype):
     pool, ids = _pool(spec, dtype), _ids(spec, 4, 9)
     assert torch.equal(ops.hashed_lookup(pool, ids, spec), reference.hashed_lookup(pool, ids, spec))
@@ -225,7 +226,7 @@ def test_extreme_dropout_stays_a_16_bit_threshold(p):
 
 @pytest.mark.parametrize("shape", [(0, 2, 5), (3, 2, 1), (63, 2, 100), (9, 2, 33)])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *long(torch.float64)])
 def test_vector_scores_equal_the_reference(shape, p, dtype):
     vectors = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
     torch.manual_seed(9)
@@ -305,7 +306,7 @@ def _exact(weight, pairs, spec, drop, upstream):
 @pytest.mark.parametrize("spec", PAIR_SPECS)
 @pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("private_pool_limit", [0, 2**22])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *long(torch.bfloat16, torch.float16)])
 def test_pair_scores_are_close_to_float64(spec, p, private_pool_limit, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", private_pool_limit)
     weight, pairs = _pool(spec, dtype).requires_grad_(), _ids(spec, 61, 2)

@@ -474,7 +474,10 @@ def test_a_step_in_one_pass_in_float32(spec, name):
 
 @pytest.mark.parametrize(
     ("make", "spec"),
-    [(optim.RowwiseAdagrad, FullSpec(60, 100)), *long(*((optim.LazyAdam, spec) for spec in ONE_PASS_SPECS))],
+    [
+        (optim.RowwiseAdagrad, FullSpec(60, 100)),
+        *(pytest.param(optim.LazyAdam, spec, marks=pytest.mark.long) for spec in ONE_PASS_SPECS),
+    ],
     ids=["RowwiseAdagrad", *ONE_PASS_IDS],
 )
 def test_a_step_in_one_pass_is_a_backward_pass_and_a_step(make, spec):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import long
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported; imported earlier, it would want a GPU.
@@ -31,7 +32,7 @@ from cemb.train.losses import mse_loss  # noqa: E402
 from cemb.train.objective import AllCellsLoss  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, *long(torch.float16)]
 SPECS = [
     HashSpec(63, 100, 1000, block_size=block, signed=signed, hash_seed=5)
     for block in (1, 7, 25, 100)

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from conftest import ROOT, zipf_text
+from conftest import ROOT, long, zipf_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits, scipy_counts, streams, window_options
@@ -153,7 +153,7 @@ out_of_core.count(shards, sys.argv[2], vocab_size=400, workers=1)
 """
 
 
-@pytest.mark.parametrize("finished", [7, 29])
+@pytest.mark.parametrize("finished", [7, *long(29)])
 def test_a_killed_count_goes_on_where_it_was(tmp_path, monkeypatch, finished):
     ids = zipf_ids()
     shards = save_shards(tmp_path / "ids", ids, [9000])
@@ -220,6 +220,7 @@ print(peak_mib(lambda clock: write_pmi(CooccurrenceCounts(out), out + "-pmi", me
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_tokens", "vocab_size", "memory_mib"), [(24_000_000, 20_000, 64), (2_000_000, 10**6, 256)]
 )
@@ -313,6 +314,7 @@ def test_blocks_are_the_matrix(tmp_path):
     assert rows == 400
 
 
+@pytest.mark.long
 def test_a_cluster_that_loses_a_worker_loses_nothing(tmp_path, small_tasks):
     from distributed import LocalCluster
 

@@ -212,6 +212,7 @@ def test_the_tour_runs_without_a_browser_and_follows_its_sliders(tmp_path, monke
     assert f"{spec.locate(123_456_789, 0)[0]:,}" in located["text/html"]
 
 
+@pytest.mark.long
 def test_the_tour_passes_as_it_is_stored():
     environment = {**os.environ, "CEMB_RESULTS": str(SCRATCH / "results"), "TQDM_DISABLE": "1"}
     command = [sys.executable, "-m", "pytest", "--nbmake", "-p", "no:cacheprovider", str(NOTEBOOK)]

@@ -269,6 +269,7 @@ def test_compiling_beside_a_study_keeps_to_a_thread_and_stops_with_it(tmp_path, 
     assert not finished.exists()
 
 
+@pytest.mark.long
 def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):
     environment = {**smoke, "CEMB_RESULTS": str(tmp_path / "results")}
     command = [sys.executable, "-m", "cemb", "study", "--grid", "smoke", "--corpus", smoke["CORPUS"]]
