@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors of the user's input are one line on standard error and status 2."""
     try:
         return parse(sys.argv[1:] if arguments is None else arguments)() or 0
+    except ModuleNotFoundError as error:
+        print(f"cemb: {error}; the study's packages come with pip install 'cemb[study]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError, OverflowError) as error:
         print(f"cemb: {error}", file=sys.stderr)
         return 2

@@ -244,3 +244,34 @@ def test_reference_machines_reach_the_optimum(path):
     best = quality.best_quality(found)
     assert best["gap"] < 0.005
     assert svd["wordsim353_low"] <= best["wordsim353_score"] <= svd["wordsim353_high"]
+
+
+def _python(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_what_a_user_imports_is_listed_before_it_is_loaded():
+    code = """
+import sys, cemb
+assert {"HashedEmbedding", "FullEmbedding", "HashSpec", "PairModel", "optim"} <= set(dir(cemb))
+assert "torch" not in sys.modules
+from cemb import HashedEmbedding, PairModel, optim
+assert cemb.optim is optim and cemb.HashedEmbedding is HashedEmbedding
+"""
+    assert _python(code) == (0, "", "")
+
+
+def test_the_study_says_what_it_needs_where_that_is_missing():
+    status, _, error = _python("import sys; sys.modules['pandas'] = None; import cemb.report.stats")
+    assert status == 1
+    assert error.endswith("cemb.report needs pandas: pip install 'cemb[study]'\n")
+    code = f"""
+import sys; sys.modules["papermill"] = None
+from cemb import cli
+sys.exit(cli.main(["study", "--grid", "smoke", "--corpus", {str(ROOT / "README.md")!r}, "--run", "pmi"]))
+"""
+    status, _, error = _python(code)
+    assert status == 2
+    assert error.count("\n") == 1
+    assert error.endswith("the study's packages come with pip install 'cemb[study]'\n")
