@@ -21,6 +21,7 @@ def long(*values):
     return [pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """A worker runs a file's tests, which share compiled kernels; one runs all that need the smoke study."""
 
