@@ -285,8 +285,8 @@ def _rates(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     data = load_pmi(_pmi_config(arguments))
     found = []
-    for case in quality.rate_cases():
-        found.append(quality.search_rates(case, data))
+    for case in quality.learning_rate_cases():
+        found.append(quality.search_learning_rates(case, data))
         tried = ", ".join(
             f"{rate:g}: {'diverges' if gap is None else f'{gap:.4f}'}"
             for rate, gap in zip(found[-1]["rates"], found[-1]["gaps"], strict=True)

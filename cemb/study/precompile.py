@@ -13,7 +13,7 @@ from cemb.train.objective import AllCellsLoss
 def precompile() -> None:
     """Compile the kernels of training steps, where they are not yet, by using each on small tables."""
     for optimizer in OPTIMIZERS:
-        for pool_size in (1000, cpu.PRIVATE_POOL_LIMIT + 1):
+        for pool_size in (1000, cpu.threads.PRIVATE_POOL_LIMIT + 1):
             small = {"num_embeddings": 100, "embedding_dim": 32, "batch_size": 64}
             for case in comparison_cases(optimizer, pool_size, (1, 25), eager=False, **small):
                 Timed(case)(Clock())

@@ -18,13 +18,12 @@ from cemb import ops
 from cemb.kernels import cpu
 from cemb.model import TABLES, build_model
 from cemb.study import records, rivals, timing
-from cemb.study import sizes as study_sizes
+from cemb.study.sizes import POOL_SIZES
 from cemb.touched import advise_huge_pages
 from cemb.train.loops import ADAM_BETAS, OPTIMIZERS, make_optimizer
 from cemb.train.losses import mse_loss
 
 LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.05, "adam": 0.001}
-ORIGINAL_POOL_SIZES = (study_sizes.SMALL, study_sizes.LARGE)
 ORIGINAL_FULL_POOL_SIZES = (1, 8, 64, 512, *(32_768 * 8**i for i in range(5)), 100_000_000)
 ORIGINAL_FULL_BATCH_SIZES = (64, 512, 4096, 32_768)
 IDS = ("uniform", "zipf")
@@ -85,11 +84,11 @@ class SpeedCase:
         return f"{name}, one pass" if self.one_pass else name
 
     @property
-    def is_touched(self) -> bool:
-        """Whether `cemb.optim` updates the table: ours where visiting all of it would be the larger part."""
+    def has_sparse_updates(self) -> bool:
+        """Whether `cemb.optim` updates the table: ours where visiting all of it would take most of a step."""
         if self.device != "cpu":
             return False
-        is_large = self.pool_size is not None and self.pool_size > cpu.PRIVATE_POOL_LIMIT
+        is_large = self.pool_size is not None and self.pool_size > cpu.threads.PRIVATE_POOL_LIMIT
         return self.table.startswith("full-fused") or (self.table == "hashed" and is_large)
 
 
@@ -160,8 +159,8 @@ class Timed:
             case.optimizer,
             model.parameters(),
             rate,
-            sparse=case.sparse_gradients,
-            touched=case.is_touched,
+            sparse_gradients=case.sparse_gradients,
+            sparse_updates=case.has_sparse_updates,
             one_pass=case.one_pass,
         )
 
@@ -231,7 +230,7 @@ class Timed:
             "label": case.label,
             **asdict(case),
             "backend": self.backend,
-            "touched_only": case.is_touched,
+            "touched_only": case.has_sparse_updates,
             "learning_rate": LEARNING_RATES[case.optimizer],
             "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
             **options,
@@ -277,7 +276,7 @@ def grid_cases(name: str, *, device: str = "cpu") -> list[SpeedCase]:
     ``"original"`` is the nine rows of its published table; ``"original-full"`` all its batch and pool sizes.
     """
     grids = {
-        "original": (ORIGINAL_POOL_SIZES, (32_768,)),
+        "original": (POOL_SIZES, (32_768,)),
         "original-full": (ORIGINAL_FULL_POOL_SIZES, ORIGINAL_FULL_BATCH_SIZES),
     }
     if name not in grids:

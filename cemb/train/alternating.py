@@ -19,18 +19,18 @@ from cemb.tables import RowQuantizedEmbedding, TransformCodedEmbedding, all_rows
 from cemb.tables.transform_coded import allocate_bits
 from cemb.train.objective import AllCellsLoss
 
-# What keeps a table: vectors [n, dim] and the cost of a unit of squared error in each column, to a table.
+# Makes a table of vectors [n, dim], given what a unit of squared error costs in each column [dim].
 Store = Callable[[Tensor, Tensor], nn.Module]
 _Table = TypeVar("_Table", bound=nn.Module)
 
 
-def _kept(dtype: torch.dtype) -> Store:
+def _in_dtype(dtype: torch.dtype) -> Store:
     return lambda vectors, importance: nn.Embedding.from_pretrained(vectors.to(dtype))
 
 
 STORES: dict[str, Store] = {
-    "float32": _kept(torch.float32),
-    "bfloat16": _kept(torch.bfloat16),
+    "float32": _in_dtype(torch.float32),
+    "bfloat16": _in_dtype(torch.bfloat16),
     "int8": lambda vectors, importance: RowQuantizedEmbedding.from_vectors(vectors, 8),
     "int4": lambda vectors, importance: RowQuantizedEmbedding.from_vectors(vectors, 4),
 }
