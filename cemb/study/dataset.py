@@ -16,8 +16,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from cemb import files
-from cemb.pmi import corpora, encode
-from cemb.pmi import events as pmi_events
+from cemb.pmi import corpora, encode, events
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
 from cemb.pmi.matrix import write_pmi
 from cemb.pmi.out_of_core import DEFAULT_MEMORY, count
@@ -47,7 +46,7 @@ class PmiConfig:
     names; None takes them as text. Raises ValueError if options of text are given with it.
     """
 
-    corpus: str | tuple[str, ...] = encode.DEFAULT_CORPUS
+    corpus: str | tuple[str, ...] = corpora.DEFAULT_CORPUS
     events: str | None = None
     text_field: str | None = None
     borders: str | None = None
@@ -114,10 +113,10 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int = DEFAULT_MEMORY) -
     """
     config = config or PmiConfig()
     if config.events is None:
-        options, fingerprint = asdict(config), encode.fingerprint(config.corpus, config.text_field)
+        options, fingerprint = asdict(config), corpora.fingerprint(config.corpus, config.text_field)
     else:
         options = {name: value for name, value in asdict(config).items() if name not in _TEXT_OPTIONS}
-        fingerprint = pmi_events.fingerprint(config.corpus)
+        fingerprint = events.fingerprint(config.corpus)
     identity = {
         **options,
         "corpus_fingerprint": fingerprint,
@@ -184,7 +183,7 @@ def _count_events(config: PmiConfig, partial: Path, memory: int, done: Callable[
     assert config.events is not None
     folder = partial / "counts"
     if not folder.exists():
-        counts, users, items = pmi_events.read_events(config.corpus, config.events)
+        counts, users, items = events.read_events(config.corpus, config.events)
         with (
             disk_errors(folder),
             files.atomic_directory(folder) as work,
