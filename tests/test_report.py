@@ -15,7 +15,7 @@ from cemb.report import data as report_data
 from cemb.report import quality as report_quality
 from cemb.report import speed as report_speed
 from cemb.report import text as report_text
-from cemb.study import grid, records, sizes, targets
+from cemb.study import records, sizes, targets
 from cemb.train.learning_rates import default_learning_rate
 
 
@@ -129,7 +129,7 @@ def _trained(run, table, gap, **fields):
     }
 
 
-POOL = grid.POOL_SIZES[0]
+POOL = sizes.SMALL
 
 
 @pytest.fixture

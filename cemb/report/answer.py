@@ -10,17 +10,17 @@ from cemb.report.quality import best_quality
 from cemb.report.speed import best_full, original_ratio, speed_record
 from cemb.report.stats import time_ratio
 from cemb.report.text import closed_share, machine, score_text
-from cemb.study import grid, records
+from cemb.study import records, sizes
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
 
 
 def readme_answer(found: list[Record]) -> str:
     """The README's answer in three numbers, as Markdown."""
-    small, large = grid.POOL_SIZES
+    small, large = sizes.POOL_SIZES
     verdicts: dict[int, list[str]] = {}
-    for pool_size in grid.POOL_SIZES:
-        for name in grid.OPTIMIZERS:
+    for pool_size in sizes.POOL_SIZES:
+        for name in sizes.OPTIMIZERS:
             hashed = speed_record(found, "hashed", name, pool_size)
             verdict = time_ratio(hashed, best_full(found, name, pool_size)).verdict
             verdicts.setdefault(pool_size, []).append(f"{verdict} with {OPTIMIZER_NAMES[name]}")

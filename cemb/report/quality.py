@@ -15,7 +15,7 @@ from cemb.report.text import (
     signed_text,
     with_ties,
 )
-from cemb.study import grid
+from cemb.study import sizes
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
 from cemb.train.learning_rates import default_learning_rate
@@ -118,7 +118,7 @@ def mini_batch_table(found: list[Record]) -> pd.DataFrame:
 
 def growth_frame(found: list[Record]) -> pd.DataFrame:
     """Full tables and a pool of one size by vocabulary: a row for each, the whole vocabulary's among them."""
-    whole = ("quality-adam-full-full-batch", f"quality-adam-hashed-{grid.POOL_SIZES[0]}-full-batch")
+    whole = ("quality-adam-full-full-batch", f"quality-adam-hashed-{sizes.SMALL}-full-batch")
     rows = [*_trained(found, "growth"), *(r for r in _trained(found) if r["run"] in whole)]
     return pd.DataFrame(median_seeds(rows, "run"))
 
@@ -158,7 +158,7 @@ def quality_record(
 
 
 def _by_optimizer(found: list[Record], size: dict[str, Any]) -> list[Record]:
-    runs = [quality_record(found, optimizer, **size) for optimizer in grid.OPTIMIZERS]
+    runs = [quality_record(found, optimizer, **size) for optimizer in sizes.OPTIMIZERS]
     return [r for r in runs if r is not None and r["gap"] is not None]
 
 

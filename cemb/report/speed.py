@@ -8,7 +8,7 @@ import pandas as pd
 from cemb.report.select import frame, pick
 from cemb.report.stats import time_ratio
 from cemb.report.text import NOT_MEASURED, contended_mark
-from cemb.study import grid, sizes
+from cemb.study import sizes
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
 
@@ -63,7 +63,7 @@ def beside_original(found: list[Record]) -> pd.DataFrame:
     rows = []
     for old in original_2021().itertuples():
         is_full = old.table == "full"
-        pool_size = grid.POOL_SIZES[0] if is_full else int(old.pool_size)
+        pool_size = sizes.SMALL if is_full else int(old.pool_size)
         full = best_full(found, old.optimizer, pool_size)
         ours = full if is_full else speed_record(found, "hashed", old.optimizer, pool_size)
         rows.append(
@@ -83,8 +83,8 @@ def beside_original(found: list[Record]) -> pd.DataFrame:
 def answer_frame(found: list[Record]) -> pd.DataFrame:
     """Hashed over full step time by optimizer and pool, in 2021 and now: what `plots.answer` draws."""
     rows = []
-    for pool_size in grid.POOL_SIZES:
-        for optimizer in grid.OPTIMIZERS:
+    for pool_size in sizes.POOL_SIZES:
+        for optimizer in sizes.OPTIMIZERS:
             hashed = speed_record(found, "hashed", optimizer, pool_size)
             ratio = time_ratio(hashed, best_full(found, optimizer, pool_size))
             rows.append(
