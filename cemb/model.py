@@ -147,8 +147,9 @@ class PairModel(nn.Module):
     def squared_error_step(
         self, optimizer: optim.Touched, pairs: Tensor, targets: Tensor, sample_weights: Tensor | None = None
     ) -> Tensor:
-        """Make a training step as `cemb.optim.Touched.squared_error_step` does; returns the loss before it.
+        """A training step of `cemb.optim.Touched.squared_error_step`; returns the loss before it, a scalar.
 
+        `pairs` are ids (word, context) ``[n, 2]``; `targets` and `sample_weights` ``[n]``, 1/n if None.
         Raises ValueError for models that do not have it, see `has_one_pass`, and as that does.
         """
         if not self.has_one_pass:

@@ -30,7 +30,7 @@ def tier_borders(num_rows: int) -> npt.NDArray[np.int64]:
 
 
 def lloyd_levels(values: Tensor, bits: int, iterations: int = 30) -> Tensor:
-    """The 2^bits levels that `values` (a sorted vector) are rounded to with the least squared error."""
+    """The levels ``[2^bits]`` to which `values` ``[n]``, sorted, are rounded with the least squared error."""
     count = 2**bits
     levels = values[((torch.arange(count) + 0.5) / count * len(values)).long()]
     sums = nn.functional.pad(values.cumsum(0, dtype=torch.float64), (1, 0))

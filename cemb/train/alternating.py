@@ -39,7 +39,8 @@ STORES: dict[str, Store] = {
 def principal(words: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same product in its principal axes: ``U'`` and ``C'``, where ``U'ᵀU' = C'ᵀC' = diag(s)``; and s.
 
-    s falls. Computed from the Gram matrices in float64, so components below 1e-8 of the largest are noise.
+    Factors are ``[words, dim]`` and ``[contexts, dim]``; s ``[dim]`` falls. Computed from the Gram matrices
+    in float64, so components below 1e-8 of the largest are noise.
     """
     values, vectors = torch.linalg.eigh(contexts.T.double() @ contexts.double())
     values = values.clamp(min=values[-1] * 1e-16)
@@ -53,7 +54,7 @@ def principal(words: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def solve(products: Tensor, fixed: Tensor) -> Tensor:
-    """The factor ``[n, dim]`` of least error beside `fixed`, from ``products = M @ fixed``.
+    """The factor ``[n, dim]`` of least error beside `fixed` ``[m, dim]``, from ``M @ fixed`` ``[n, dim]``.
 
     ValueError where `fixed` is zero, as of a table without bits.
     """
@@ -110,7 +111,7 @@ def _store_solved(
 def transform_code(
     objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_bytes: int, *, num_rounds: int = 2
 ) -> tuple[TransformCodedEmbedding, TransformCodedEmbedding]:
-    """Trained factors as two transform-coded tables of at most `max_bytes` together.
+    """Trained factors ``[words, dim]``, ``[contexts, dim]`` as transform-coded tables of `max_bytes` in all.
 
     After the first coding, each side is solved for again beside the coded other and coded again, `num_rounds`
     times, which takes back part of what rounding lost.

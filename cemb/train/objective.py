@@ -177,10 +177,10 @@ class AllCellsLoss:
 
 
 def frequency_weights(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[np.float64]:
-    """Weights ``[words]`` that grow as the counts' `power`, of mean 1."""
-    weights = np.asarray(word_counts, dtype=np.float64) ** power
-    shares: npt.NDArray[np.float64] = weights / weights.mean()
-    return shares
+    """Weights ``[words]`` in proportion to `word_counts` ``[words]`` to a `power`, of mean 1."""
+    weights: npt.NDArray[np.float64] = np.asarray(word_counts, dtype=np.float64) ** power
+    weights /= weights.mean()
+    return weights
 
 
 class WeightedLoss:
@@ -188,7 +188,7 @@ class WeightedLoss:
 
     It is the `AllCellsLoss` of ``diag(√a) M diag(√b)`` at ``diag(√a) U`` and ``diag(√b) C``. So weights of
     rank one, unlike GloVe's (Pennington et al., 2014), leave the optimum a truncated SVD (Srebro and
-    Jaakkola, 2003). Raises ValueError unless there is one positive weight for each row and each column.
+    Jaakkola, 2003). Raises ValueError unless weights are positive, ``[words]`` and ``[contexts]``.
     """
 
     def __init__(
