@@ -198,7 +198,7 @@ class Touched(torch.optim.Optimizer):
             if any(parameter is own for own in group["params"]):
                 return group
         raise ValueError(
-            f"the parameter must be one of this optimizer, got another of shape {list(parameter.shape)}"
+            f"expected a parameter of this optimizer, got another of shape {list(parameter.shape)}"
         )
 
     def _empty_state(self, parameter: Tensor) -> Tensor:

@@ -428,7 +428,7 @@ def _fit(make, spec, *, steps=4, num_pairs=70, dtype=torch.float64, one_pass=Tru
     for step in range(steps):
         pairs = torch.randint(spec.num_embeddings, (num_pairs, 2), generator=generator)
         values, weights = torch.rand(2, num_pairs, generator=generator, dtype=torch.float64).to(dtype)
-        options = {"dropout": 0.1, "context_offset": offset, "weights": weights if step % 2 else None}
+        options = {"dropout": 0.1, "context_offset": offset, "sample_weights": weights if step % 2 else None}
         torch.manual_seed(step)
         if one_pass:
             losses.append(optimizer.squared_error_step(weight, pairs, values, spec, **options))

@@ -52,6 +52,7 @@ class Buckets(NamedTuple):
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _pair_scores(weight, pairs, dropout_mask, scores, values, scale, num_threads, table):
+    """Write `scores` ``[n]`` and the pairs' `values` ``[n, 2, dim]``."""
     n, dim = pairs.shape[0], table.dim
     for t in prange(num_threads):
         ones = np.ones(LANES, weight.dtype)
@@ -71,6 +72,7 @@ def _pair_scores(weight, pairs, dropout_mask, scores, values, scale, num_threads
 
 @njit(parallel=True, cache=True, nogil=True)
 def _count(pairs, counts, table):
+    """Count the values of each thread's pairs in each slice into `counts` ``[threads, slices]``."""
     n, dim, num_threads = pairs.shape[0], table.dim, counts.shape[0]
     for t in prange(num_threads):
         found = counts[t]
@@ -87,6 +89,7 @@ def _count(pairs, counts, table):
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _fill(pairs, dropout_mask, factors, values, entries, next_entries, table):
+    """Write the `entries` of each thread's pairs, from `next_entries` ``[threads, slices]`` on."""
     n, dim, num_threads = pairs.shape[0], table.dim, next_entries.shape[0]
     in_slice = np.int64((1 << SLICE_BITS) - 1)
     for t in prange(num_threads):

@@ -47,6 +47,7 @@ def draw_rows(dropout_mask, hashes, first, dim, salt, threshold):
 
 @njit(parallel=True, cache=True, nogil=True)
 def _draw(dropout_mask, dim, salt, threshold, num_threads):
+    """Draw all rows of `dropout_mask` ``[n, mask_width(dim)]``, a chunk a thread."""
     n = dropout_mask.shape[0]
     for t in prange(num_threads):
         low, high = n * t // num_threads, n * (t + 1) // num_threads

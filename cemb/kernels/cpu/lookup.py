@@ -23,6 +23,7 @@ from cemb.kernels.cpu.simd import ALL_LANES, LANES, first_lanes
 
 @njit(parallel=True, cache=True, nogil=True)
 def _lookup(weight, ids, out, num_threads, table):
+    """`lookup`, a chunk of the rows a thread."""
     rows = ids.shape[0]
     for t in prange(num_threads):
         places, signs = place_workspace(table.dim)[0], np.ones(table.dim, out.dtype)
@@ -44,6 +45,7 @@ def _lookup(weight, ids, out, num_threads, table):
 
 @njit(parallel=True, cache=True, nogil=True)
 def _scatter_private(grad, ids, pool, private, table):
+    """Thread 0 adds to `pool`, the others to `private` ``[threads - 1, pool_size]``, summed after."""
     num_threads = private.shape[0] + 1
     rows = ids.shape[0]
     for t in prange(num_threads):
@@ -73,6 +75,7 @@ def _scatter_private(grad, ids, pool, private, table):
 
 @njit(parallel=True, cache=True, nogil=True)
 def _scatter_owned(grad, ids, pool, num_threads, table):
+    """Each thread goes through all rows and adds what falls in its slice of `pool` ``[pool_size]``."""
     size = pool.shape[0]
     for t in prange(num_threads):
         low, high = size * t // num_threads, size * (t + 1) // num_threads

@@ -215,20 +215,12 @@ def _pair_scores_chunk(
 
 @njit(parallel=True, cache=True, nogil=True)
 def _pair_scores(weight, pairs, dropout_mask, scores, scale, num_threads, is_drawn, salt, threshold, table):
+    """`pair_scores`, a chunk of the pairs a thread."""
     for t in prange(num_threads):
         _pair_scores_chunk(
-            np.int64(t),
-            weight,
-            pairs,
-            dropout_mask,
-            scores,
-            scale,
-            num_threads,
-            is_drawn,
-            salt,
-            threshold,
+            np.int64(t), weight, pairs, dropout_mask, scores, scale, num_threads, is_drawn, salt, threshold,
             table,
-        )
+        )  # fmt: skip
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
@@ -291,25 +283,16 @@ def pair_private_chunk(
 
 @njit(parallel=True, cache=True, nogil=True)
 def _pair_private(weight, pairs, dropout_mask, grad, scale, pool, private, table):
+    """Thread 0 adds to `pool`, the others to `private` ``[threads - 1, pool_size]``, summed after."""
     num_threads = private.shape[0] + 1
     for t in prange(num_threads):
         target = pool if t == 0 else private[t - 1]
         if t > 0:
             target[:] = 0
         pair_private_chunk(
-            np.int64(t),
-            num_threads,
-            target,
-            weight,
-            pairs,
-            dropout_mask,
-            grad,
-            scale,
-            table,
+            np.int64(t), num_threads, target, weight, pairs, dropout_mask, grad, scale, table, None, None,
             None,
-            None,
-            None,
-        )
+        )  # fmt: skip
     for t in prange(num_threads):
         low, high = pool.shape[0] * t // num_threads, pool.shape[0] * (t + 1) // num_threads
         for other in range(num_threads - 1):
@@ -365,22 +348,13 @@ def pair_private_single_chunk(
 
 @njit(parallel=True, cache=True, nogil=True)
 def _pair_private_single(weight, pairs, dropout_mask, grad, scale, pool, private, table):
+    """`_pair_private` at block size 1; `private` is ``[threads, 2 * pool_size]``."""
     num_threads = private.shape[0]
     for t in prange(num_threads):
         pair_private_single_chunk(
-            np.int64(t),
-            num_threads,
-            private[t],
-            weight,
-            pairs,
-            dropout_mask,
-            grad,
-            scale,
-            table,
+            np.int64(t), num_threads, private[t], weight, pairs, dropout_mask, grad, scale, table, None, None,
             None,
-            None,
-            None,
-        )
+        )  # fmt: skip
     for t in prange(num_threads):
         low, high = pool.shape[0] * t // num_threads, pool.shape[0] * (t + 1) // num_threads
         for other in range(num_threads):
@@ -390,6 +364,7 @@ def _pair_private_single(weight, pairs, dropout_mask, grad, scale, pool, private
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _pair_owned_single(weight, pairs, dropout_mask, grad, scale, pool, num_threads, table):
+    """`_pair_owned` at block size 1."""
     n, size, dim = pairs.shape[0], pool.shape[0], table.dim
     for t in prange(num_threads):
         low_end, high_end = size * t // num_threads, size * (t + 1) // num_threads
@@ -426,6 +401,7 @@ def _pair_owned_single(weight, pairs, dropout_mask, grad, scale, pool, num_threa
 # Without fast math, as `cemb.kernels.cpu.updates`.
 @njit(parallel=True, cache=True, nogil=True)
 def _pair_owned(weight, pairs, dropout_mask, grad, scale, pool, num_threads, table):
+    """Each thread goes through all pairs and adds what falls in its slice of `pool` ``[pool_size]``."""
     n, size = pairs.shape[0], pool.shape[0]
     for t in prange(num_threads):
         low_end, high_end = size * t // num_threads, size * (t + 1) // num_threads
@@ -511,6 +487,7 @@ def pair_scores_backward(
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _vector_scores(vectors, dropout_mask, scores, scale, num_threads):
+    """`vector_scores`, a chunk of the pairs a thread."""
     n, dim = vectors.shape[0], vectors.shape[2]
     for t in prange(num_threads):
         ones = np.ones(LANES, scores.dtype)
@@ -528,6 +505,7 @@ def _vector_scores(vectors, dropout_mask, scores, scale, num_threads):
 
 @njit(parallel=True, cache=True, nogil=True)
 def _vector_scores_backward(grad, vectors, dropout_mask, out, scale):
+    """`vector_scores_backward`, pair by pair."""
     dim = vectors.shape[2]
     for i in prange(vectors.shape[0]):
         factor = grad[i] * scale

@@ -19,6 +19,7 @@ from cemb.kernels.cpu.threads import launch
 
 @njit(inline="always")
 def _prefetch_row(weight, state, row, dim):
+    """Prefetch a row of `weight` and its state."""
     prefetch_segment(weight, row * dim, dim)
     simd.prefetch(state, row)
 
@@ -44,6 +45,7 @@ def _update_row(weight, state, rule, row, gradient, first, dim):
 def _conflict_free_chunk(
     t, weight, state, rule, pairs, dropout_mask, factors, terms, ranks, num_threads, table
 ):
+    """Step those of the thread's rows that do not conflict; write the gradients of others to `terms`."""
     n, dim = pairs.shape[0], table.dim
     gradients = np.empty((2, dim), weight.dtype)
     begin, end = n * t // num_threads, n * (t + 1) // num_threads
@@ -70,6 +72,7 @@ def _conflict_free_chunk(
 
 @njit(parallel=True, cache=True, nogil=True)
 def _conflict_free(weight, state, rule, pairs, dropout_mask, factors, terms, ranks, num_threads, table):
+    """`_conflict_free_chunk` on all threads."""
     for t in prange(num_threads):
         batch = pairs, dropout_mask, factors
         _conflict_free_chunk(np.int64(t), weight, state, rule, *batch, terms, ranks, num_threads, table)
@@ -77,6 +80,7 @@ def _conflict_free(weight, state, rule, pairs, dropout_mask, factors, terms, ran
 
 @njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
 def _conflicting_chunk(t, weight, state, rule, terms, ranks, keys, cuts, counts, dim):
+    """Sum the terms of the conflicting rows in the thread's slice, and step these."""
     gradient = np.zeros(dim, weight.dtype)
     for x in range(counts[t]):
         ahead = min(x + PREFETCH_FAR, counts[t] - 1)
@@ -95,6 +99,7 @@ def _conflicting_chunk(t, weight, state, rule, terms, ranks, keys, cuts, counts,
 
 @njit(parallel=True, cache=True, nogil=True)
 def _conflicting(weight, state, rule, terms, ranks, keys, cuts, counts):
+    """`_conflicting_chunk` on all threads."""
     dim = weight.shape[0] // state.shape[0]
     for t in prange(counts.shape[0]):
         _conflicting_chunk(np.int64(t), weight, state, rule, terms, ranks, keys, cuts, counts, dim)
@@ -102,6 +107,7 @@ def _conflicting(weight, state, rule, terms, ranks, keys, cuts, counts):
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _dense(weight, state, rule, gradient):
+    """`update_dense`, row by row."""
     dim = weight.shape[0] // state.shape[0]
     for row in prange(state.shape[0]):
         _update_row(weight, state, rule, np.int64(row), gradient, np.int64(row) * dim, dim)
@@ -109,6 +115,7 @@ def _dense(weight, state, rule, gradient):
 
 @njit(cache=True, nogil=True)
 def _pairs(weight, state, rule, pairs, dropout_mask, factors, workspace, table):
+    """`update_pairs` in one launch."""
     terms, ranks, keys, entries, cuts, counts = workspace
     find_conflicts(pairs, False, ranks, keys, entries, cuts, counts, state.shape[0], table)
     _conflict_free(weight, state, rule, pairs, dropout_mask, factors, terms, ranks, counts.shape[0], table)

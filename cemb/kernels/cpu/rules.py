@@ -175,21 +175,9 @@ def exchange(
 
 @intrinsic
 def exchange_two(
-    typing,
-    rule,
-    weight,
-    first_state,
-    second_state,
-    i,
-    j,
-    factor,
-    terms,
-    i_term,
-    j_term,
-    selected,
-    step,
+    typing, rule, weight, first_state, second_state, i, j, factor, terms, i_term, j_term, selected, step,
     next_selected,
-):
+):  # fmt: skip
     """`exchange` for all lanes, of two vectors, the second `step` behind; shared lanes are stepped once."""
 
     def generate(context, builder, signature, arguments):

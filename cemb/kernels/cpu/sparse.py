@@ -81,6 +81,7 @@ def num_panels(dim: int) -> int:
 
 @njit(parallel=True, cache=True, nogil=True)
 def _product(dense, out, factor, sums, bounds, segments, blocks):
+    """Lay `dense` out in panels, multiply, and write the sums to `out`; see `product`."""
     num_columns, dim = dense.shape
     num_threads = bounds.shape[0] - 1
     for t in prange(num_threads):

@@ -65,6 +65,7 @@ def _update_slice(rule, weight, first_state, second_state, values):
 
 @njit(parallel=True, cache=True, nogil=True)
 def _update_dense(weight, first_state, second_state, rule, gradient, num_threads):
+    """`update_dense`, a slice of the weights a thread."""
     for t in prange(num_threads):
         low, high = weight.shape[0] * t // num_threads, weight.shape[0] * (t + 1) // num_threads
         first, second = first_state[low:high], second_state[low:high]
@@ -73,41 +74,22 @@ def _update_dense(weight, first_state, second_state, rule, gradient, num_threads
 
 @njit(parallel=True, cache=True, nogil=True)
 def _fit_private(weight, first_state, second_state, rule, private, pairs, scale, table, labels, dropout_hash):
+    """`fit_pairs_dense`: gradients in `private` pools, then a slice of the weights a thread."""
     num_threads = private.shape[0]
     errors = np.empty(pairs.shape[0], weight.dtype)
     for t in prange(num_threads):
         chunk = np.int64(t)
         if is_single(table):
             pair_private_single_chunk(
-                chunk,
-                num_threads,
-                private[t],
-                weight,
-                pairs,
-                None,
-                None,
-                scale,
-                table,
-                labels,
-                errors,
+                chunk, num_threads, private[t], weight, pairs, None, None, scale, table, labels, errors,
                 dropout_hash,
-            )
+            )  # fmt: skip
         else:
             private[t] = 0
             pair_private_chunk(
-                chunk,
-                num_threads,
-                private[t],
-                weight,
-                pairs,
-                None,
-                None,
-                scale,
-                table,
-                labels,
-                errors,
+                chunk, num_threads, private[t], weight, pairs, None, None, scale, table, labels, errors,
                 dropout_hash,
-            )
+            )  # fmt: skip
     for t in prange(num_threads):
         low, high = weight.shape[0] * t // num_threads, weight.shape[0] * (t + 1) // num_threads
         for page in range(low, high, _PAGE):
@@ -133,6 +115,7 @@ def _sums(private, low, high, table):
 
 @njit(parallel=True, cache=True, nogil=True)
 def _update_buckets(weight, first_state, second_state, rule, entries, starts, num_threads):
+    """`update_buckets`, some slices of the pool a thread."""
     slices = starts.shape[0] - 1
     for t in prange(num_threads):
         sums = np.zeros(1 << buckets.SLICE_BITS, weight.dtype)
@@ -159,23 +142,13 @@ def _prefetch_step(rule, is_cached, weight, first_state, second_state, i, j):
 
 @njit(nogil=True, error_model="numpy")
 def _update_conflict_free_chunk(
-    t,
-    weight,
-    first_state,
-    second_state,
-    rule,
-    pairs,
-    dropout_mask,
-    factors,
-    scale,
-    labels,
-    errors,
-    dropout_hash,
-    terms,
-    ranks,
-    num_threads,
-    table,
-):
+    t, weight, first_state, second_state, rule, pairs, dropout_mask, factors, scale, labels, errors,
+    dropout_hash, terms, ranks, num_threads, table,
+):  # fmt: skip
+    """Step those of the thread's blocks that do not conflict; write the gradients of others to `terms`.
+
+    With `labels`, a tile is scored before it is stepped, and its `errors` are written.
+    """
     n, blocks, size = pairs.shape[0], table.num_blocks, table.block_size
     keys, places, signs = tile_workspace(table)
     begin, end = n * t // num_threads, n * (t + 1) // num_threads
@@ -226,19 +199,9 @@ def _update_conflict_free_chunk(
                 )
                 if head:
                     rules.exchange(
-                        rule,
-                        weight,
-                        first_state,
-                        second_state,
-                        word,
-                        context,
-                        factor,
-                        terms,
-                        word_term,
-                        context_term,
-                        simd.bits_from(row, first),
-                        first_lanes(length),
-                    )
+                        rule, weight, first_state, second_state, word, context, factor, terms, word_term,
+                        context_term, simd.bits_from(row, first), first_lanes(length),
+                    )  # fmt: skip
                 for k in range(head, length - LANES, 2 * LANES):
                     step = min(LANES, length - LANES - k)
                     _prefetch_step(
@@ -249,59 +212,23 @@ def _update_conflict_free_chunk(
                         rule, is_cached, weight, first_state, second_state, next_word + m, next_context + m
                     )
                     rules.exchange_two(
-                        rule,
-                        weight,
-                        first_state,
-                        second_state,
-                        word + k,
-                        context + k,
-                        factor,
-                        terms,
-                        word_term + k,
-                        context_term + k,
-                        simd.bits_from(row, first + k),
-                        step,
+                        rule, weight, first_state, second_state, word + k, context + k, factor, terms,
+                        word_term + k, context_term + k, simd.bits_from(row, first + k), step,
                         simd.bits_from(row, first + k + step),
-                    )
+                    )  # fmt: skip
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _update_conflict_free(
-    weight,
-    first_state,
-    second_state,
-    rule,
-    pairs,
-    dropout_mask,
-    factors,
-    scale,
-    labels,
-    errors,
-    dropout_hash,
-    terms,
-    ranks,
-    num_threads,
-    table,
-):
+    weight, first_state, second_state, rule, pairs, dropout_mask, factors, scale, labels, errors,
+    dropout_hash, terms, ranks, num_threads, table,
+):  # fmt: skip
+    """`_update_conflict_free_chunk` on all threads."""
     for t in prange(num_threads):
         _update_conflict_free_chunk(
-            np.int64(t),
-            weight,
-            first_state,
-            second_state,
-            rule,
-            pairs,
-            dropout_mask,
-            factors,
-            scale,
-            labels,
-            errors,
-            dropout_hash,
-            terms,
-            ranks,
-            num_threads,
-            table,
-        )
+            np.int64(t), weight, first_state, second_state, rule, pairs, dropout_mask, factors, scale, labels,
+            errors, dropout_hash, terms, ranks, num_threads, table,
+        )  # fmt: skip
 
 
 @njit(nogil=True)
@@ -320,6 +247,7 @@ def _step_segments(rule, weight, first_state, second_state, sums, starts, offset
 def _update_conflicting_chunk(
     t, weight, first_state, second_state, rule, terms, ranks, keys, cuts, counts, table
 ):
+    """Sum the terms of the conflicting blocks in the thread's slice, and step the weights under them."""
     blocks, size = table.num_blocks, table.block_size
     block_bits = bit_length(blocks)
     last_length = block_length(table, blocks - 1)
@@ -382,6 +310,7 @@ def _update_conflicting_chunk(
 
 @njit(parallel=True, cache=True, nogil=True)
 def _update_conflicting(weight, first_state, second_state, rule, terms, ranks, keys, cuts, counts, table):
+    """`_update_conflicting_chunk` on all threads."""
     for t in prange(counts.shape[0]):
         _update_conflicting_chunk(
             np.int64(t), weight, first_state, second_state, rule, terms, ranks, keys, cuts, counts, table
@@ -391,21 +320,9 @@ def _update_conflicting(weight, first_state, second_state, rule, terms, ranks, k
 # One launch for a whole step: Python between launches would run on cold caches.
 @njit(cache=True, nogil=True)
 def _update_pairs(
-    weight,
-    first_state,
-    second_state,
-    rule,
-    target,
-    take_all,
-    pairs,
-    dropout_mask,
-    factors,
-    scale,
-    labels,
-    dropout_hash,
-    workspace,
-    table,
-):
+    weight, first_state, second_state, rule, target, take_all, pairs, dropout_mask, factors, scale, labels,
+    dropout_hash, workspace, table,
+):  # fmt: skip
     """Step `weight` by blocks without conflict, and `target` by the sums of conflicting ones.
 
     If `take_all`, all blocks count as conflicting. Returns the loss where there are `labels`, else 0;
