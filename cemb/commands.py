@@ -327,8 +327,8 @@ def rates() -> Command:
         def searched() -> Iterable["Record"]:
             timing.set_threads(threads)
             matrix = load_pmi(data)
-            for case in quality.rate_cases():
-                record = quality.search_rates(case, matrix)
+            for case in quality.learning_rate_cases():
+                record = quality.search_learning_rates(case, matrix)
                 gaps = ("diverges" if gap is None else f"{gap:.4f}" for gap in record["gaps"])
                 tried = ", ".join(f"{rate:g}: {gap}" for rate, gap in zip(record["rates"], gaps, strict=True))
                 print(f"{case.table}, {case.training}, {case.optimizer}: {tried}", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A new directory to fill, which takes the name `path` only if the block succeeds.
 
-    A `path` that exists by then, put there by a concurrent run of the same content, is left as it is.
+    A `path` that exists by then, which a concurrent process made of the same content, is left as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -31,9 +31,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Make a folder if need be, and keep all others out of it that ask so; the system lets go if we die.
+    """Hold an exclusive lock on a folder, made if need be; the system releases it if the process dies.
 
-    Raises RuntimeError if another has it and we shall not `wait`.
+    Raises RuntimeError if another process holds it and this one shall not `wait`.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise RuntimeError(f"another process is at work in {str(folder)!r}") from None
-            # Whoever had it may have removed it meanwhile.
+            # Whoever held it may have removed the folder meanwhile.
             if folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat()):
                 yield
                 return

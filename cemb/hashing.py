@@ -55,7 +55,7 @@ class HashSpec:
         if self.block_size > self.embedding_dim:
             raise ValueError(
                 f"block_size must be at most embedding_dim={self.embedding_dim}, got {self.block_size}: "
-                "a block is a run of one row's columns"
+                "a block is a segment of one row's columns"
             )
         if self.pool_size < self.block_size:
             raise ValueError(
@@ -83,6 +83,11 @@ class HashSpec:
         return -(-self.embedding_dim // self.block_size)
 
     @property
+    def is_single(self) -> bool:
+        """Whether each value is located by itself, as in the original scheme."""
+        return self.block_size == 1
+
+    @property
     def num_starts(self) -> int:
         """Pool positions at which a block may start."""
         return self.pool_size - self.block_size + 1
@@ -108,7 +113,7 @@ class HashSpec:
 
 @dataclass(frozen=True)
 class FullSpec:
-    """A table that is not compressed, as its kernels see it: row i is the i-th run of `embedding_dim` values.
+    """A table that is not compressed, as kernels see it: row i is the i-th segment of `embedding_dim` values.
 
     It has the fields of a `HashSpec` with one block a row and no hash.
     """
@@ -117,7 +122,7 @@ class FullSpec:
     embedding_dim: int
 
     table_offset = hash_seed = salt = num_starts = 0
-    signed = False
+    signed = is_single = False
     num_blocks = 1
 
     @property
@@ -132,6 +137,9 @@ class FullSpec:
     def locate(self, row: int, column: int) -> tuple[int, int]:
         """``(index, 1)`` of the table's entry (row, column), as `HashSpec.locate`."""
         return row * self.embedding_dim + column, 1
+
+
+Spec = HashSpec | FullSpec  # what the kernels take
 
 
 @dataclass(frozen=True)

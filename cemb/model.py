@@ -145,10 +145,11 @@ class PairModel(nn.Module):
         return self._is_fused and self.word_bias is None
 
     def squared_error_step(
-        self, optimizer: optim.Touched, pairs: Tensor, values: Tensor, weights: Tensor | None = None
+        self, optimizer: optim.Touched, pairs: Tensor, targets: Tensor, sample_weights: Tensor | None = None
     ) -> Tensor:
-        """Make a training step as `cemb.optim.Touched.squared_error_step` does; returns the loss before it.
+        """A training step of `cemb.optim.Touched.squared_error_step`; returns the loss before it, a scalar.
 
+        `pairs` are ids (word, context) ``[n, 2]``; `targets` and `sample_weights` ``[n]``, 1/n if None.
         Raises ValueError for models that do not have it, see `has_one_pass`, and as that does.
         """
         if not self.has_one_pass:
@@ -161,9 +162,9 @@ class PairModel(nn.Module):
         return optimizer.squared_error_step(
             self.word_table.weight,
             self._rows(pairs),
-            values,
+            targets,
             self.word_table.spec,
-            weights=weights,
+            sample_weights=sample_weights,
             context_offset=spec.table_offset if isinstance(spec, HashSpec) else 0,
             dropout=self.dropout if self.training else 0.0,
         )

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from cemb import reference
-from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import buckets, cpu
+from cemb.hashing import FullSpec, HashSpec, PairDropout, Spec
+from cemb.kernels import cpu
 from cemb.touched import TouchedGradient
-
-Spec = HashSpec | FullSpec
 
 _ID_DTYPES = (torch.int32, torch.int64)
 _BACKENDS: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
@@ -48,6 +46,7 @@ def _cuda() -> ModuleType:
 
 
 def _encode(spec: Spec) -> list[int]:
+    """A table as schemas have it."""
     if isinstance(spec, FullSpec):
         return [spec.num_embeddings, spec.embedding_dim, 0, 0, 0, 0]
     return [
@@ -70,7 +69,7 @@ def _decode(table: Sequence[int], pool_size: int) -> Spec:
 
 
 def _dropout(p: float, seed: Tensor) -> PairDropout:
-    """Share and seed; a seed on a GPU is left there, for kernels to read, and not waited for."""
+    """The dropout of a share and a seed; a seed on a GPU stays there, for kernels to read, without a sync."""
     return PairDropout(p, 0 if seed.is_cuda else int(seed))
 
 
@@ -81,7 +80,7 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What kernels compute in and accumulate."""
+    """The dtype that kernels compute and accumulate in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -99,7 +98,7 @@ def _hashed_lookup(weight: Tensor, ids: Tensor, table: Sequence[int]) -> Tensor:
         return out
     reference.check_ids(flat, spec.num_embeddings)
     out = weight.new_empty((*ids.shape, spec.embedding_dim), dtype=_wide(weight.dtype))
-    cpu.lookup(_array(weight), flat.numpy(), spec, out.view(flat.numel(), spec.embedding_dim).numpy())
+    cpu.lookup.lookup(_array(weight), flat.numpy(), spec, out.view(flat.numel(), spec.embedding_dim).numpy())
     return out.to(weight.dtype)
 
 
@@ -118,7 +117,7 @@ def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Sequence[i
         pool: Tensor = _cuda().scatter(flat_grad, flat_ids, spec, deterministic)
         return pool.to(grad.dtype)
     pool = grad.new_zeros(pool_size, dtype=_wide(grad.dtype))
-    cpu.scatter(flat_grad.detach().to(pool.dtype).numpy(), flat_ids.numpy(), spec, pool.numpy())
+    cpu.lookup.scatter(flat_grad.detach().to(pool.dtype).numpy(), flat_ids.numpy(), spec, pool.numpy())
     return pool.to(grad.dtype)
 
 
@@ -189,7 +188,7 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
     Raises:
         IndexError: an id is negative or at least `spec.num_embeddings` (on a GPU: a device assert).
         TypeError: `ids` is not of an integer type, or `weight` not of a floating one.
-        ValueError: `weight` does not have the shape that `spec` asks for, or is on another device.
+        ValueError: `weight` does not have the shape that `spec` has, or is on another device.
     """
     _check(weight, ids, spec, "ids")
     rows: Tensor = _hashed_lookup(weight, ids, _encode(spec))
@@ -212,7 +211,7 @@ def _pair_scores(
         return scores
     reference.check_ids(pairs, spec.num_embeddings)
     scores = weight.new_empty(len(pairs), dtype=_wide(weight.dtype))
-    cpu.pair_scores(_array(weight), pairs.numpy(), spec, context_offset, drop, scores.numpy())
+    cpu.pairs.pair_scores(_array(weight), pairs.numpy(), spec, context_offset, drop, scores.numpy())
     return scores.to(weight.dtype)
 
 
@@ -239,7 +238,7 @@ def _pair_scores_backward(
     pool = weight.new_zeros(weight.numel(), dtype=_wide(weight.dtype))
     wide_grad = grad.detach().to(pool.dtype).contiguous().numpy()
     ids = pairs.numpy()
-    cpu.pair_scores_backward(wide_grad, _array(weight), ids, spec, context_offset, drop, pool.numpy())
+    cpu.pairs.pair_scores_backward(wide_grad, _array(weight), ids, spec, context_offset, drop, pool.numpy())
     return pool.to(weight.dtype)
 
 
@@ -298,12 +297,11 @@ class _TouchedPairScores(torch.autograd.Function):
         pool, ids = _array(weight.reshape(-1)), pairs.long().contiguous().numpy()
         scores = weight.new_empty(len(pairs))
         out = scores.numpy()
-        ctx.touched, ctx.values = touched, touched.room_for_values(len(pairs), spec, pool.dtype)
+        ctx.touched, ctx.values = touched, touched.values_workspace(len(pairs), spec, pool.dtype)
         if ctx.values is None:
-            cpu.pair_scores(pool, ids, spec, context_offset, drop, out)
+            cpu.pairs.pair_scores(pool, ids, spec, context_offset, drop, out)
         else:
-            assert isinstance(spec, HashSpec)
-            buckets.pair_scores(pool, ids, spec, context_offset, drop, out, ctx.values)
+            cpu.buckets.pair_scores(pool, ids, spec, context_offset, drop, out, ctx.values)
         return scores
 
     @staticmethod
@@ -344,7 +342,7 @@ def pair_scores(
 
     Nothing of size [n, 2, dim] is made, forward or backward: both hash again what they need. The exception
     is block size 1 under an optimizer of `cemb.optim`, where the values are kept, see
-    `cemb.kernels.buckets`.
+    `cemb.kernels.cpu.buckets`.
 
     Args:
         weight: the pool ``[spec.pool_size]``, or a full table ``[num_embeddings, embedding_dim]``.
@@ -385,7 +383,7 @@ def _vector_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
     if kind == "triton":
         _cuda().vector_scores(vectors.contiguous(), drop, seed, scores)
     else:
-        cpu.vector_scores(_array(vectors), drop, scores.numpy())
+        cpu.pairs.vector_scores(_array(vectors), drop, scores.numpy())
     return scores
 
 
@@ -400,7 +398,7 @@ def _vector_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed:
     if kind == "triton":
         _cuda().vector_scores_backward(grad.contiguous(), vectors.contiguous(), drop, seed, out)
     else:
-        cpu.vector_scores_backward(_array(grad), _array(vectors), drop, out.numpy())
+        cpu.pairs.vector_scores_backward(_array(grad), _array(vectors), drop, out.numpy())
     return out
 
 
@@ -431,7 +429,7 @@ def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
     """Dot product of each pair of vectors, with dropout on both.
 
     Has the distribution of ``(F.dropout(u, p) * F.dropout(v, p)).sum(-1)``, without a stored mask: masks are
-    hashed from a seed drawn from torch's default generator, see `cemb.hashing.PairDropout`. On the CPU,
+    hashed from a seed drawn from torch's default generator, see `cemb.PairDropout`. On the CPU,
     torch's own dropout draws its mask on one thread, which takes longer than the rest of a step.
 
     Args:

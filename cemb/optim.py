@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cemb import ops, reference
-from cemb.hashing import HashSpec, PairDropout
-from cemb.kernels import cpu, rules, updates
+from cemb.hashing import HashSpec, PairDropout, Spec
+from cemb.kernels.cpu import rules, threads, updates
 from cemb.touched import TouchedGradient, advise_huge_pages
 
 _Array = npt.NDArray[Any]
@@ -107,8 +107,7 @@ class Touched(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             for name in self.state_names:
-                room = advise_huge_pages(self._room_for_state(parameter))
-                state[name] = room.fill_(self._initial(group))
+                state[name] = advise_huge_pages(self._empty_state(parameter)).fill_(self._initial(group))
         states = [_flat(state[name]) for name in self.state_names]
         found = update(_flat(parameter), states, self._rule(group, state["step"] + 1))
         state["step"] += 1
@@ -119,83 +118,90 @@ class Touched(torch.optim.Optimizer):
     @torch.no_grad()
     def squared_error_step(
         self,
-        weight: Tensor,
+        parameter: Tensor,
         pairs: Tensor,
-        values: Tensor,
-        spec: ops.Spec,
+        targets: Tensor,
+        spec: Spec,
         *,
-        weights: Tensor | None = None,
+        sample_weights: Tensor | None = None,
         context_offset: int = 0,
         dropout: float = 0.0,
     ) -> Tensor:
-        """A training step on ``Σ weights[i] (score[i] − values[i])²`` of pairs, in one pass over them.
+        """A training step on ``Σ sample_weights[i] (score[i] − targets[i])²`` of pairs, in one pass.
 
         It does to one parameter what `cemb.ops.pair_scores`, this loss, its backward pass, `step` and
         `zero_grad` do one after the other, without autograd; hooks on `step` are not called. No such pass is
-        there for row-wise Adagrad, and in pools larger than `cemb.kernels.cpu.PRIVATE_POOL_LIMIT` for block
-        size 1, nor there and in full tables for `Adam`, which visits all: these take the usual way inside.
-        Deterministic for any number of threads, in hashed pools up to that limit for a given one.
+        there for row-wise Adagrad; for block size 1 in pools larger than
+        `cemb.kernels.cpu.threads.PRIVATE_POOL_LIMIT`; and for `Adam`, which visits all values, in those and
+        in full tables: autograd makes these steps. Deterministic for any number of threads, in hashed pools
+        up to that limit for a given one.
 
         Args:
-            weight: a parameter of this optimizer: pool or full table, as for `cemb.ops.pair_scores`, as
-                `pairs`, `spec`, `context_offset` and `dropout` are.
-            values: what the scores are to be, ``[n]``.
-            weights: of the pairs, ``[n]``; None for 1/n each, which makes the loss the mean squared error.
+            parameter: of this optimizer, a pool ``[pool_size]`` or a full table ``[rows, dim]``.
+            pairs: row numbers ``[n, 2]``, int32 or int64; they and `spec`, `context_offset` and `dropout` are
+                as for `cemb.ops.pair_scores`.
+            targets: of the scores, ``[n]``.
+            sample_weights: ``[n]``; None for 1/n each, which makes the loss the mean squared error.
 
         Returns:
             The loss before the step, a scalar.
 
         Raises:
-            ValueError: `weight` is not of this optimizer or does not require a gradient, or `values` or
-                `weights` is not ``[n]``.
-            RuntimeError: `weight` has a gradient that no step has used.
+            ValueError: `parameter` is not of this optimizer or does not require a gradient, or `targets` or
+                `sample_weights` is not ``[n]``.
+            RuntimeError: `parameter` has a gradient that no step has used.
             IndexError, TypeError, ValueError: as `cemb.ops.pair_scores`.
         """
-        group = self._group_of(weight)
-        if not weight.requires_grad:
+        group = self._group_of(parameter)
+        if not parameter.requires_grad:
             raise ValueError("the parameter does not require a gradient, so there is none to step by")
-        ops.check_pairs(weight, pairs, spec, context_offset)
+        ops.check_pairs(parameter, pairs, spec, context_offset)
         n = len(pairs)
-        for name, tensor in (("values", values), ("weights", weights)):
+        for name, tensor in (("targets", targets), ("sample_weights", sample_weights)):
             if tensor is not None and tensor.shape != (n,):
                 raise ValueError(f"{name} must have shape [{n}], one for each pair, got {list(tensor.shape)}")
-        touched: TouchedGradient = weight.touched  # type: ignore[attr-defined]
-        if weight.grad is not None or not touched.is_empty:
+        touched: TouchedGradient = parameter.touched  # type: ignore[attr-defined]
+        if parameter.grad is not None or not touched.is_empty:
             raise RuntimeError("the parameter has a gradient that no step has used: step or zero_grad first")
-        if weights is None:
-            weights = weight.new_full((1,), 1 / max(n, 1))
-        values, weights = (cells.detach().to(weight).contiguous() for cells in (values, weights))
-        is_small = isinstance(spec, HashSpec) and spec.pool_size <= cpu.PRIVATE_POOL_LIMIT
+        if sample_weights is None:
+            sample_weights = parameter.new_full((1,), 1 / max(n, 1))
+        targets, sample_weights = (
+            tensor.detach().to(parameter).contiguous() for tensor in (targets, sample_weights)
+        )
+        is_small = isinstance(spec, HashSpec) and spec.pool_size <= threads.PRIVATE_POOL_LIMIT
         if not self._is_one_pass(spec, is_small):
             with torch.enable_grad():
-                scores = ops.pair_scores(weight, pairs, spec, context_offset=context_offset, dropout=dropout)
-                loss = (weights * (scores - values).square()).sum()
+                scores = ops.pair_scores(
+                    parameter, pairs, spec, context_offset=context_offset, dropout=dropout
+                )
+                loss = (sample_weights * (scores - targets).square()).sum()
             loss.backward()
-            self._step_parameter(group, weight)
+            self._step_parameter(group, parameter)
             return loss.detach()
-        drop = PairDropout(dropout, int(ops.draw_seed(dropout, weight)))
+        drop = PairDropout(dropout, int(ops.draw_seed(dropout, parameter)))
         reference.check_ids(pairs, spec.num_embeddings)
-        batch = pairs.long().contiguous().numpy(), values.numpy(), weights.numpy(), spec, context_offset, drop
-        # Where nothing was summed, Adagrad would divide 0 by an eps of 0.
+        labels = targets.numpy(), sample_weights.numpy()
+        batch = pairs.long().contiguous().numpy(), *labels, spec, context_offset, drop
+        # With an eps of 0, Adagrad would divide 0 by 0 where no gradient came yet.
         visits_all = bool(self.visits_all) if group.get("eps") == 0 else self.visits_all
         fit: Callable[..., float] = touched.fit
-        if is_small and (visits_all is not False or cpu.is_single(spec)):
-            fit = updates.fit_pairs_of_all
-        found = self._update(group, weight, lambda *arguments: fit(*arguments, *batch))
-        return weight.new_tensor(found)
+        if is_small and (visits_all is not False or spec.is_single):
+            fit = updates.fit_pairs_dense
+        found = self._update(group, parameter, lambda *arguments: fit(*arguments, *batch))
+        return parameter.new_tensor(found)
 
-    def _is_one_pass(self, spec: ops.Spec, is_small: bool) -> bool:
-        return is_small or not (cpu.is_single(spec) or self.visits_all)
+    def _is_one_pass(self, spec: Spec, is_small: bool) -> bool:
+        return is_small or not (spec.is_single or self.visits_all)
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
             if any(parameter is own for own in group["params"]):
                 return group
         raise ValueError(
-            f"weight must be a parameter of this optimizer, got another of shape {list(parameter.shape)}"
+            f"expected a parameter of this optimizer, got another of shape {list(parameter.shape)}"
         )
 
-    def _room_for_state(self, parameter: Tensor) -> Tensor:
+    def _empty_state(self, parameter: Tensor) -> Tensor:
         return torch.empty_like(parameter)
 
     def _initial(self, group: dict[str, Any]) -> float:
@@ -262,13 +268,13 @@ class RowwiseAdagrad(Adagrad):
                 "a pool has no rows: use Adagrad"
             )
 
-    def _room_for_state(self, parameter: Tensor) -> Tensor:
+    def _empty_state(self, parameter: Tensor) -> Tensor:
         return parameter.new_empty(len(parameter))
 
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
         return rules.RowwiseAdagrad(group["lr"], group["eps"])
 
-    def _is_one_pass(self, spec: ops.Spec, is_small: bool) -> bool:
+    def _is_one_pass(self, spec: Spec, is_small: bool) -> bool:
         return False
 
 

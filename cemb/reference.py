@@ -7,7 +7,7 @@ what makes hashed embeddings slow in eager PyTorch. They run on any device and d
 import torch
 from torch import Tensor
 
-from cemb.hashing import MULTIPLIER_1, MULTIPLIER_2, FullSpec, HashSpec, PairDropout
+from cemb.hashing import MULTIPLIER_1, MULTIPLIER_2, FullSpec, PairDropout, Spec
 
 
 def _as_int64(x: int) -> int:
@@ -28,10 +28,8 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def locate(
-    ids: Tensor, spec: HashSpec | FullSpec, table_offset: int | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Pool indices of the rows `ids` ``[...]`` as int64 ``[..., embedding_dim]``, and signs if signed."""
+def locate(ids: Tensor, spec: Spec, table_offset: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Pool indices of the rows `ids` ``[...]``, int64 ``[..., embedding_dim]``, and their signs or None."""
     columns = torch.arange(spec.embedding_dim, device=ids.device)
     if isinstance(spec, FullSpec):
         return ids.long().unsqueeze(-1) * spec.embedding_dim + columns, None
@@ -57,9 +55,7 @@ def check_ids(ids: Tensor, num_embeddings: int) -> None:
         )
 
 
-def hashed_lookup(
-    weight: Tensor, ids: Tensor, spec: HashSpec | FullSpec, table_offset: int | None = None
-) -> Tensor:
+def hashed_lookup(weight: Tensor, ids: Tensor, spec: Spec, table_offset: int | None = None) -> Tensor:
     """Rows `ids` ``[...]`` of the table that `spec` hashes into `weight` ``[pool_size]``.
 
     Returns ``[..., embedding_dim]`` of weight's dtype; the gradient is autograd's scatter-add.
@@ -85,15 +81,15 @@ def vector_scores(vectors: Tensor, dropout: PairDropout) -> Tensor:
     return (vectors[:, 0] * vectors[:, 1] * pair_weights(vectors, dropout)).sum(-1)
 
 
-def _pair_vectors(weight: Tensor, pairs: Tensor, spec: HashSpec | FullSpec, context_offset: int) -> Tensor:
+def _pair_vectors(weight: Tensor, pairs: Tensor, spec: Spec, context_offset: int) -> Tensor:
     words = hashed_lookup(weight, pairs[:, 0], spec)
     return torch.stack((words, hashed_lookup(weight, pairs[:, 1], spec, context_offset)), dim=1)
 
 
 def pair_scores(
-    weight: Tensor, pairs: Tensor, spec: HashSpec | FullSpec, context_offset: int, dropout: PairDropout
+    weight: Tensor, pairs: Tensor, spec: Spec, context_offset: int, dropout: PairDropout
 ) -> Tensor:
-    """`vector_scores` of the rows `pairs` ``[n, 2]``, contexts hashed under an offset of their own."""
+    """`vector_scores` ``[n]`` of the rows `pairs` ``[n, 2]``; contexts hash under an offset of their own."""
     return vector_scores(_pair_vectors(weight, pairs, spec, context_offset), dropout)
 
 
@@ -101,11 +97,11 @@ def pair_scores_backward(
     grad: Tensor,
     weight: Tensor,
     pairs: Tensor,
-    spec: HashSpec | FullSpec,
+    spec: Spec,
     context_offset: int,
     dropout: PairDropout,
 ) -> Tensor:
-    """Gradient of `pair_scores` with respect to `weight`, for use where autograd cannot reach."""
+    """Gradient ``[pool_size]`` of `pair_scores` by `weight`, given `grad` ``[n]``; without autograd."""
     vectors = _pair_vectors(weight, pairs, spec, context_offset)
     factors = grad.unsqueeze(-1) * pair_weights(vectors, dropout)
     pool = torch.zeros_like(weight)

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import buckets, cpu, overlaps, rules, updates
+from cemb.hashing import PairDropout, Spec
+from cemb.kernels.cpu import buckets, conflicts, rules, updates
+from cemb.kernels.cpu.dropout import draw
 
 _HUGE_PAGES_FROM = 2**24  # bytes
 
@@ -33,16 +34,16 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
 class TouchedGradient:
     """The gradient of one pool or full table since it was last cleared, as the pairs that it comes from.
 
-    It is worked out when a step needs it, and most of it then only in passing: the weights, and the pairs,
-    must stay as they are until then. At block size 1 it comes from the values that the forward pass kept, and
-    the weights may change. Deterministic for any number of threads.
+    It is computed when a step needs it, most of it in the pass that updates: the weights, and the pairs, must
+    stay as they are until then. At block size 1 it comes from the values that the forward pass kept, and the
+    weights may change. Deterministic for any number of threads.
     """
 
     def __init__(self) -> None:
         self._seen: list[tuple[npt.NDArray[Any], ...]] = []
         self._versions: list[tuple[Tensor, int]] = []
-        self._geometry: tuple[HashSpec | FullSpec, int] | None = None
-        self._room: overlaps.Room | None = None
+        self._geometry: tuple[Spec, int] | None = None
+        self._workspace: conflicts.Workspace | None = None
         self._buckets: buckets.Buckets | None = None
         self._spare_values: npt.NDArray[Any] | None = None
 
@@ -51,11 +52,9 @@ class TouchedGradient:
         """Whether nothing was added since the last clearing."""
         return not self._seen
 
-    def room_for_values(
-        self, num_pairs: int, spec: HashSpec | FullSpec, dtype: np.dtype[Any]
-    ) -> npt.NDArray[Any] | None:
-        """Memory ``[num_pairs, 2, embedding_dim]`` for what the forward pass is to keep; None for nothing."""
-        if not cpu.is_single(spec):
+    def values_workspace(self, num_pairs: int, spec: Spec, dtype: np.dtype[Any]) -> npt.NDArray[Any] | None:
+        """Workspace ``[num_pairs, 2, embedding_dim]`` for the values that the forward pass keeps, or None."""
+        if not spec.is_single:
             return None
         spare, self._spare_values = self._spare_values, None
         shape = (num_pairs, 2, spec.embedding_dim)
@@ -68,15 +67,15 @@ class TouchedGradient:
         grad: Tensor,
         weight: Tensor,
         pairs: Tensor,
-        spec: HashSpec | FullSpec,
+        spec: Spec,
         context_offset: int,
         dropout: PairDropout,
         values: npt.NDArray[Any] | None,
     ) -> None:
         """Add the gradient of ``Σ grad[i] · score[i]`` of pairs ``[n, 2]`` with respect to `weight`.
 
-        `values` is what the forward pass kept, see `room_for_values`. Raises RuntimeError if pairs of another
-        table were added since the last clearing.
+        `values` is what the forward pass kept, see `values_workspace`. Raises RuntimeError if pairs of
+        another table were added since the last clearing.
         """
         if self._seen and self._geometry and self._geometry != (spec, context_offset):
             raise RuntimeError(
@@ -88,13 +87,13 @@ class TouchedGradient:
         self._versions += [(tensor, tensor._version) for tensor in needed]
         ids = pairs.long().contiguous().numpy()
         factors = grad.detach().contiguous().numpy()
-        kept = cpu.draw(len(ids), spec.embedding_dim, dropout)
-        batch = (ids, kept, factors * factors.dtype.type(dropout.scale))
+        dropout_mask = draw(len(ids), spec.embedding_dim, dropout)
+        batch = (ids, dropout_mask, factors * factors.dtype.type(dropout.scale))
         self._seen.append(batch if values is None else (*batch, values))
 
-    def _prepare(self, spec: HashSpec | FullSpec, context_offset: int) -> None:
+    def _prepare(self, spec: Spec, context_offset: int) -> None:
         if self._geometry != (spec, context_offset):
-            self._geometry, self._room, self._buckets = (spec, context_offset), None, None
+            self._geometry, self._workspace, self._buckets = (spec, context_offset), None, None
 
     def fit(
         self,
@@ -102,20 +101,20 @@ class TouchedGradient:
         states: Sequence[npt.NDArray[Any]],
         rule: rules.Rule,
         pairs: npt.NDArray[np.int64],
-        values: npt.NDArray[Any],
-        weights: npt.NDArray[Any],
-        spec: HashSpec | FullSpec,
+        targets: npt.NDArray[Any],
+        sample_weights: npt.NDArray[Any],
+        spec: Spec,
         context_offset: int,
         dropout: PairDropout,
     ) -> float:
-        """Score pairs and update weights and states; returns the loss, see `updates.fit_pairs`."""
+        """`cemb.kernels.cpu.updates.fit_pairs` in this gradient's workspace; returns the loss."""
         self._prepare(spec, context_offset)
-        batch = pairs, values, weights, spec, context_offset, dropout
-        loss, self._room = updates.fit_pairs(weight, states, rule, *batch, self._room)
+        batch = pairs, targets, sample_weights, spec, context_offset, dropout
+        loss, self._workspace = updates.fit_pairs(weight, states, rule, *batch, self._workspace)
         return loss
 
     def _batch(self) -> tuple[npt.NDArray[Any], ...]:
-        """All pairs seen, with what dropout keeps of them, their factors, and the values kept if any were."""
+        """All pairs added, with their dropout mask, their factors, and at block size 1 their values."""
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
@@ -128,7 +127,7 @@ class TouchedGradient:
 
     def clear(self) -> None:
         """Forget the gradient; its memory is kept for the next."""
-        if self._seen and self._geometry and cpu.is_single(self._geometry[0]):
+        if self._seen and self._geometry and self._geometry[0].is_single:
             *_, self._spare_values = self._seen[0]
         self._seen, self._versions = [], []
 
@@ -137,30 +136,32 @@ class TouchedGradient:
         if self.is_empty or self._geometry is None:
             return
         spec, context_offset = self._geometry
-        if isinstance(spec, HashSpec) and cpu.is_single(spec):
-            pairs, kept, factors, values = self._batch()
+        if spec.is_single:
+            pairs, dropout_mask, factors, values = self._batch()
             self._buckets = buckets.pair_buckets(
-                pairs, kept, factors, values, spec, context_offset, self._buckets
+                pairs, dropout_mask, factors, values, spec, context_offset, self._buckets
             )
             updates.update_buckets(dense, (), rules.SGD(-1.0), self._buckets)
             return
-        pairs, kept, factors = self._batch()
-        self._room = updates.add_pairs(dense, weight, pairs, kept, factors, spec, context_offset, self._room)
+        pairs, dropout_mask, factors = self._batch()
+        self._workspace = updates.add_pairs(
+            dense, weight, pairs, dropout_mask, factors, spec, context_offset, self._workspace
+        )
 
     def update(self, weight: npt.NDArray[Any], states: Sequence[npt.NDArray[Any]], rule: rules.Rule) -> None:
         """Update weights and an optimizer's states by `rule`, and forget the gradient."""
         batch = self._batch()
         assert self._geometry is not None
         spec, context_offset = self._geometry
-        if isinstance(spec, HashSpec) and cpu.is_single(spec):
-            pairs, kept, factors, values = batch
+        if spec.is_single:
+            pairs, dropout_mask, factors, values = batch
             self._buckets = buckets.pair_buckets(
-                pairs, kept, factors, values, spec, context_offset, self._buckets
+                pairs, dropout_mask, factors, values, spec, context_offset, self._buckets
             )
             updates.update_buckets(weight, states, rule, self._buckets)
         else:
-            pairs, kept, factors = batch
-            self._room = updates.update_pairs(
-                weight, states, rule, pairs, kept, factors, spec, context_offset, self._room
+            pairs, dropout_mask, factors = batch
+            self._workspace = updates.update_pairs(
+                weight, states, rule, pairs, dropout_mask, factors, spec, context_offset, self._workspace
             )
         self.clear()

@@ -11,7 +11,8 @@ from numba import njit
 
 from cemb import kernels, ops, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
-from cemb.kernels import cpu, overlaps, rules, updates
+from cemb.kernels import cpu
+from cemb.kernels.cpu import conflicts, locate, rules, updates
 from cemb.study import records
 
 SPECS = [
@@ -45,15 +46,15 @@ def test_lookup_equals_the_specification(spec):
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 100])
 def test_places_in_groups_of_keys_are_the_specification(dim):
-    find = njit(lambda places, key, table: cpu._find_places(places, key, table))
+    find = njit(lambda places, key, table: locate.find_places(places, key, table))
     spec = HashSpec(10**6, dim, 262_144)
     keys = [0, 1, 15, 16, 2**30 - 50, 2**34 - 3, 2**64 - 60, 2**63 + 2**40 + 2**31 + 7, *map(mix, range(50))]
     for key in keys:
-        places = np.zeros(dim + 2 * cpu._LANES, np.uint32)
-        find(places, np.uint64(key), cpu.Geometry.of(spec))
+        places = np.zeros(dim + 2 * locate.LANES, np.uint32)
+        find(places, np.uint64(key), locate.Geometry.of(spec))
         hashes = [mix((key + j) % 2**64) for j in range(dim)]
         expected = [(h >> 32) * spec.num_starts >> 32 for h in hashes]
-        assert places[cpu._FIRST :][:dim].tolist() == expected, key
+        assert places[locate.FIRST :][:dim].tolist() == expected, key
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -67,7 +68,7 @@ def test_lookup_equals_the_reference_bit_for_bit(spec, dtype):
 @pytest.mark.parametrize("private_pool_limit", [0, 2**22])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradient_is_close_to_float64(spec, private_pool_limit, threads, monkeypatch):
-    monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", private_pool_limit)
+    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", private_pool_limit)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     pool, ids = _pool(spec).requires_grad_(), _ids(spec, 300)
     upstream = torch.randn(300, spec.embedding_dim, generator=torch.Generator().manual_seed(2))
@@ -82,16 +83,16 @@ def test_gradient_is_close_to_float64(spec, private_pool_limit, threads, monkeyp
 
 @pytest.mark.parametrize("private_pool_limit", [0, 2**22])
 def test_kernels_write_every_value_and_no_other(private_pool_limit, monkeypatch):
-    monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", private_pool_limit)
+    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", private_pool_limit)
     spec = HashSpec(50, 11, 40, block_size=4, signed=True)
     ids = _ids(spec, 33).numpy()
     out = np.full((33, 11), np.nan, np.float32)
-    cpu.lookup(_pool(spec).numpy(), ids, spec, out)
+    cpu.lookup.lookup(_pool(spec).numpy(), ids, spec, out)
     assert not np.isnan(out).any()
     # Windows at either end must stay inside: the pool is a slice of a poisoned array.
     padded = np.full(60, np.nan, np.float32)
     padded[10:50] = 0
-    cpu.scatter(np.ones_like(out), ids, spec, padded[10:50])
+    cpu.lookup.scatter(np.ones_like(out), ids, spec, padded[10:50])
     assert np.isnan(padded[:10]).all()
     assert np.isnan(padded[50:]).all()
     assert not np.isnan(padded[10:50]).any()
@@ -168,14 +169,14 @@ def test_repeats_give_the_same_bits():
 
 
 def test_owned_slices_give_the_same_bits_for_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", 0)
+    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", 0)
     spec = HashSpec(10**6, 100, 5000, block_size=7)
     ids, upstream = _ids(spec, 500).numpy(), np.random.default_rng(0).random((500, 100), np.float32)
     pools = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         pools.append(np.zeros(5000, np.float32))
-        cpu.scatter(upstream, ids, spec, pools[-1])
+        cpu.lookup.scatter(upstream, ids, spec, pools[-1])
     assert np.array_equal(*pools)
 
 
@@ -212,10 +213,10 @@ def test_pair_dropout_keeps_what_it_says():
     vectors = torch.ones(4, 2, 5)
     # Two hashes of four parts each serve five components.
     hashes = [[mix(i * 2 + g + mix(3 + GOLDEN)) for g in range(2)] for i in range(4)]
-    kept = [
+    mask = [
         [(h[j // 4] >> 16 * (j % 4)) & 0xFFFF >= round((1 - 0.81) * 2**16) for j in range(5)] for h in hashes
     ]
-    expected = torch.tensor(kept).sum(1) / 0.81
+    expected = torch.tensor(mask).sum(1) / 0.81
     torch.testing.assert_close(reference.vector_scores(vectors, drop), expected)
 
 
@@ -249,7 +250,7 @@ def test_vector_scores_equal_the_reference(shape, p, dtype):
 def test_vector_scores_overwrite_every_value():
     vectors = np.random.default_rng(0).random((9, 2, 7), np.float32)
     out = np.full_like(vectors, np.nan)
-    cpu.vector_scores_backward(np.ones(9, np.float32), vectors, PairDropout(0.5), out)
+    cpu.pairs.vector_scores_backward(np.ones(9, np.float32), vectors, PairDropout(0.5), out)
     assert not np.isnan(out).any()
 
 
@@ -308,7 +309,7 @@ def _exact(weight, pairs, spec, drop, upstream):
 @pytest.mark.parametrize("private_pool_limit", [0, 2**22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *long(torch.bfloat16, torch.float16)])
 def test_pair_scores_are_close_to_float64(spec, p, private_pool_limit, dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", private_pool_limit)
+    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", private_pool_limit)
     weight, pairs = _pool(spec, dtype).requires_grad_(), _ids(spec, 61, 2)
     upstream = torch.randn(61, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(4)
@@ -332,13 +333,13 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(threads, block_size, 
     spec = HashSpec(1000, 100, 4000, block_size=block_size, signed=True)
     weight, pairs = _pool(spec).numpy(), _ids(spec, 200, 2).numpy()
     factors = np.random.default_rng(0).standard_normal(200).astype(np.float32)
-    batch = (pairs, cpu.draw(200, 100, PairDropout(0.1)), factors, spec, 5)
+    batch = (pairs, cpu.dropout.draw(200, 100, PairDropout(0.1)), factors, spec, 5)
     found = []
     for number in (1, threads):
-        monkeypatch.setattr(cpu, "_set_threads", lambda number=number: number)
+        monkeypatch.setattr(cpu.threads, "_set_threads", lambda number=number: number)
         dense, stepped = np.ones(4000, np.float32), weight.copy()
-        room = updates.add_pairs(dense, weight, *batch, None)
-        updates.update_pairs(stepped, (), rules.SGD(0.1), *batch, room)
+        workspace = updates.add_pairs(dense, weight, *batch, None)
+        updates.update_pairs(stepped, (), rules.SGD(0.1), *batch, workspace)
         found.append((dense, stepped))
     np.testing.assert_array_equal(*found)
 
@@ -346,19 +347,19 @@ def test_sums_have_the_same_bits_for_any_number_of_threads(threads, block_size, 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("block_size", [1, 7, 25])
 def test_owned_pair_gradients_have_the_same_bits_for_any_number_of_threads(threads, block_size, monkeypatch):
-    monkeypatch.setattr(cpu, "PRIVATE_POOL_LIMIT", 0)
-    monkeypatch.setattr(cpu, "_set_threads", lambda: threads)
+    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", 0)
+    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: threads)
     spec = HashSpec(1000, 100, 4000, block_size=block_size, signed=True)
     weight, pairs = _pool(spec).numpy(), _ids(spec, 200, 2).numpy()
     grad = np.random.default_rng(0).standard_normal(200).astype(np.float32)
     found, again, owned = np.zeros((3, 4000), np.float32)
-    batch = (weight, pairs, cpu.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
+    batch = (weight, pairs, cpu.dropout.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
     updates.add_pairs(found, *batch)
-    monkeypatch.setattr(cpu, "_set_threads", lambda: 2)
-    cpu.pair_scores_backward(grad, weight, pairs, spec, 5, PairDropout(0.1), owned)
+    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: 2)
+    cpu.pairs.pair_scores_backward(grad, weight, pairs, spec, 5, PairDropout(0.1), owned)
     scaled = np.float32(PairDropout(0.1).scale)
     np.testing.assert_allclose(found * scaled, owned, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(cpu, "_set_threads", lambda: 1)
+    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: 1)
     updates.add_pairs(again, *batch)
     assert np.array_equal(found, again)
 
@@ -368,12 +369,12 @@ def test_sums_of_all_blocks_are_the_gradient(spec):
     weight, pairs = _pool(spec), _ids(spec, 300, 2)
     upstream = torch.randn(300, generator=torch.Generator().manual_seed(2))
     drop = PairDropout(0.0)
-    kept = cpu.draw(300, spec.embedding_dim, drop)
-    arguments = (weight.numpy(), pairs.numpy(), kept, upstream.numpy(), spec, _context_offset(spec))
-    room = overlaps.Room.of(300, spec, np.dtype(np.float32), 2)
-    room.terms[:] = np.nan  # what is not written must not be used
+    mask = cpu.dropout.draw(300, spec.embedding_dim, drop)
+    arguments = (weight.numpy(), pairs.numpy(), mask, upstream.numpy(), spec, _context_offset(spec))
+    workspace = conflicts.Workspace.of(300, spec, np.dtype(np.float32), 2)
+    workspace.terms[:] = np.nan  # what is not written must not be used
     found = torch.full((spec.pool_size,), 3.0)
-    updates.add_pairs(found.numpy(), *arguments, room)
+    updates.add_pairs(found.numpy(), *arguments, workspace)
     assert torch.equal(weight, _pool(spec))
     naive = _exact(weight, pairs, spec, drop, upstream)[1]
     exact = _exact(weight.double(), pairs, spec, drop, upstream)[1]
@@ -392,7 +393,7 @@ ALONE_SPECS = [
 @pytest.mark.parametrize("threads", [1, 2, 3, 3000])  # the last: with many borders of slices
 @pytest.mark.parametrize("spec", ALONE_SPECS, ids=lambda spec: f"{type(spec).__name__}-{spec.block_size}")
 def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypatch):
-    monkeypatch.setattr(cpu, "_set_threads", lambda: threads)
+    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: threads)
     pairs = _ids(spec, 150, 2).numpy()
     dense = np.zeros(spec.pool_size, np.int64)
     blocks, extents = {}, {}
@@ -404,16 +405,16 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
             first = blocks[i, side, b][0]
             extents[i, side, b] = slice(first, first + spec.block_size)
             dense[extents[i, side, b]] += 1
-    room = overlaps.Room.of(150, spec, np.dtype(np.float32), threads)
-    for memory in (room.ranks, room.listed):
+    workspace = conflicts.Workspace.of(150, spec, np.dtype(np.float32), threads)
+    for memory in (workspace.ranks, workspace.entries):
         memory.fill(123)  # what an earlier step left
-    kept, ones = cpu.draw(150, spec.embedding_dim, PairDropout(0.0)), np.ones(150, np.float32)
-    updates.update_pairs(_pool(spec).numpy(), (), rules.SGD(0.0), pairs, kept, ones, spec, 0, room)
+    mask, ones = cpu.dropout.draw(150, spec.embedding_dim, PairDropout(0.0)), np.ones(150, np.float32)
+    updates.update_pairs(_pool(spec).numpy(), (), rules.SGD(0.0), pairs, mask, ones, spec, 0, workspace)
     overlapping = {key for key, extent in extents.items() if (dense[extent] > 1).any()}
-    assert {tuple(key) for key in np.argwhere(room.ranks != -1)} == overlapping
-    ranks = room.ranks[room.ranks != -1]
+    assert {tuple(key) for key in np.argwhere(workspace.ranks != -1)} == overlapping
+    ranks = workspace.ranks[workspace.ranks != -1]
     assert len(np.unique(ranks)) == len(overlapping)
-    assert room.terms.size >= (ranks.max() + 1) * spec.block_size
+    assert workspace.terms.size >= (ranks.max() + 1) * spec.block_size
     assert len(blocks) - len(overlapping) > 100
     assert len(overlapping) > 10
     # Each block is summed by all threads into whose slices it reaches.
@@ -421,27 +422,29 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
     unit = spec.embedding_dim if isinstance(spec, FullSpec) else 1
     reached = {key: set() for key in overlapping}
     for t in range(threads):
-        for entry in room.keys[t, 0, : room.counts[t]].tolist():
+        for entry in workspace.keys[t, 0, : workspace.counts[t]].tolist():
             code = entry & 0xFFFFFFFF
             i, side, b = code >> (block_bits + 1), (code >> block_bits) & 1, code & ((1 << block_bits) - 1)
-            reached[i, side, b] |= set(range(room.cuts[t] * unit, room.cuts[t + 1] * unit))
+            reached[i, side, b] |= set(range(workspace.cuts[t] * unit, workspace.cuts[t + 1] * unit))
     assert all(places >= set(blocks[key]) for key, places in reached.items())
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_threads_share_the_sums_of_frequent_rows(threads, monkeypatch):
-    monkeypatch.setattr(cpu, "_set_threads", lambda: threads)
+    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: threads)
     spec = FullSpec(10_000, 12)
     # Frequent words stand at one end of the table, frequent contexts at the other.
     pairs = np.random.default_rng(0).integers(100, size=(2**14, 2))
     pairs[:, 1] += spec.num_embeddings - 100
-    kept, ones = cpu.draw(2**14, spec.embedding_dim, PairDropout(0.0)), np.ones(2**14, np.float32)
-    room = updates.update_pairs(_pool(spec).numpy(), (), rules.SGD(0.0), pairs, kept, ones, spec, 0, None)
-    assert room.counts.sum() == 2**15
-    assert room.counts.max() <= 1.2 * 2**15 / threads
+    mask, ones = cpu.dropout.draw(2**14, spec.embedding_dim, PairDropout(0.0)), np.ones(2**14, np.float32)
+    workspace = updates.update_pairs(
+        _pool(spec).numpy(), (), rules.SGD(0.0), pairs, mask, ones, spec, 0, None
+    )
+    assert workspace.counts.sum() == 2**15
+    assert workspace.counts.max() <= 1.2 * 2**15 / threads
 
 
-_sort = njit(lambda keys, spare, count, bits, high: overlaps._sort(keys, spare, count, bits, high))
+_sort = njit(lambda keys, spare, count, bits, high: conflicts._sort(keys, spare, count, bits, high))
 
 
 @pytest.mark.parametrize(
@@ -474,7 +477,7 @@ def test_overlaps_at_the_end_of_the_largest_pool_are_found(low):
     listed = np.array([(start << 32) | (i << 3) for i, start in enumerate(starts)], np.uint64)
     ranks, keys = np.full((6, 2, 4), -1, np.int32), np.zeros((1, 2, 7), np.uint64)
     cuts, counts = np.array([low, 2**32 - 1]), np.zeros(1, np.int64)
-    overlaps._sort_share(np.int64(0), listed, False, ranks, keys, cuts, counts, cpu.Geometry.of(spec))
+    conflicts._sort_chunk(np.int64(0), listed, False, ranks, keys, cuts, counts, locate.Geometry.of(spec))
     found = [(int(entry) >> 32) + max(low - 48, 0) for entry in keys[0, 0, : counts[0]]]
     assert found == [starts[i] for i in (1, 2, 4, 5)]
     assert ranks[:, 0, 0].tolist() == [-1, 0, 0, -1, 0, 0]
@@ -486,15 +489,15 @@ def test_scores_by_gathers_equal_the_specification(signed):
     spec = HashSpec(1000, 37, 500, block_size=1, signed=signed)
     weight, factors = _pool(spec, torch.float64).numpy(), np.arange(37.0)
     score = njit(
-        lambda table, word, context: cpu._score_single(
-            weight, factors, table, cpu._key(table, word), cpu._key(table, context)
+        lambda table, word, context: cpu.pairs._score_single(
+            weight, factors, table, locate.key_of(table, word), locate.key_of(table, context)
         )
     )
     expected = 0.0
     for column in range(37):
         (place, sign), (other, other_sign) = (spec.locate(row, column) for row in (998, 3))
         expected += factors[column] * sign * weight[place] * other_sign * weight[other]
-    assert score(cpu.Geometry.of(spec), 998, 3) == pytest.approx(expected)
+    assert score(locate.Geometry.of(spec), 998, 3) == pytest.approx(expected)
 
 
 def test_pair_gradients_stay_inside_the_pool():
@@ -502,7 +505,7 @@ def test_pair_gradients_stay_inside_the_pool():
     pairs = _ids(spec, 33, 2).numpy()
     padded = np.full(60, np.nan, np.float32)
     padded[10:50] = 0
-    cpu.pair_scores_backward(
+    cpu.pairs.pair_scores_backward(
         np.ones(33, np.float32), _pool(spec).numpy(), pairs, spec, 9, PairDropout(0.1), padded[10:50]
     )
     assert np.isnan(padded[:10]).all()
@@ -565,7 +568,7 @@ def test_kernels_compiled_from_earlier_sources_are_discarded(tmp_path):
     own, above = compiled = [folder / "__pycache__" for folder in folders]
     for folder in compiled:
         folder.mkdir(parents=True)
-    sources = [tmp_path / "kernels" / "lanes.py", tmp_path / "hashing.py"]
+    sources = [tmp_path / "kernels" / "simd.py", tmp_path / "hashing.py"]
     ages = dict(zip(sources, (1, 3), strict=True))
     ages |= {own / "a.nbi": 2, own / "b.nbi": 4, above / "c.nbi": 2, above / "d.nbi": 4}
     for path, age in ages.items():
@@ -581,10 +584,12 @@ def test_what_kernels_inline_is_looked_at():
     with_kernels = [path for path in package.rglob("*.py") if re.search("njit|@intrinsic", path.read_text())]
     assert {path.parent for path in with_kernels} == set(kernels.FOLDERS)
     inlined = {
-        package / room / f"{name.split(' as ')[0].strip()}.py"
+        package / folder.replace(".", "/") / f"{name.split(' as ')[0].strip()}.py"
         for path in with_kernels
-        for room, names in re.findall(r"from cemb\.(kernels|pmi) import (.*)", path.read_text())
-        for name in names.split(",")
+        for folder, module, names in re.findall(
+            r"from cemb\.(kernels\.cpu|pmi)(?:\.(\w+))? import (.*)", path.read_text()
+        )
+        for name in ([module] if module else names.split(","))
     }
-    assert package / "kernels" / "lanes.py" in inlined
+    assert {package / "kernels" / "cpu" / name for name in ("simd.py", "threads.py")} <= inlined
     assert {package / "hashing.py", *inlined} <= set(kernels.SOURCES)

@@ -8,7 +8,8 @@ from torch import nn
 
 from cemb import ops, optim, reference
 from cemb.hashing import FullSpec, HashSpec, PairDropout
-from cemb.kernels import buckets, cpu, overlaps
+from cemb.kernels import cpu
+from cemb.kernels.cpu import buckets, conflicts
 from cemb.tables import FusedFullEmbedding, HashedEmbedding
 from cemb.touched import TouchedGradient, advise_huge_pages
 
@@ -119,7 +120,7 @@ def test_lazy_adam_differs_from_dense_adam_only_where_steps_miss():
 def test_rowwise_adagrad_has_the_same_bits_for_any_number_of_threads(monkeypatch):
     found = []
     for threads in (1, 2, 300):
-        monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu.threads, "_set_threads", lambda threads=threads: threads)
         weight = nn.Parameter(torch.randn(900, 20, generator=torch.Generator().manual_seed(0)))
         optimizer = optim.RowwiseAdagrad([weight], 0.1)
         for step in range(2):
@@ -136,7 +137,7 @@ def test_rowwise_adagrad_has_the_same_bits_for_any_number_of_threads(monkeypatch
 def test_results_are_the_same_bits_for_any_number_of_threads(spec, make, monkeypatch):
     found = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu.threads, "_set_threads", lambda threads=threads: threads)
         found.append(_train(lambda p: make(p, 0.1), spec, steps=2)[-1])
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[1], found[2])
@@ -295,20 +296,20 @@ def test_scores_that_keep_their_values_are_the_scores(signed):
 def test_buckets_hold_every_value_once_whatever_was_there_before():
     spec = HashSpec(5000, 100, 300_000, signed=True)
     rng = np.random.default_rng(0)
-    room = None
+    workspace = None
     for num_pairs in (300, 200):  # the second finds memory of the first
         pairs = rng.integers(spec.num_embeddings, size=(num_pairs, 2))
         factors = rng.standard_normal(num_pairs)
         values = rng.standard_normal((num_pairs, 2, spec.embedding_dim))
-        kept = cpu.draw(num_pairs, spec.embedding_dim, PairDropout(0.0, 0))
-        if room is not None:
-            room.entries[:] = np.nan
-        room = buckets.pair_buckets(pairs, kept, factors, values, spec, 0, room)
+        mask = cpu.dropout.draw(num_pairs, spec.embedding_dim, PairDropout(0.0, 0))
+        if workspace is not None:
+            workspace.entries[:] = np.nan
+        workspace = buckets.pair_buckets(pairs, mask, factors, values, spec, 0, workspace)
         found, expected = np.zeros(spec.pool_size), np.zeros(spec.pool_size)
-        for b, (begin, end) in enumerate(zip(room.starts[:-1], room.starts[1:], strict=True)):
-            places = room.entries[begin:end, 1].astype(np.int64) + (b << buckets.SLICE_BITS)
-            np.add.at(found, places, room.entries[begin:end, 0])
-        assert room.starts[-1] == 2 * num_pairs * spec.embedding_dim
+        for b, (begin, end) in enumerate(zip(workspace.starts[:-1], workspace.starts[1:], strict=True)):
+            places = workspace.entries[begin:end, 1].astype(np.int64) + (b << buckets.SLICE_BITS)
+            np.add.at(found, places, workspace.entries[begin:end, 0])
+        assert workspace.starts[-1] == 2 * num_pairs * spec.embedding_dim
         for i, (word, context) in enumerate(pairs.tolist()):
             for j in range(spec.embedding_dim):
                 (place, sign), (other, other_sign) = spec.locate(word, j), spec.locate(context, j)
@@ -385,15 +386,15 @@ def test_what_cannot_be_updated_is_refused(parameter, message):
 def test_too_many_pairs_are_refused():
     spec = HashSpec(5, 2**20, 2**21, block_size=8)
     with pytest.raises(ValueError, match="16384 pairs of 131072 blocks are too many for one gradient"):
-        overlaps.Room.fitting(None, 2**14, spec, np.dtype(np.float32), 1)
+        conflicts.Workspace.fitting(None, 2**14, spec, np.dtype(np.float32), 1)
 
 
 def test_memory_is_kept_for_batches_that_fit():
     spec, single, double = HashSpec(50, 100, 4000, block_size=25), np.dtype(np.float32), np.dtype(np.float64)
-    room = overlaps.Room.fitting(None, 20, spec, single, 2)
-    assert overlaps.Room.fitting(room, 10, spec, single, 2) is room
+    workspace = conflicts.Workspace.fitting(None, 20, spec, single, 2)
+    assert conflicts.Workspace.fitting(workspace, 10, spec, single, 2) is workspace
     for wanted in ((21, spec, single, 2), (20, spec, double, 2), (20, spec, single, 3)):
-        other = overlaps.Room.fitting(room, *wanted)
+        other = conflicts.Workspace.fitting(workspace, *wanted)
         assert (len(other.ranks), other.terms.dtype, len(other.counts)) == (wanted[0], *wanted[2:])
 
 
@@ -422,8 +423,10 @@ def test_huge_pages_are_advice_only():
 
 ONE_PASS_SPECS = [
     *SPECS,
-    HashSpec(3000, 100, cpu.PRIVATE_POOL_LIMIT + 50, block_size=25, signed=True),  # few blocks overlap
-    HashSpec(60, 100, cpu.PRIVATE_POOL_LIMIT + 1, signed=True),
+    HashSpec(
+        3000, 100, cpu.threads.PRIVATE_POOL_LIMIT + 50, block_size=25, signed=True
+    ),  # few blocks overlap
+    HashSpec(60, 100, cpu.threads.PRIVATE_POOL_LIMIT + 1, signed=True),
     HashSpec(60, 7, 300, signed=True, table_offset=2**40),
 ]
 ONE_PASS_IDS = [f"{type(spec).__name__}-{spec.block_size}-{spec.pool_size}" for spec in ONE_PASS_SPECS]
@@ -440,7 +443,7 @@ def _fit(make, spec, *, steps=4, num_pairs=70, dtype=torch.float64, one_pass=Tru
     for step in range(steps):
         pairs = torch.randint(spec.num_embeddings, (num_pairs, 2), generator=generator)
         values, weights = torch.rand(2, num_pairs, generator=generator).to(dtype)
-        options = {"dropout": 0.1, "context_offset": offset, "weights": weights if step % 2 else None}
+        options = {"dropout": 0.1, "context_offset": offset, "sample_weights": weights if step % 2 else None}
         torch.manual_seed(step)
         if one_pass:
             losses.append(optimizer.squared_error_step(weight, pairs, values, spec, **options))
@@ -503,10 +506,10 @@ def test_a_step_in_one_pass_is_a_backward_pass_and_a_step(make, spec):
 def test_steps_in_one_pass_on_any_number_of_threads(spec, monkeypatch):
     found = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(cpu, "_set_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu.threads, "_set_threads", lambda threads=threads: threads)
         found.append(_fit(lambda p: optim.Adam(p, 0.5), spec, num_pairs=200))
     for other in found[1:]:
-        if isinstance(spec, HashSpec) and spec.pool_size <= cpu.PRIVATE_POOL_LIMIT:
+        if isinstance(spec, HashSpec) and spec.pool_size <= cpu.threads.PRIVATE_POOL_LIMIT:
             torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-9)
         else:
             assert all(map(torch.equal, other, found[0]))
@@ -516,7 +519,7 @@ def test_a_step_in_one_pass_clears_the_memory_it_finds():
     for block_size in (25, 1):
         spec = HashSpec(60, 100, 3000, block_size=block_size)
         expected = _fit(lambda p: optim.Adam(p, 0.5), spec, steps=1)
-        cpu._kept_pools.fill(np.nan)
+        cpu.threads._pools.fill(np.nan)
         assert all(map(torch.equal, _fit(lambda p: optim.Adam(p, 0.5), spec, steps=1), expected))
 
 
@@ -539,8 +542,8 @@ def test_a_step_in_one_pass_refuses_what_it_cannot_do():
     optimizer, pairs, values = optim.SGD([weight], lr=1.0), torch.tensor([[0, 1], [4, 4]]), torch.zeros(2)
     with pytest.raises(ValueError, match=r"a parameter of this optimizer, got another of shape \[5, 4\]"):
         optimizer.squared_error_step(nn.Parameter(torch.ones(5, 4)), pairs, values, spec)
-    for name, options in (("values", {}), ("weights", {"weights": torch.ones(2, 1)})):
-        wanted = torch.zeros(3) if name == "values" else values
+    for name, options in (("targets", {}), ("sample_weights", {"sample_weights": torch.ones(2, 1)})):
+        wanted = torch.zeros(3) if name == "targets" else values
         with pytest.raises(ValueError, match=rf"{name} must have shape \[2\], one for each pair, got \["):
             optimizer.squared_error_step(weight, pairs, wanted, spec, **options)
     with pytest.raises(IndexError, match=r"ids must lie in \[0, 5\), .* got ids from 1 to 5"):

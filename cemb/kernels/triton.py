@@ -1,4 +1,4 @@
-"""Triton kernels: the hash is computed where it is used; neither indices nor the vectors of pairs are stored.
+"""Triton kernels: the hash is computed where it is used; neither indices nor vectors of pairs reach memory.
 
 Tensors are contiguous, on one device, and already validated by `cemb.ops`. Pools and vectors are float32,
 bfloat16 or float16; arithmetic is in float32. Gradients are summed in a pool of their own, in float32 (few
@@ -15,22 +15,23 @@ import triton.language as tl
 from torch import Tensor
 
 from cemb import hashing
+from cemb.hashing import PairDropout, Spec
 
 MULTIPLIER_1 = tl.constexpr(hashing.MULTIPLIER_1)
 MULTIPLIER_2 = tl.constexpr(hashing.MULTIPLIER_2)
 GOLDEN = tl.constexpr(hashing.GOLDEN)
 
-# Columns that share a hash in one program, values that one program handles, the same for pairs, columns of a
-# pair that are handled at once, and warps. Found on an H200, where others cost up to a tenth more.
-MAX_WIDTH = 256
-TILE = 1024
-PAIR_TILE = 512
-PAIR_COLUMNS = 128
+# Found on an H200, where other sizes cost up to a tenth more.
+MAX_WIDTH = 256  # columns of a piece
+TILE = 1024  # values of a program that looks up or scatters
+PAIR_TILE = 512  # values of a program that scores pairs
+PAIR_COLUMNS = 128  # of them, columns of one pair
 PAIR_WARPS = 2
 
 
 @triton.jit
 def _mix(x: tl.tensor) -> tl.tensor:
+    """`cemb.hashing.mix` of uint64."""
     x = (x ^ (x >> 30)) * MULTIPLIER_1
     x = (x ^ (x >> 27)) * MULTIPLIER_2
     return x ^ (x >> 31)
@@ -47,7 +48,7 @@ def _locate(
     SIGNED: tl.constexpr,
     HASHED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """First pool index of a block, and the sign of its values."""
+    """First pool index of a block, int64, and the sign of its values, float32; `base` is that of `_base`."""
     key = row.to(tl.uint64) * NUM_BLOCKS + block.to(tl.uint64) + tl.cast(base, tl.uint64)
     if not HASHED:
         return (key * DIM).to(tl.int64), tl.where(key >= 0, 1.0, 1.0)
@@ -69,14 +70,14 @@ def _columns(
 
 @triton.jit
 def _add(pool: tl.tensor, index: tl.tensor, value: tl.tensor, scale: tl.tensor, mask: tl.tensor) -> None:
-    """Add into a float32 pool or, where there is a scale, into an int64 pool in units of its inverse."""
+    """Add to a float32 pool or, where there is a `scale`, to an int64 pool in units of 1/scale."""
     if scale is not None:
         value = tl.floor(value.to(tl.float64) * tl.load(scale) + 0.5).to(tl.int64)
-    # The end of the kernel orders the sums before whatever reads them.
+    # Relaxed, since the end of the kernel orders the sums before whatever reads them.
     tl.atomic_add(pool + index, value, mask=mask, sem="relaxed")
 
 
-# Arguments that differ from table to table or step to step are not worth a compilation each.
+# Not specialized: arguments that differ from table to table or step to step would each cost a compilation.
 @triton.jit(do_not_specialize=["n", "base", "num_starts"])
 def _row_kernel(
     weight: tl.tensor,
@@ -105,8 +106,8 @@ def _row_kernel(
     row = first_row + offset // per_row
     block, within, column, mask = _columns(offset % per_row, DIM, BLOCK_SIZE, WIDTH, CHUNKS)
     mask = mask & (row < n)
-    entity = tl.load(ids + row, mask=row < n, other=0)
-    start, sign = _locate(entity, block, base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED)
+    row_id = tl.load(ids + row, mask=row < n, other=0)
+    start, sign = _locate(row_id, block, base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED)
     index, position = start + within, row * DIM + column
     if grad is None:
         value = tl.load(weight + index, mask=mask, other=0.0).to(tl.float32)
@@ -118,18 +119,18 @@ def _row_kernel(
 
 @triton.jit
 def _salt(seed: tl.tensor) -> tl.tensor:
-    """What the seed, a scalar in memory, adds to every key."""
+    """`PairDropout.salt` of a seed that is a scalar in memory."""
     return _mix(tl.load(seed).to(tl.uint64) + GOLDEN)
 
 
 @triton.jit
-def _kept(
+def _survives(
     pair: tl.tensor, column: tl.tensor, salt: tl.tensor, threshold: tl.tensor, DIM: tl.constexpr
 ) -> tl.tensor:
-    """Which components of which pairs dropout keeps: a hash has four lanes of 16 bits."""
+    """The dropout mask at `pair` and `column`, broadcast; a hash has four parts of 16 bits."""
     key = pair.to(tl.uint64) * ((DIM + 3) // 4) + (column // 4).to(tl.uint64) + salt
-    lane = _mix(key) >> ((column % 4) * 16).to(tl.uint64)
-    return (lane & 0xFFFF).to(tl.int32) >= threshold
+    part = _mix(key) >> ((column % 4) * 16).to(tl.uint64)
+    return (part & 0xFFFF).to(tl.int32) >= threshold
 
 
 @triton.jit(do_not_specialize=["n", "word_base", "context_base", "num_starts", "threshold", "factor"])
@@ -172,7 +173,7 @@ def _pair_kernel(
         block, within, column, mask = _columns(piece, DIM, BLOCK_SIZE, WIDTH, CHUNKS)
         mask = mask & (tile_pair < n)
         if seed is not None:
-            mask = mask & _kept(tile_pair, column, salt, threshold, DIM)
+            mask = mask & _survives(tile_pair, column, salt, threshold, DIM)
         word_start, word_sign = _locate(word, block, word_base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED)
         context_start, context_sign = _locate(
             context, block, context_base, num_starts, DIM, NUM_BLOCKS, SIGNED, HASHED
@@ -216,12 +217,12 @@ def _vector_kernel(
     for first in range(0, DIM, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
         inside = (tile_pair < n) & (column < DIM)
-        kept = inside
+        live = inside
         if seed is not None:
-            kept = inside & _kept(tile_pair, column, salt, threshold, DIM)
+            live = inside & _survives(tile_pair, column, salt, threshold, DIM)
         word = 2 * tile_pair * DIM + column
-        word_value = tl.load(vectors + word, mask=kept, other=0.0).to(tl.float32)
-        context_value = tl.load(vectors + word + DIM, mask=kept, other=0.0).to(tl.float32)
+        word_value = tl.load(vectors + word, mask=live, other=0.0).to(tl.float32)
+        context_value = tl.load(vectors + word + DIM, mask=live, other=0.0).to(tl.float32)
         if grad is None:
             total += word_value * context_value
         else:
@@ -235,8 +236,8 @@ def _vector_kernel(
 @triton.jit(debug=True, do_not_specialize=["n", "num_embeddings"])
 def _check_kernel(ids: tl.tensor, n: tl.tensor, num_embeddings: tl.tensor, COUNT: tl.constexpr) -> None:
     i = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    entity = tl.load(ids + i, mask=i < n, other=0)
-    inside = (entity >= 0) & (entity < num_embeddings)
+    row_id = tl.load(ids + i, mask=i < n, other=0)
+    inside = (row_id >= 0) & (row_id < num_embeddings)
     tl.device_assert(inside, "ids must lie in [0, num_embeddings), the rows of the table")
 
 
@@ -248,21 +249,22 @@ def check_ids(ids: Tensor, num_embeddings: int) -> None:
 
 
 def _int64(x: int) -> int:
-    """The signed integer with the same lower 64 bits, as kernels take it."""
+    """The signed integer with the same lower 64 bits, which launches can pass."""
     return (x + 2**63) % 2**64 - 2**63
 
 
-def _base(spec: hashing.HashSpec | hashing.FullSpec, table_offset: int) -> int:
-    """What every key of a table has in common."""
+def _base(spec: Spec, table_offset: int) -> int:
+    """What is added to every key of a table, as int64."""
     return _int64(table_offset * spec.num_blocks + spec.salt)
 
 
-def _device_seed(dropout: hashing.PairDropout, seed: Tensor | None) -> Tensor | None:
-    """The seed as kernels take it: none where nothing is dropped."""
+def _device_seed(dropout: PairDropout, seed: Tensor | None) -> Tensor | None:
+    """The seed for kernels: None where dropout is 0, for which they compile without it."""
     return seed if dropout.threshold else None
 
 
-def _constants(spec: hashing.HashSpec | hashing.FullSpec) -> dict[str, int]:
+def _constants(spec: Spec) -> dict[str, int]:
+    """What kernels are compiled for."""
     width = min(triton.next_power_of_2(spec.block_size), MAX_WIDTH)
     return {
         "DIM": spec.embedding_dim,
@@ -287,7 +289,8 @@ def _fixed_point_scale(bound: Tensor, terms: int) -> Tensor:
     return torch.exp2(62.0 - terms.bit_length() - exponent.double()) + 0 * bound
 
 
-def _new_pool(spec: hashing.HashSpec | hashing.FullSpec, like: Tensor, scale: Tensor | None) -> Tensor:
+def _new_pool(spec: Spec, like: Tensor, scale: Tensor | None) -> Tensor:
+    """Zeros ``[pool_size]``, float32, or int64 for sums in fixed point."""
     dtype = torch.float32 if scale is None else torch.int64
     return torch.zeros(spec.pool_size, dtype=dtype, device=like.device)
 
@@ -299,7 +302,7 @@ def _to_float(pool: Tensor, scale: Tensor | None) -> Tensor:
 def _launch_rows(
     weight: Tensor | None,
     ids: Tensor,
-    spec: hashing.HashSpec | hashing.FullSpec,
+    spec: Spec,
     out: Tensor,
     grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -323,7 +326,7 @@ def _launch_rows(
         )
 
 
-def lookup(weight: Tensor, ids: Tensor, spec: hashing.HashSpec | hashing.FullSpec, out: Tensor) -> None:
+def lookup(weight: Tensor, ids: Tensor, spec: Spec, out: Tensor) -> None:
     """Write rows `ids` ``[n]`` (int64) of the table in `weight` ``[pool_size]`` into `out` ``[n, dim]``.
 
     `out` is of weight's dtype. Nothing is rounded, so results are those of `cemb.reference`, bit for bit.
@@ -332,9 +335,7 @@ def lookup(weight: Tensor, ids: Tensor, spec: hashing.HashSpec | hashing.FullSpe
         _launch_rows(weight, ids, spec, out)
 
 
-def scatter(
-    grad: Tensor, ids: Tensor, spec: hashing.HashSpec | hashing.FullSpec, deterministic: bool
-) -> Tensor:
+def scatter(grad: Tensor, ids: Tensor, spec: Spec, deterministic: bool) -> Tensor:
     """The transpose of `lookup`: the sum of `grad` ``[n, dim]`` into a new float32 pool ``[pool_size]``.
 
     By default float32 atomics add in any order, so results differ by rounding from run to run. Where
@@ -353,9 +354,9 @@ def scatter(
 def _launch_pairs(
     weight: Tensor,
     pairs: Tensor,
-    spec: hashing.HashSpec | hashing.FullSpec,
+    spec: Spec,
     context_offset: int,
-    dropout: hashing.PairDropout,
+    dropout: PairDropout,
     seed: Tensor | None,
     out: Tensor,
     grad: Tensor | None = None,
@@ -389,9 +390,9 @@ def _launch_pairs(
 def pair_scores(
     weight: Tensor,
     pairs: Tensor,
-    spec: hashing.HashSpec | hashing.FullSpec,
+    spec: Spec,
     context_offset: int,
-    dropout: hashing.PairDropout,
+    dropout: PairDropout,
     seed: Tensor | None,
     scores: Tensor,
 ) -> None:
@@ -411,9 +412,9 @@ def pair_scores_backward(
     grad: Tensor,
     weight: Tensor,
     pairs: Tensor,
-    spec: hashing.HashSpec | hashing.FullSpec,
+    spec: Spec,
     context_offset: int,
-    dropout: hashing.PairDropout,
+    dropout: PairDropout,
     seed: Tensor | None,
     deterministic: bool,
 ) -> Tensor:
@@ -433,7 +434,7 @@ def pair_scores_backward(
 
 
 def _launch_vectors(
-    vectors: Tensor, dropout: hashing.PairDropout, seed: Tensor | None, out: Tensor, grad: Tensor | None
+    vectors: Tensor, dropout: PairDropout, seed: Tensor | None, out: Tensor, grad: Tensor | None
 ) -> None:
     n, _, dim = vectors.shape
     columns = min(triton.next_power_of_2(dim), PAIR_COLUMNS)
@@ -454,7 +455,7 @@ def _launch_vectors(
             )
 
 
-def vector_scores(vectors: Tensor, dropout: hashing.PairDropout, seed: Tensor | None, scores: Tensor) -> None:
+def vector_scores(vectors: Tensor, dropout: PairDropout, seed: Tensor | None, scores: Tensor) -> None:
     """Write the dot products of the pairs of `vectors` ``[n, 2, dim]`` into `scores` ``[n]``, deterministic.
 
     `scores` is of the vectors' dtype; sums are in float32; `seed` is that of `pair_scores`.
@@ -463,7 +464,7 @@ def vector_scores(vectors: Tensor, dropout: hashing.PairDropout, seed: Tensor | 
 
 
 def vector_scores_backward(
-    grad: Tensor, vectors: Tensor, dropout: hashing.PairDropout, seed: Tensor | None, out: Tensor
+    grad: Tensor, vectors: Tensor, dropout: PairDropout, seed: Tensor | None, out: Tensor
 ) -> None:
     """Write the gradient of `vector_scores` with respect to `vectors` into `out` ``[n, 2, dim]``."""
     _launch_vectors(vectors, dropout, seed, out, grad)

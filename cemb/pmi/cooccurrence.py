@@ -21,7 +21,7 @@ from numba import get_num_threads, njit, types
 from numba.extending import intrinsic
 
 from cemb import hashing
-from cemb.kernels.lanes import prefetch
+from cemb.kernels.cpu.simd import prefetch
 from cemb.pmi.csr import row_blocks
 from cemb.pmi.threads import in_order
 
@@ -30,9 +30,9 @@ DistanceWeighting: TypeAlias = Literal[*DISTANCE_WEIGHTINGS]  # type: ignore[val
 BORDER = -1  # in place of an id: windows do not cross it
 LARGEST_TOTAL = 2**63 - 1
 
-# Columns that one byte of `Row.touched` stands for, as a power of two: 16 words of its bitmap.
+# Columns that one byte of `Row.touched` stands for, as a power of two: 16 words of `Row.bits`.
 _TOUCHED_SHIFT = 10
-_ROOM_CELLS = 2**20  # of a block; more would leave the cache before they are copied
+_BLOCK_CELLS = 2**20  # more would leave the cache before they are copied
 _PREFETCH = 32  # positions ahead
 _ONE, _S6, _S27, _S30, _S31 = (np.uint64(value) for value in (1, 6, 27, 30, 31))
 _S_TOUCHED, _LOW6 = np.uint64(_TOUCHED_SHIFT), np.uint64(63)
@@ -111,7 +111,7 @@ def keep_thresholds(word_counts: npt.NDArray[Any], subsample_threshold: float) -
 
 
 @njit(nogil=True, cache=True)
-def _keep(
+def _subsample(
     token_ids: npt.NDArray[Any],
     first_position: int,
     thresholds: npt.NDArray[np.uint64],
@@ -143,7 +143,7 @@ def subsample(
     """
     kept = np.empty(len(token_ids), np.int32)
     salt = np.uint64(hashing.mix(seed + hashing.GOLDEN))
-    return kept[: _keep(token_ids, first_position, thresholds, salt, kept)]
+    return kept[: _subsample(token_ids, first_position, thresholds, salt, kept)]
 
 
 @intrinsic
@@ -184,7 +184,7 @@ def _index_positions(
 
 
 class Row:
-    """A dense row of totals ``[vocab_size + 1]`` with what finds the columns touched; all zero between uses.
+    """A dense row of totals ``[vocab_size + 1]`` and a bitmap of the columns added to; zero between uses.
 
     The last column takes what stands at borders and is never given out.
     """
@@ -361,8 +361,8 @@ class PositionIndex:
         return counted
 
 
-class _Room:
-    """What one block is counted in."""
+class _Workspace:
+    """Workspace of one block: columns, values and a row."""
 
     def __init__(self, num_cells: int, vocab_size: int, dtype: np.dtype[Any]):
         self.columns, self.values = np.empty(num_cells, np.int32), np.empty(num_cells, dtype)
@@ -425,25 +425,27 @@ def count_cooccurrences(
     index = PositionIndex(padded, vocab_size, windows, dtype)
     bounds = np.minimum(np.diff(index.row_ptr) * 2 * window_size, vocab_size)
     ends = np.concatenate([[0], np.cumsum(bounds)])
-    room_cells = max(vocab_size, _ROOM_CELLS)
+    block_cells = max(vocab_size, _BLOCK_CELLS)
     row_cells = np.zeros(vocab_size, np.int64)
 
-    def count_block(block_and_room: tuple[tuple[int, int], _Room]) -> tuple[_Room, int]:
-        (first, last), room = block_and_room
-        _, found = index.count_rows(first, last, room.row, row_cells, room.columns, room.values)
-        return room, found
+    def count_block(block_and_workspace: tuple[tuple[int, int], _Workspace]) -> tuple[_Workspace, int]:
+        (first, last), workspace = block_and_workspace
+        _, found = index.count_rows(
+            first, last, workspace.row, row_cells, workspace.columns, workspace.values
+        )
+        return workspace, found
 
     # Only what is written of these takes memory, so that the bound costs none.
     indices, data, end = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float64), 0
     threads = get_num_threads()
-    rooms = [_Room(room_cells, vocab_size, dtype) for _ in range(threads + 1)]
-    blocks = ((block, rooms.pop()) for block in row_blocks(ends, room_cells))
+    workspaces = [_Workspace(block_cells, vocab_size, dtype) for _ in range(threads + 1)]
+    blocks = ((block, workspaces.pop()) for block in row_blocks(ends, block_cells))
     with ThreadPoolExecutor(threads) as pool:
-        for room, found in in_order(pool, count_block, blocks, threads):
-            indices[end : end + found] = room.columns[:found]
-            np.divide(room.values[:found], windows.denominator, out=data[end : end + found])
+        for workspace, found in in_order(pool, count_block, blocks, threads):
+            indices[end : end + found] = workspace.columns[:found]
+            np.divide(workspace.values[:found], windows.denominator, out=data[end : end + found])
             end += found
-            rooms.append(room)
+            workspaces.append(workspace)
     indices.resize(end, refcheck=False)
     data.resize(end, refcheck=False)
     indptr: npt.NDArray[Any] = np.zeros(vocab_size + 1, np.int64)

@@ -8,7 +8,6 @@ Tokens outside the vocabulary are removed before windows are laid, as word2vec d
 (`cemb.pmi.tokenizer`), which asks `tokenize` once about every distinct run that is not ASCII.
 """
 
-import errno
 import functools
 import hashlib
 import json
@@ -17,7 +16,6 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,18 +26,8 @@ from tqdm import tqdm
 
 from cemb import files
 from cemb.pmi import corpora, readers, tokenizer
-from cemb.pmi.corpora import DEFAULT_CORPUS, fingerprint
+from cemb.pmi.csr import disk_errors
 from cemb.pmi.threads import in_order
-
-__all__ = [
-    "BORDERS",
-    "DEFAULT_CORPUS",
-    "EncodedCorpus",
-    "encode",
-    "fingerprint",
-    "split_sentences",
-    "tokenize",
-]
 
 BORDERS = {"document": tokenizer.DOCUMENTS, "line": tokenizer.LINES, "sentence": tokenizer.SENTENCES}
 Borders: TypeAlias = Literal[*BORDERS]  # type: ignore[valid-type]
@@ -226,7 +214,7 @@ def encode(
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; an encoded corpus is written to a new folder")
     sources = corpora.find_sources(corpus, text_field)
-    with _explaining_full_disks(folder), files.atomic_directory(folder) as work:
+    with disk_errors(folder), files.atomic_directory(folder) as work:
         numbering = _Numbering(work, 0 if borders is None else BORDERS[borders], shard_tokens)
         numbering.read(sources, threads or len(os.sched_getaffinity(0)))
         words, counts, final = numbering.vocabulary(min_count, max_vocab)
@@ -251,20 +239,6 @@ def encode(
         }
         files.write_atomic(work / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
     return EncodedCorpus.open(folder)
-
-
-@contextmanager
-def _explaining_full_disks(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"no space is left in {folder.parent} for the encoded corpus, which takes about four bytes a "
-            "token; what was written of it is removed",
-        ) from None
 
 
 class _Table:
@@ -365,7 +339,9 @@ class _Numbering:
         """Ids of a block's entries as ids of words, counted."""
         if self._runs.num_bytes > _MAX_REMEMBERED_BYTES:
             self._forget_runs()
-        is_run = tokenizer.is_other(keys, key_ends)
+        is_run = np.zeros(len(key_ends), np.bool_)
+        if len(key_ends):  # runs with a byte that is not ASCII
+            is_run = np.maximum.reduceat(keys, np.append(0, key_ends[:-1])) >= 128
         numbers = self._words.add(keys, key_ends, hashes, ~is_run)
         values, first, last = numbers, np.arange(len(numbers)), np.arange(1, len(numbers) + 1)
         if is_run.any():

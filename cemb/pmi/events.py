@@ -116,8 +116,7 @@ def _parquet_batches(path: Path, names: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _csv_batches(path: Path, names: tuple[str, ...]) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import csv as arrow_csv
+    import pyarrow.csv
 
     delimiter = "\t" if {".tsv", ".tab"} & set(path.suffixes) else ","
     with path.open("rb") as file:
@@ -125,10 +124,10 @@ def _csv_batches(path: Path, names: tuple[str, ...]) -> Iterator[Any]:
     header = head.partition(b"\n")[0].decode("utf-8-sig", "replace").rstrip("\r")
     _check_columns(path, names, next(csv.reader([header], delimiter=delimiter), []))
     with path.open("rb") as file:
-        yield from arrow_csv.open_csv(
+        yield from pyarrow.csv.open_csv(
             readers.decompressor(file)[1],
-            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=arrow_csv.ConvertOptions(
+            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(
                 include_columns=list(names),
                 column_types=dict.fromkeys(names, pyarrow.string()),
                 strings_can_be_null=True,

@@ -64,27 +64,6 @@ class _Sums:
 
 
 @njit(nogil=True, cache=True)
-def _select(
-    indptr: npt.NDArray[Any],
-    columns: npt.NDArray[Any],
-    values: npt.NDArray[np.float64],
-    positive: bool,
-    row_cells: npt.NDArray[np.int64],
-) -> int:
-    """Move the cells that are kept to the front; returns their number."""
-    found = 0
-    for row in range(indptr.shape[0] - 1):
-        before = found
-        for k in range(indptr[row], indptr[row + 1]):
-            if not positive or values[k] > 0:
-                columns[found], values[found] = columns[k], values[k]
-                found += 1
-        row_cells[row] = found - before
-    return found
-
-
-# Apart from `_select`, since `np.partition` takes seconds to compile.
-@njit(nogil=True, cache=True)
 def _keep_largest(
     columns: npt.NDArray[Any], values: npt.NDArray[np.float64], top_k: int, row_cells: npt.NDArray[np.int64]
 ) -> int:
@@ -120,11 +99,13 @@ def _pmi_block(
     values -= np.repeat(word_logs[first : first + counts.shape[0]], np.diff(counts.indptr))
     values -= context_logs[counts.indices]
     values += constant
-    columns, row_cells = counts.indices.copy(), np.zeros(counts.shape[0], np.int64)
-    found = _select(counts.indptr, columns, values, options.positive, row_cells)
+    is_cell = values > 0 if options.positive else np.full(len(values), True)
+    columns, values = counts.indices[is_cell], values[is_cell]
+    row_cells = np.diff(np.append(0, np.cumsum(is_cell))[counts.indptr])
     if options.top_k:
         found = _keep_largest(columns, values, options.top_k, row_cells)
-    return row_cells, columns[:found], values[:found].astype(np.float32)
+        columns, values = columns[:found], values[:found]
+    return row_cells, columns, values.astype(np.float32)
 
 
 def _check_found(num_cells: int, num_negative: int) -> None:

@@ -172,8 +172,8 @@ class _CountTask:
     @staticmethod
     def num_bytes(num_tokens: int, vocab_size: int, dtype: np.dtype[Any]) -> int:
         """Bound on what `count` needs."""
-        room = max(vocab_size, _CHUNK)
-        fixed = Row.num_bytes(vocab_size, dtype) + vocab_size * (8 + 8 + 8) + room * (4 + dtype.itemsize)
+        capacity = max(vocab_size, _CHUNK)
+        fixed = Row.num_bytes(vocab_size, dtype) + vocab_size * (8 + 8 + 8) + capacity * (4 + dtype.itemsize)
         return _SLACK + fixed + 16 * _CHUNK + 8 * num_tokens
 
     def __call__(self) -> int:
@@ -194,8 +194,8 @@ class _CountTask:
         padded[end + len(after) : end + margin] = BORDER
         dtype = np.dtype(self.dtype)
         index = PositionIndex(padded[: end + margin], vocab_size, self.windows, dtype)
-        room = max(vocab_size, _CHUNK)
-        columns, values = np.empty(room, np.int32), np.empty(room, dtype)
+        capacity = max(vocab_size, _CHUNK)
+        columns, values = np.empty(capacity, np.int32), np.empty(capacity, dtype)
         row_cells, row, done = np.zeros(vocab_size, np.uint32), Row(vocab_size, dtype), 0
         with disk_errors(Path(self.folder)), atomic_directory(Path(self.folder)) as work:
             with (work / "columns").open("wb") as column_file, (work / "values").open("wb") as value_file:
@@ -594,9 +594,9 @@ def _plan_merge(
     cell_bytes = _MergeTask.num_bytes(1, len(runs), 0, vocab_size, dtype) - fixed
     row_bytes = _MergeTask.num_bytes(0, len(runs), 1, vocab_size, dtype) - fixed
     row_cost = -(-row_bytes // cell_bytes)
-    room = (memory - fixed) // cell_bytes
+    capacity = (memory - fixed) // cell_bytes
     costs = np.concatenate([[0], np.cumsum(cells + row_cost)])
-    blocks = list(row_blocks(costs, min(max(room, 1), _LARGEST_MERGE)))
+    blocks = list(row_blocks(costs, min(max(capacity, 1), _LARGEST_MERGE)))
     first_rows = np.array([first for first, _ in blocks], np.int64)
     starts = np.array(
         [

@@ -259,20 +259,6 @@ def hash_keys(keys: npt.NDArray[np.uint8], key_ends: npt.NDArray[np.int64]) -> n
 
 
 @njit(cache=True, nogil=True)
-def is_other(keys: npt.NDArray[np.uint8], key_ends: npt.NDArray[np.int64]) -> npt.NDArray[np.bool]:
-    """Of each key, whether it holds bytes beyond ASCII."""
-    found = np.zeros(key_ends.shape[0], np.bool_)
-    start = 0
-    for entry in range(key_ends.shape[0]):
-        for k in range(start, key_ends[entry]):
-            if keys[k] >= 128:
-                found[entry] = True
-                break
-        start = key_ends[entry]
-    return found
-
-
-@njit(cache=True, nogil=True)
 def insert(
     slots: npt.NDArray[np.int32],
     keys: npt.NDArray[np.uint8],
@@ -288,7 +274,7 @@ def insert(
     """Find keys in a table, and append those it lacks; returns the number of entries then.
 
     Only keys with ``wanted[i]`` are looked for; ``entries[i]`` becomes the entry of key i. The table's
-    arrays must have room for all of them.
+    arrays must be large enough for all of them.
     """
     mask = slots.shape[0] - 1
     start = 0

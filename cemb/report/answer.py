@@ -7,7 +7,7 @@ import yaml
 
 from cemb.report import frontier, labels, quality, speed, text
 from cemb.report.provenance import Numbers, of
-from cemb.study import grid, records
+from cemb.study import records, sizes
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
 
@@ -30,9 +30,9 @@ def readme_answer(found: list[Record]) -> str:
     small, large = (
         ", ".join(
             f"{speed.over_full(found, name, pool_size).verdict} with {OPTIMIZER_NAMES[name]}"
-            for name in grid.OPTIMIZERS
+            for name in sizes.OPTIMIZERS
         )
-        for pool_size in grid.POOL_SIZES
+        for pool_size in sizes.POOL_SIZES
     )
     first = speed.speed_record(found, "hashed", "sgd", speed.SMALL)
     rows, dim = first["num_embeddings"], first["embedding_dim"]

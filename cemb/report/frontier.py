@@ -12,7 +12,7 @@ from cemb.report.select import pick, reference
 from cemb.report.speed import growth_numbers
 from cemb.report.stats import gaps_tie, median_seeds
 from cemb.report.text import NOT_MEASURED, gap_text, score_text, seconds_text, sources_text, with_ties
-from cemb.study import grid
+from cemb.study import grid, sizes
 from cemb.study.records import Record
 from cemb.train.limits import hashed_gap
 
@@ -32,7 +32,7 @@ def numbers(found: list[Record]) -> Numbers:
     given = {
         **of(svd, svd_wordsim=score_text(svd, "wordsim353"), full_mib=svd["num_parameters"] * 4 / 2**20),
         **of(None, dim=svd["embedding_dim"], weights_share=100 * 16 * 2 / svd["embedding_dim"]),
-        **of(None, words=pick(found, kind="pmi")["num_words"], pool=grid.POOL_SIZES[0]),
+        **of(None, words=pick(found, kind="pmi")["num_words"], pool=sizes.SMALL),
         **of(None, num_seeds=max(record["num_seeds"] for record in median_points(found))),
         **of(None, num_failed=len(frontier_table(found)[1]), sources=sources_text(found)),
         **of(hashed, hashed_gap=gap_text(hashed, 2), hashed_wordsim=score_text(hashed, "wordsim353")),

@@ -22,7 +22,7 @@ from cemb.report.text import (
     sources_text,
     with_ties,
 )
-from cemb.study import grid
+from cemb.study import grid, sizes
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import Record
 from cemb.train.learning_rates import default_learning_rate
@@ -32,13 +32,13 @@ def numbers(own: list[Record]) -> Numbers:
     """What the page's text says, by name, of this machine's records and those that complete them."""
     found, timed = completed(own), whole_study(own)
     full, svd, mini = best_quality(found), optimum(found), best_mini_batch(timed)
-    small, exact = best_quality(found, pool_size=grid.POOL_SIZES[0]), quality_record(timed, "adam")
+    small, exact = best_quality(found, pool_size=sizes.SMALL), quality_record(timed, "adam")
     assert full is not None and small is not None and exact is not None  # of every grid
     rates_name, rates = reference("rates")
     timed_name = timed[-1].get("reference", "this one")
     betas = " and ".join(str(beta) for beta in full["adam_betas"] or ())
     given = {
-        **of(None, sources=sources_text(found), small=grid.POOL_SIZES[0], weight_power=grid.WEIGHT_POWER),
+        **of(None, sources=sources_text(found), small=sizes.SMALL, weight_power=grid.WEIGHT_POWER),
         **of(None, rank=full["embedding_dim"], words=full["num_words"], betas=betas),
         **of(None, num_steps=full["num_steps"], num_seeds=full["num_seeds"]),
         **of(full, best_optimizer=best_optimizer_text(found), closed=closed_share(full)),
@@ -209,7 +209,7 @@ def quality_record(found: list[Record], optimizer: str, **size: Any) -> Record |
 
 
 def _by_optimizer(found: list[Record], size: dict[str, Any]) -> list[Record]:
-    runs = [quality_record(found, optimizer, **size) for optimizer in grid.OPTIMIZERS]
+    runs = [quality_record(found, optimizer, **size) for optimizer in sizes.OPTIMIZERS]
     return [r for r in runs if r is not None and r["gap"] is not None]
 
 

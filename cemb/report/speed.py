@@ -9,12 +9,12 @@ from cemb.report.provenance import Numbers, of
 from cemb.report.select import frame, of_runs, pick
 from cemb.report.stats import Ratio, time_ratio
 from cemb.report.text import NOT_MEASURED, contended_mark, machine, quartiles_text
-from cemb.study import grid, sizes
+from cemb.study import sizes
 from cemb.study.grid import OPTIMIZER_NAMES
 from cemb.study.records import CONTENDED_SHARE, Record
 
 PHASES = ("forward", "gradient", "step")
-SMALL, LARGE = grid.POOL_SIZES
+SMALL, LARGE = sizes.POOL_SIZES
 
 
 def numbers(found: list[Record]) -> Numbers:
@@ -29,7 +29,7 @@ def numbers(found: list[Record]) -> Numbers:
         **of(first, small_mib=first["parameters_mib"]),
         **of(first, full_mib=best_full(found, "sgd", SMALL)["parameters_mib"]),
     }
-    for name in grid.OPTIMIZERS:
+    for name in sizes.OPTIMIZERS:
         for size, pool in (("small", SMALL), ("large", LARGE)):
             for block in (1, sizes.BLOCK):
                 hashed = speed_record(found, "hashed", name, pool, block_size=block)
@@ -48,7 +48,7 @@ def run_records(found: list[Record], optimizer: str, pool_size: int) -> list[Rec
 
 def run_frames(found: list[Record]) -> dict[tuple[str, int], pd.DataFrame]:
     """`run_records` as frames, by optimizer and pool size."""
-    keys = [(optimizer, pool_size) for optimizer in grid.OPTIMIZERS for pool_size in grid.POOL_SIZES]
+    keys = [(optimizer, pool_size) for optimizer in sizes.OPTIMIZERS for pool_size in sizes.POOL_SIZES]
     return {key: pd.DataFrame(run_records(found, *key)) for key in keys}
 
 
@@ -115,8 +115,8 @@ def beside_original(found: list[Record]) -> pd.DataFrame:
 def answer_frame(found: list[Record]) -> pd.DataFrame:
     """Hashed over full step time by optimizer and pool, in 2021 and now: what `figures.answer` draws."""
     rows = []
-    for pool_size in grid.POOL_SIZES:
-        for optimizer in grid.OPTIMIZERS:
+    for pool_size in sizes.POOL_SIZES:
+        for optimizer in sizes.OPTIMIZERS:
             ratio = over_full(found, optimizer, pool_size)
             rows.append(
                 {

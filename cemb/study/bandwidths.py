@@ -1,4 +1,4 @@
-"""What the machine's memory allows at best: the rates that a step's floor is made of. CPU only."""
+"""What the machine's memory allows at best: the bandwidths that a step's floor is made of. CPU only."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
-from cemb.kernels import cpu
+from cemb.kernels.cpu.simd import FASTMATH, prefetch_segment
+from cemb.kernels.cpu.threads import launch
 
 _ROW = 100  # values, 400 bytes
 _REPEATS = 7
@@ -17,7 +18,7 @@ _REPEATS = 7
 # Loops run over slices, from 0: an index that might be negative keeps LLVM from using vectors.
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
+@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _stream(array: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = array[array.shape[0] * t // threads : array.shape[0] * (t + 1) // threads]
@@ -27,20 +28,20 @@ def _stream(array: Any, threads: Any, sums: Any) -> None:
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
+@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _rows(array: Any, starts: Any, length: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = starts[starts.shape[0] * t // threads : starts.shape[0] * (t + 1) // threads]
         total = array.dtype.type(0)
         for i in range(part.shape[0]):
-            cpu._prefetch_run(array, part[min(i + 16, part.shape[0] - 1)], length)
+            prefetch_segment(array, part[min(i + 16, part.shape[0] - 1)], length)
             row = array[part[i] : part[i] + length]
             for k in range(length):
                 total += row[k]
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
+@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _gather(array: Any, places: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = places[places.shape[0] * t // threads : places.shape[0] * (t + 1) // threads]
@@ -50,7 +51,7 @@ def _gather(array: Any, places: Any, threads: Any, sums: Any) -> None:
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=cpu._FAST)
+@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
 def _add(pools: Any, places: Any, threads: Any) -> None:
     for t in prange(threads):
         part = places[places.shape[0] * t // threads : places.shape[0] * (t + 1) // threads]
@@ -70,8 +71,8 @@ def _best_s(kernel: Callable[..., object], *arguments: Any) -> float:
     return best
 
 
-def measure_rates(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
-    """Rates of this machine with as many threads as torch uses, each the best of several runs.
+def measure_bandwidths(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
+    """Bandwidths of this machine with as many threads as torch uses, each the best of several runs.
 
     Returns:
         ``stream_gb_per_s``, reading a large array in order; ``random_rows_per_s``, rows of 400 bytes of it,
@@ -86,8 +87,7 @@ def measure_rates(*, megabytes: int = 400, seed: int = 0) -> dict[str, float]:
     places = rng.integers(small.size, size=2**22, dtype=np.uint32)
     far = rng.integers(large.size, size=2**22, dtype=np.uint32)
     num_rows, wanted = large.size // _ROW, min(2**16, megabytes * 250)
-    with cpu._launch:
-        threads = cpu._set_threads()
+    with launch() as threads:
         sums, own = np.empty(threads, np.float32), np.ones((threads, small.size), np.float32)
 
         def starts() -> npt.NDArray[np.int64]:

@@ -47,7 +47,7 @@ def _has_one_pass(case: speed.SpeedCase) -> bool:
     """Whether a step in one pass is another than the usual one: single values of a large pool have none."""
     is_single = case.table == "hashed" and case.block_size == 1
     return case.device == "cpu" and (
-        case.table == "full-fused" or (case.table == "hashed" and not (is_single and case.is_touched))
+        case.table == "full-fused" or (case.table == "hashed" and not (is_single and case.has_sparse_updates))
     )
 
 
@@ -61,7 +61,11 @@ def _serve(connection: Any) -> None:
             steps = {}
             for case in arguments[0]:
                 # Pools as large as tables are built once.
-                tables = steps[replace(case, one_pass=False)] if case.one_pass and case.is_touched else None
+                tables = (
+                    steps[replace(case, one_pass=False)]
+                    if case.one_pass and case.has_sparse_updates
+                    else None
+                )
                 steps[case] = speed.Timed(case, tables)
             for step in steps.values():
                 for _ in range(2):
@@ -122,7 +126,7 @@ def run(
     threads: int | None = None,
     **sizes: Any,
 ) -> list[records.Record]:
-    """Measure all cases; returns one record of the machine's rates, ``kind: rates``, then theirs.
+    """Measure all cases; returns one record of the machine's bandwidths, ``kind: rates``, then theirs.
 
     Each case is timed ``repeats · rounds`` times; many rounds of few, so that what slows the machine for some
     seconds hits all alike. Rates are measured after each round of cases, and their
@@ -144,7 +148,7 @@ def run(
         (optimizer, kind): cases(optimizer, kind, device, **sizes) for optimizer in optimizers for kind in ids
     }
     settings = ("0", "1") if device == "cpu" else ("0",)  # it is of the CPU's memory
-    rates: dict[str, list[float]] = defaultdict(list)
+    measured: dict[str, list[float]] = defaultdict(list)
     provenance = records.provenance(device)  # of the start: pages tell from records how long a benchmark took
     found = []
     with tqdm(total=len(parts) * rounds * len(settings), desc="benchmark", unit="turn") as progress:
@@ -158,31 +162,31 @@ def run(
                     for process in processes:
                         process("measure", repeats)
                         progress.update()
-                    for name, rate in _measure_rates(device, threads).items():
-                        rates[name].append(rate)
+                    for name, value in _measure_bandwidths(device, threads).items():
+                        measured[name].append(value)
                 for process in processes:
                     found += process("finish", {"repeats": repeats * rounds, "rounds": rounds})
             finally:
                 for process in processes:
                     process.close()
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    in_rounds = {f"{name}_rounds": values for name, values in rates.items()}
+    medians = {name: statistics.median(values) for name, values in measured.items()}
+    in_rounds = {f"{name}_rounds": values for name, values in measured.items()}
     return [{"kind": "rates", **medians, **in_rounds, **provenance}, *found]
 
 
-def _measure_rates(device: str, threads: int) -> dict[str, float]:
+def _measure_bandwidths(device: str, threads: int) -> dict[str, float]:
     if device == "cpu":
         from cemb.study import bandwidths
 
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return bandwidths.measure_rates()
+            return bandwidths.measure_bandwidths()
         finally:
             torch.set_num_threads(before)
     from cemb.study import bandwidths_gpu
 
-    return bandwidths_gpu.measure_rates(device)
+    return bandwidths_gpu.measure_bandwidths(device)
 
 
 def op_tests_pass() -> bool:

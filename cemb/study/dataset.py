@@ -16,8 +16,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from cemb import files
-from cemb.pmi import corpora, encode
-from cemb.pmi import events as pmi_events
+from cemb.pmi import corpora, encode, events
 from cemb.pmi.cooccurrence import DistanceWeighting
 from cemb.pmi.corpora import CorpusName
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
@@ -48,7 +47,7 @@ class PmiConfig:
     Raises ValueError if options of text are given with `events`.
     """
 
-    corpus: CorpusName | tuple[CorpusName, ...] = encode.DEFAULT_CORPUS
+    corpus: CorpusName | tuple[CorpusName, ...] = corpora.DEFAULT_CORPUS
     """Names, files, directories or quoted globs of UTF-8 text, JSON lines, Parquet, plain or compressed."""
     events: str | None = None
     """Columns of users and items, as user,item, if the corpus is CSV, TSV or Parquet with an event a row."""
@@ -132,10 +131,10 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEM
     """
     config, memory = config or PmiConfig(), parse_memory(memory)
     if config.events is None:
-        options, fingerprint = asdict(config), encode.fingerprint(config.corpus, config.text_field)
+        options, fingerprint = asdict(config), corpora.fingerprint(config.corpus, config.text_field)
     else:
         options = {name: value for name, value in asdict(config).items() if name not in _TEXT_OPTIONS}
-        fingerprint = pmi_events.fingerprint(config.corpus)
+        fingerprint = events.fingerprint(config.corpus)
     identity = {
         **options,
         "corpus_fingerprint": fingerprint,
@@ -202,7 +201,7 @@ def _count_events(config: PmiConfig, partial: Path, memory: int, done: Callable[
     assert config.events is not None
     folder = partial / "counts"
     if not folder.exists():
-        counts, users, items = pmi_events.read_events(config.corpus, config.events)
+        counts, users, items = events.read_events(config.corpus, config.events)
         with (
             disk_errors(folder),
             files.atomic_directory(folder) as work,

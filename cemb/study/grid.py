@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from cemb.pmi import corpora
 from cemb.study import records
-from cemb.study import sizes as study_sizes
+from cemb.study.sizes import OPTIMIZERS, POOL_SIZES, SMALL
 
 NOTEBOOKS = records.ROOT / "notebooks"
 # What each notebook builds from its parameters, see `cemb.study.parameters`. By name, to do without torch.
@@ -19,11 +19,9 @@ PARAMETERS = {
     "quality.ipynb": "cemb.study.quality:Trainings",
     "frontier.ipynb": "cemb.study.frontier:Frontier",
 }
-OPTIMIZERS = study_sizes.OPTIMIZERS
 OPTIMIZER_NAMES = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam", "lbfgs": "L-BFGS"}
 GRIDS = ("default", "full", "smoke")
 Grid: TypeAlias = Literal[*GRIDS]  # type: ignore[valid-type]
-POOL_SIZES = (study_sizes.SMALL, study_sizes.LARGE)
 COMPRESSION_RATIOS = (1, 4, 16)
 # Mini-batches whose expected loss is that of all cells; most samples go where most cells are.
 MINI_BATCH = {"training": "mini-batch", "loss": "all-cells", "negative_share": 0.8, "negative_power": 0.5}
@@ -67,7 +65,7 @@ def _speed_runs(repeats: int, **sizes: object) -> list[Run]:
                 "pool_size": pool_size,
                 "repeats": repeats,
                 # Once is enough to see what eager PyTorch costs; on the large pool it takes half the run.
-                "eager": pool_size == POOL_SIZES[0],
+                "eager": pool_size == SMALL,
                 **sizes,
             },
             is_timed=True,
@@ -84,7 +82,7 @@ def _quality_runs(seeds: list[int], mini_batch: dict[str, dict[str, Any]], **set
         (f"hashed-{ratio}-times", {"table": "hashed", "compression_ratio": ratio})
         for ratio in COMPRESSION_RATIOS
     ]
-    pools += [(f"hashed-{POOL_SIZES[0]}", {"table": "hashed", "pool_size": POOL_SIZES[0]})]
+    pools += [(f"hashed-{SMALL}", {"table": "hashed", "pool_size": SMALL})]
     pools = [(name, {**pool, "training": "full-batch"}) for name, pool in pools]
     cases: list[tuple[str, str, dict[str, Any]]] = [
         (o, "full-mini-batch", {"table": "full-fused", **MINI_BATCH, "seeds": seeds, **mini_batch.get(o, {})})
@@ -132,7 +130,7 @@ def _growth_runs(
     vocabularies: list[int], seeds: list[int], sizes: dict[str, Any], **settings: object
 ) -> list[Run]:
     """A pool of one size for more and more rows: its quality where there is data, its speed beyond."""
-    pool: dict[str, Any] = {"table": "hashed", "pool_size": POOL_SIZES[0]}
+    pool: dict[str, Any] = {"table": "hashed", "pool_size": SMALL}
     return [
         Run("growth-speed", "Growth: speed by the number of rows", "growth.ipynb", sizes, is_timed=True),
         *(

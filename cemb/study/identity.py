@@ -33,7 +33,8 @@ _OF_CUDA = (
     "cemb.kernels.cuda_floors",
 )
 _OF_CPU = (
-    *("cemb.kernels.buckets", "cemb.kernels.cpu", "cemb.kernels.lanes", "cemb.kernels.overlaps"),
+    "cemb.kernels.cpu",
+    *("cemb.kernels.buckets", "cemb.kernels.lanes", "cemb.kernels.overlaps"),
     *("cemb.kernels.rowwise", "cemb.kernels.rules", "cemb.kernels.sparse", "cemb.kernels.updates"),
     *("cemb.study.bandwidths", "cemb.kernels.floors"),
 )

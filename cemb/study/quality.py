@@ -17,7 +17,6 @@ from cemb.pmi import encode
 from cemb.study import records, timing
 from cemb.study.dataset import PmiConfig, PmiDataset, load_pmi
 from cemb.tables import num_bytes
-from cemb.train import objective as train_objective
 from cemb.train import similarity
 from cemb.train.batches import PairBatches
 from cemb.train.learning_rates import default_learning_rate, search_learning_rate
@@ -33,6 +32,7 @@ from cemb.train.loops import (
     train_mini_batches,
 )
 from cemb.train.losses import LOSSES
+from cemb.train.objective import AllCellsLoss, Optimum, WeightedLoss, frequency_weights
 
 TRAININGS = ("full-batch", "mini-batch")
 # What options may be, for whoever reads types.
@@ -146,8 +146,8 @@ def score(
     words: torch.Tensor,
     contexts: torch.Tensor,
     data: PmiDataset,
-    objective: train_objective.AllCellsLoss | train_objective.WeightedLoss,
-    optimum: train_objective.Optimum | None = None,
+    objective: AllCellsLoss | WeightedLoss,
+    optimum: Optimum | None = None,
 ) -> records.Record:
     """Record fields of a factorization: gap to its loss's optimum, and the scores of its word vectors."""
     loss = objective(words, contexts).item()
@@ -188,7 +188,7 @@ def svd_record(data: PmiDataset, singular_value_power: float = 0.5) -> records.R
         "singular_value_power": singular_value_power,
         "embedding_dim": rank,
         "num_parameters": rank * sum(data.matrix.shape),
-        **score(words, contexts, data, train_objective.AllCellsLoss(data.matrix)),
+        **score(words, contexts, data, AllCellsLoss(data.matrix)),
         **records.provenance(),
     }
 
@@ -270,11 +270,11 @@ def sgns_record(
 
 def _context_shares(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[np.float64]:
     """Probabilities of negative contexts: half uniform, half as counts to `power`."""
-    weights = train_objective.frequency_weights(word_counts, power)
+    weights = frequency_weights(word_counts, power)
     return (0.5 + 0.5 * weights) / len(weights)
 
 
-def rate_cases() -> list[QualityCase]:
+def learning_rate_cases() -> list[QualityCase]:
     """The cases whose rates `cemb.train.learning_rates` keeps, at a quarter of the bytes if not full."""
     mini_batch: dict[str, Any] = {
         "training": "mini-batch",
@@ -289,7 +289,7 @@ def rate_cases() -> list[QualityCase]:
     ]
 
 
-def search_rates(case: QualityCase, data: PmiDataset) -> records.Record:
+def search_learning_rates(case: QualityCase, data: PmiDataset) -> records.Record:
     """The record of `search_learning_rate` for a case, by its gap, from its default rate."""
 
     def final_gap(rate: float) -> float:
@@ -323,13 +323,11 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
     num_words, rank = data.matrix.shape[0], len(data.optimum.singular_values)
     table_values = 2 * num_words * rank
     pool_size = case.resolved_pool_size(table_values)
-    objective: train_objective.AllCellsLoss | train_objective.WeightedLoss = train_objective.AllCellsLoss(
-        data.matrix
-    )
+    objective: AllCellsLoss | WeightedLoss = AllCellsLoss(data.matrix)
     optimum = data.optimum
     if case.weight_power:
-        weights = train_objective.frequency_weights(data.word_counts, case.weight_power)
-        objective = train_objective.WeightedLoss(data.matrix, weights, weights)
+        weights = frequency_weights(data.word_counts, case.weight_power)
+        objective = WeightedLoss(data.matrix, weights, weights)
         optimum = objective.optimum(rank)
     is_full_batch = case.training == "full-batch"
     model: PairModel
@@ -360,7 +358,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
             optimizer=case.optimizer,
             learning_rate=learning_rate,
             num_epochs=case.num_epochs,
-            touched=case.table == "full-fused",
+            sparse_updates=case.table == "full-fused",
         )
 
     asked = case.learning_rate

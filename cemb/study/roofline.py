@@ -5,7 +5,7 @@ from typing import Any
 from cemb.study.sizes import COPIES, GPU_BLOCK, SMALL
 
 
-def floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
+def floor_ms(record: dict[str, Any], bandwidths: dict[str, float]) -> float | None:
     """The least time this machine's memory allows a step, by what the algorithm cannot but read and write.
 
     Full tables with sparse or touched gradients: the rows of the batch come from memory once and go back
@@ -25,8 +25,8 @@ def floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
     rows: int = 2 * record["batch_size"]
     values = record["num_embeddings"] * record["embedding_dim"]
     size: int = record["pool_size"] if record["pool_size"] is not None else values
-    dense_s = (passes + 2) * size * 4 / (rates["stream_gb_per_s"] * 1e9)
-    row_s = 1 / rates["random_rows_per_s"]
+    dense_s = (passes + 2) * size * 4 / (bandwidths["stream_gb_per_s"] * 1e9)
+    row_s = 1 / bandwidths["random_rows_per_s"]
     if record["table"] == "full" and not record["sparse_gradients"]:
         return 1e3 * (rows * row_s + dense_s)
     if record["table"].startswith("full"):
@@ -36,16 +36,18 @@ def floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
     if record["block_size"] == 1:
         lines *= (1 - record["dropout"]) ** 2
     if size <= SMALL:
-        gather_s = 1 / rates["cached_gathers_per_s"]
-        add_s = 1 / rates.get("cached_adds_per_s", rates["cached_gathers_per_s"])  # older records have none
+        gather_s = 1 / bandwidths["cached_gathers_per_s"]
+        add_s = 1 / bandwidths.get(
+            "cached_adds_per_s", bandwidths["cached_gathers_per_s"]
+        )  # older records have none
         return 1e3 * lines * ((1 if record.get("one_pass") else 2) * gather_s + add_s)
-    lines_s = lines * min(1 / rates["random_values_per_s"], row_s * 64 / (400 + 60))
-    in_order_s = passes * size * 4 / (rates["stream_gb_per_s"] * 1e9)
+    lines_s = lines * min(1 / bandwidths["random_values_per_s"], row_s * 64 / (400 + 60))
+    in_order_s = passes * size * 4 / (bandwidths["stream_gb_per_s"] * 1e9)
     return 1e3 * (lines_s + min((passes - 1) * lines_s, in_order_s))
 
 
-def gpu_floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | None:
-    """The least time this GPU's memory and caches allow a step, as `floor_ms`, of `cuda_floors`' rates.
+def gpu_floor_ms(record: dict[str, Any], bandwidths: dict[str, float]) -> float | None:
+    """`floor_ms` on a GPU, by what `cemb.study.bandwidths_gpu` measures of its memory and caches.
 
     Forward and backward each read what a batch looks up, and the backward pass adds to as much; components
     that dropout drops need neither at block size 1, where each is an access of its own. Sparse steps read the
@@ -55,21 +57,21 @@ def gpu_floor_ms(record: dict[str, Any], rates: dict[str, float]) -> float | Non
     rows: int = 2 * record["batch_size"]
     size: int = record["pool_size"] or record["num_embeddings"] * record["embedding_dim"]
     copies = COPIES[record["optimizer"]]
-    row_s, row_add_s = 1 / rates["random_rows_per_s"], 1 / rates["random_row_adds_per_s"]
+    row_s, row_add_s = 1 / bandwidths["random_rows_per_s"], 1 / bandwidths["random_row_adds_per_s"]
     if record["sparse_gradients"]:
         return 1e3 * rows * (row_s + copies * row_add_s)
-    in_order_s = (2 * copies + 2) * size * 4 / (rates["stream_gb_per_s"] * 1e9)
+    in_order_s = (2 * copies + 2) * size * 4 / (bandwidths["stream_gb_per_s"] * 1e9)
     if record["table"].startswith("full"):
         return 1e3 * (rows * (2 * row_s + row_add_s) + in_order_s)
     values = rows * record["embedding_dim"]
     if record["block_size"] == 1:
         accesses: float = values * (1 - record["dropout"]) ** 2
         place = "cached_value" if size <= SMALL else "random_value"
-        read_s, add_s = 1 / rates[f"{place}s_per_s"], 1 / rates[f"{place}_adds_per_s"]
+        read_s, add_s = 1 / bandwidths[f"{place}s_per_s"], 1 / bandwidths[f"{place}_adds_per_s"]
     elif record["block_size"] == GPU_BLOCK:
         accesses = values / GPU_BLOCK
         if size <= SMALL:
-            read_s, add_s = 1 / rates["cached_blocks_per_s"], 1 / rates["cached_block_adds_per_s"]
+            read_s, add_s = 1 / bandwidths["cached_blocks_per_s"], 1 / bandwidths["cached_block_adds_per_s"]
         else:
             read_s, add_s = row_s * GPU_BLOCK / 100, row_add_s * GPU_BLOCK / 100  # by their bytes
     else:

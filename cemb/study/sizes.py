@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias
 
-SMALL, LARGE = 262_144, 100_000_000  # values in a pool, as in the 2021 project
+POOL_SIZES = SMALL, LARGE = 262_144, 100_000_000  # values in a pool, as in the 2021 project
 ROWS = 1_000_000
 HUGE_TABLE = 10**9  # rows
 BLOCK = 25

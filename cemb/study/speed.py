@@ -17,18 +17,16 @@ import torch
 from cemb import ops
 from cemb.kernels import cpu
 from cemb.model import TABLES, build_model
-from cemb.study import records, rivals, timing
-from cemb.study import sizes as study_sizes
+from cemb.study import records, rivals, sizes, timing
 from cemb.touched import advise_huge_pages
 from cemb.train.loops import ADAM_BETAS, OPTIMIZERS, make_optimizer
 from cemb.train.losses import mse_loss
 
 LEARNING_RATES = {"sgd": 0.01, "adagrad": 0.05, "adam": 0.001}
-ORIGINAL_POOL_SIZES = (study_sizes.SMALL, study_sizes.LARGE)
 ORIGINAL_FULL_POOL_SIZES = (1, 8, 64, 512, *(32_768 * 8**i for i in range(5)), 100_000_000)
 ORIGINAL_FULL_BATCH_SIZES = (64, 512, 4096, 32_768)
 GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # sizes of pools and batches
-    "original": (ORIGINAL_POOL_SIZES, (32_768,)),
+    "original": (sizes.POOL_SIZES, (32_768,)),
     "original-full": (ORIGINAL_FULL_POOL_SIZES, ORIGINAL_FULL_BATCH_SIZES),
 }
 IDS = ("uniform", "zipf")
@@ -61,7 +59,7 @@ class SpeedCase(Task):
 
     table: Table = "hashed"
     """Of `cemb.model.TABLES` or `cemb.study.rivals.NAMES`."""
-    optimizer: study_sizes.Optimizer = "sgd"
+    optimizer: sizes.Optimizer = "sgd"
     """The rule of the step."""
     pool_size: int | None = None
     """Values in a hashed table's pool, by default 262,144; a full table has none."""
@@ -72,12 +70,12 @@ class SpeedCase(Task):
     one_pass: bool = False
     """Scores, loss, gradient and update in one call, `cemb.optim.Touched.squared_error_step`, whose time is
     that of the phase step; of our tables on the CPU."""
-    num_embeddings: int = study_sizes.ROWS
+    num_embeddings: int = sizes.ROWS
     """Rows of the table."""
 
     def __post_init__(self) -> None:
         if self.pool_size is None and self.table.startswith("hashed"):
-            object.__setattr__(self, "pool_size", study_sizes.SMALL)
+            object.__setattr__(self, "pool_size", sizes.SMALL)
         tables = (*TABLES, *rivals.NAMES)
         if self.table not in tables:
             raise ValueError(f"table must be one of {', '.join(tables)}, got {self.table!r}")
@@ -107,11 +105,11 @@ class SpeedCase(Task):
         return f"{name}, one pass" if self.one_pass else name
 
     @property
-    def is_touched(self) -> bool:
-        """Whether `cemb.optim` updates the table: ours where visiting all of it would be the larger part."""
+    def has_sparse_updates(self) -> bool:
+        """Whether `cemb.optim` updates the table: ours where visiting all of it would take most of a step."""
         if self.device != "cpu":
             return False
-        is_large = self.pool_size is not None and self.pool_size > cpu.PRIVATE_POOL_LIMIT
+        is_large = self.pool_size is not None and self.pool_size > cpu.threads.PRIVATE_POOL_LIMIT
         return self.table.startswith("full-fused") or (self.table == "hashed" and is_large)
 
 
@@ -182,8 +180,8 @@ class Timed:
             case.optimizer,
             model.parameters(),
             rate,
-            sparse=case.sparse_gradients,
-            touched=case.is_touched,
+            sparse_gradients=case.sparse_gradients,
+            sparse_updates=case.has_sparse_updates,
             one_pass=case.one_pass,
         )
 
@@ -253,7 +251,7 @@ class Timed:
             "label": case.label,
             **asdict(case),
             "backend": self.backend,
-            "touched_only": case.is_touched,
+            "touched_only": case.has_sparse_updates,
             "learning_rate": LEARNING_RATES[case.optimizer],
             "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
             **options,
@@ -292,13 +290,13 @@ class Comparison:
     """What the speed notebook compares: torch's full tables, ours, the hashed ones, and eager PyTorch."""
 
     task: Task
-    optimizer: study_sizes.Optimizer = "sgd"
+    optimizer: sizes.Optimizer = "sgd"
     """The rule of the step."""
-    pool_size: int = study_sizes.SMALL
+    pool_size: int = sizes.SMALL
     """Values in the pool."""
-    block_sizes: Sequence[int] = (1, study_sizes.BLOCK)
+    block_sizes: Sequence[int] = (1, sizes.BLOCK)
     """Consecutive columns that read consecutive values of the pool, of each hashed table."""
-    num_embeddings: int = study_sizes.ROWS
+    num_embeddings: int = sizes.ROWS
     """Rows of all tables."""
     eager: bool = True
     """Also measure the same hash in eager PyTorch."""
@@ -327,11 +325,11 @@ class Growth:
     """What the growth notebook compares: a pool of one size for more and more rows, and full tables."""
 
     task: Task
-    optimizer: study_sizes.Optimizer = "adam"
+    optimizer: sizes.Optimizer = "adam"
     """The rule of the step."""
-    pool_size: int = study_sizes.SMALL
+    pool_size: int = sizes.SMALL
     """Values in the pool."""
-    block_sizes: Sequence[int] = (1, study_sizes.BLOCK)
+    block_sizes: Sequence[int] = (1, sizes.BLOCK)
     """Consecutive columns that read consecutive values of the pool, of each hashed table."""
     rows: Sequence[int] = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
     """Of the hashed tables."""

@@ -97,10 +97,10 @@ def by_autograd(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def check_targets(found: list[dict[str, Any]], say: Callable[[str], None] = print) -> bool:
     """Say of each target whether it is reached; returns whether all measured ones are.
 
-    Where the machine's rates were measured, too, it says what the ratio would be at our `floor_ms`, and where
-    ours is a step in one pass, what it is without such steps.
+    Where the machine's bandwidths were measured, too, it says what the ratio would be at our `floor_ms`, and
+    where ours is a step in one pass, what it is without such steps.
     """
-    rates = next((record for record in found if record.get("kind") == "rates"), None)
+    bandwidths = next((record for record in found if record.get("kind") == "rates"), None)
     reached = []
     for target in targets():
         result = target.evaluate(found)
@@ -109,7 +109,7 @@ def check_targets(found: list[dict[str, Any]], say: Callable[[str], None] = prin
             say(f"not measured  {name}")
             continue
         ratio, ours, best = result
-        floor = floor_ms(ours, rates) if rates else None
+        floor = floor_ms(ours, bandwidths) if bandwidths else None
         details = "" if floor is None else f", {floor / best['total_ms']:.3f} at the floor"
         stepwise = target.evaluate(by_autograd(found)) if ours.get("one_pass") else None
         details += "" if stepwise is None else f", {stepwise[0]:.3f} by autograd"

@@ -19,7 +19,7 @@ def _code_dtype(num_clusters: int) -> torch.dtype:
 
 
 class ClusteredEmbedding(nn.Module):
-    """A row is `num_columns` runs of values, each the sum of a cluster's centroid and a hashed helper's row.
+    """A row is `num_columns` segments, each the sum of a cluster's centroid and a hashed helper's row.
 
     Tsang and Ahle, "Clustering the sketch: dynamic compression for embedding tables", NeurIPS 2023. Clusters
     start as hashed ones; `recluster`, called from time to time in training, makes them those of the vectors
@@ -81,7 +81,7 @@ class ClusteredEmbedding(nn.Module):
     ) -> "ClusteredEmbedding":
         """The table of `num_columns` groups and the most clusters within `max_bytes`.
 
-        By default there are as many groups as codes have room for in a quarter of the bytes, of at least four
+        By default there are as many groups as codes in a quarter of the bytes allow, of at least four
         values each, since finer groups lose less when they are clustered. Raises ValueError if one cluster
         in one group does not fit.
         """

@@ -1,4 +1,4 @@
-"""What tables cost to store, and checks of what is asked of them."""
+"""What tables cost to store, and checks of their sizes."""
 
 import itertools
 

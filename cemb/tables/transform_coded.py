@@ -1,10 +1,10 @@
-"""A trained table in as many bits as asked for, spent where the loss feels them most.
+"""A trained table in a given number of bits, spent where they lower the loss most.
 
 Transform coding (Huang and Schultheiss, "Block quantization of correlated Gaussian random variables", IEEE
 Trans. Commun. Syst. 1963; Goyal, "Theoretical foundations of transform coding", 2001) of a factorization
 in its principal axes: rows are divided by scales of their own, and each value is rounded to one of 2^b
 levels, those of Lloyd ("Least squares quantization in PCM", 1982). b depends on the column and on the tier
-of the row: rows come by falling frequency, and tiers are runs of rows. Bits go, one by one, to where they
+of the row: rows come by falling frequency, and tiers are ranges of rows. Bits go, one by one, to where they
 lower the loss most.
 """
 
@@ -25,12 +25,12 @@ _SCALE_STEPS = 255
 
 
 def tier_borders(num_rows: int) -> npt.NDArray[np.int64]:
-    """First rows of at most `NUM_TIERS` runs of rows, which grow geometrically, and the number of rows."""
+    """First rows of at most `NUM_TIERS` tiers, which grow geometrically, and the number of rows."""
     return np.unique(np.r_[0, np.geomspace(min(16, num_rows), num_rows, NUM_TIERS).astype(np.int64)])
 
 
 def lloyd_levels(values: Tensor, bits: int, iterations: int = 30) -> Tensor:
-    """The 2^bits levels that `values` (a sorted vector) are rounded to with the least squared error."""
+    """The levels ``[2^bits]`` to which `values` ``[n]``, sorted, are rounded with the least squared error."""
     count = 2**bits
     levels = values[((torch.arange(count) + 0.5) / count * len(values)).long()]
     sums = nn.functional.pad(values.cumsum(0, dtype=torch.float64), (1, 0))
@@ -78,8 +78,8 @@ def _unscaled(scales: Tensor, scale_range: Tensor) -> Tensor:
 class TransformCodedEmbedding(nn.Module):
     """A table of codes of 0 to 8 bits, their number depending on tier and column. Holds no Parameter.
 
-    Made by `from_vectors`. Row i of a tier is the i-th run of ``bits[tier].sum()`` bits in the tier's part
-    of `codes`, the columns in order, low bits first.
+    Made by `from_vectors`. Row i of a tier is the i-th segment of ``bits[tier].sum()`` bits in the tier's
+    part of `codes`, the columns in order, low bits first.
     """
 
     bits: Tensor

@@ -19,18 +19,18 @@ from cemb.tables import RowQuantizedEmbedding, TransformCodedEmbedding, all_rows
 from cemb.tables.transform_coded import allocate_bits
 from cemb.train.objective import AllCellsLoss
 
-# What keeps a table: vectors [n, dim] and the cost of a unit of squared error in each column, to a table.
+# Makes a table of vectors [n, dim], given what a unit of squared error costs in each column [dim].
 Store = Callable[[Tensor, Tensor], nn.Module]
 _Table = TypeVar("_Table", bound=nn.Module)
 
 
-def _kept(dtype: torch.dtype) -> Store:
+def _in_dtype(dtype: torch.dtype) -> Store:
     return lambda vectors, importance: nn.Embedding.from_pretrained(vectors.to(dtype))
 
 
 STORES: dict[str, Store] = {
-    "float32": _kept(torch.float32),
-    "bfloat16": _kept(torch.bfloat16),
+    "float32": _in_dtype(torch.float32),
+    "bfloat16": _in_dtype(torch.bfloat16),
     "int8": lambda vectors, importance: RowQuantizedEmbedding.from_vectors(vectors, 8),
     "int4": lambda vectors, importance: RowQuantizedEmbedding.from_vectors(vectors, 4),
 }
@@ -39,7 +39,8 @@ STORES: dict[str, Store] = {
 def principal(words: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same product in its principal axes: ``U'`` and ``C'``, where ``U'ᵀU' = C'ᵀC' = diag(s)``; and s.
 
-    s falls. Computed from the Gram matrices in float64, so components below 1e-8 of the largest are noise.
+    Factors are ``[words, dim]`` and ``[contexts, dim]``; s ``[dim]`` falls. Computed from the Gram matrices
+    in float64, so components below 1e-8 of the largest are noise.
     """
     values, vectors = torch.linalg.eigh(contexts.T.double() @ contexts.double())
     values = values.clamp(min=values[-1] * 1e-16)
@@ -53,7 +54,7 @@ def principal(words: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def solve(products: Tensor, fixed: Tensor) -> Tensor:
-    """The factor ``[n, dim]`` of least error beside `fixed`, from ``products = M @ fixed``.
+    """The factor ``[n, dim]`` of least error beside `fixed` ``[m, dim]``, from ``M @ fixed`` ``[n, dim]``.
 
     ValueError where `fixed` is zero, as of a table without bits.
     """
@@ -110,7 +111,7 @@ def _store_solved(
 def transform_code(
     objective: AllCellsLoss, words: Tensor, contexts: Tensor, max_bytes: int, *, num_rounds: int = 2
 ) -> tuple[TransformCodedEmbedding, TransformCodedEmbedding]:
-    """Trained factors as two transform-coded tables of at most `max_bytes` together.
+    """Trained factors ``[words, dim]``, ``[contexts, dim]`` as transform-coded tables of `max_bytes` in all.
 
     After the first coding, each side is solved for again beside the coded other and coded again, `num_rounds`
     times, which takes back part of what rounding lost.

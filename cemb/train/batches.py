@@ -31,10 +31,10 @@ def _read_cells(indptr: Any, indices: Any, data: Any, rows: Any, columns: Any, o
 
 
 class PairBatches:
-    """Batches of (word, context) pairs with their matrix values; one iteration is one epoch.
+    """Batches of (word, context) pairs, with a matrix's cells as targets; one iteration is one epoch.
 
     Every stored cell comes once an epoch, in random order. A share of each batch are negative samples:
-    cells drawn from the whole matrix, almost all of them zero, with the value they hold.
+    cells drawn from the whole matrix, almost all of them zero.
 
     Args:
         matrix: CSR ``[words, contexts]`` with sorted columns.
@@ -42,13 +42,13 @@ class PairBatches:
         negative_share: share of a batch that is negative samples, in [0, 1).
         context_shares: how likely negative samples have which context, positive ``[contexts]``; uniform if
             None, as words always are. Frequent contexts have long vectors, whose errors weigh most.
-        weighted: also yield weights, with which a batch's sum of squared errors has as its expectation the
-            error of all cells divided by the number of words. Negative samples that hit a stored cell
-            weigh 0, since those are all in the other part.
+        weighted: also yield sample weights, with which a batch's sum of squared errors has as its expectation
+            the error of all cells divided by the number of words. They are 0 for negative samples that hit a
+            stored cell, since those are all in the other part.
         seed: of the order and the negative samples; each epoch continues the sequence.
         device: where batches go.
 
-    Yields ``(pairs, values)`` or ``(pairs, values, weights)``: int64 ``[batch, 2]``, float32 ``[batch]``.
+    Yields ``(pairs, targets)`` or ``(pairs, targets, sample_weights)``: int64 ``[n, 2]``, float32 ``[n]``.
     ValueError for a `batch_size` or share that leaves no stored cell, or no negative sample where `weighted`.
     """
 
@@ -114,15 +114,17 @@ class PairBatches:
         pairs[len(cells) :, 0] = self._rng.integers(self.matrix.shape[0], size=num_negative)
         drawn = np.searchsorted(self._sums, self._rng.random(num_negative) * self._sums[-1], side="right")
         pairs[len(cells) :, 1] = drawn
-        values = np.empty(len(pairs), np.float32)
-        values[: len(cells)] = self.matrix.data[cells]
+        targets = np.empty(len(pairs), np.float32)
+        targets[: len(cells)] = self.matrix.data[cells]
         negatives = pairs[len(cells) :].T
         matrix = self.matrix
-        _read_cells(matrix.indptr, matrix.indices, matrix.data, *negatives, values[len(cells) :])
-        batch: list[npt.NDArray[Any]] = [pairs, values]
+        _read_cells(matrix.indptr, matrix.indices, matrix.data, *negatives, targets[len(cells) :])
+        batch: list[npt.NDArray[Any]] = [pairs, targets]
         if self.weighted:
-            weights = np.full(len(pairs), self.matrix.nnz / len(cells) / self.matrix.shape[0], np.float32)
-            weights[len(cells) :] = self._sums[-1] / (num_negative * self.context_shares[drawn])
-            weights[len(cells) :][values[len(cells) :] != 0] = 0
-            batch.append(weights)
+            sample_weights = np.full(
+                len(pairs), self.matrix.nnz / len(cells) / self.matrix.shape[0], np.float32
+            )
+            sample_weights[len(cells) :] = self._sums[-1] / (num_negative * self.context_shares[drawn])
+            sample_weights[len(cells) :][targets[len(cells) :] != 0] = 0
+            batch.append(sample_weights)
         return tuple(torch.from_numpy(array).to(self.device) for array in batch)

@@ -17,13 +17,14 @@ def water_filling(variances: npt.NDArray[Any], bits: float) -> float:
 
     Reverse water-filling (Cover and Thomas, "Elements of information theory", 2nd ed., theorem 10.3.3):
     ``Σ min(θ, σ²)`` where θ is such that the mean of ``max(0, ½ log₂(σ²/θ))`` is `bits`.
+    `variances` may be of any shape.
     """
     if not bits >= 0:
         raise ValueError(f"bits must not be negative, got {bits}")
     falling = np.sort(variances[variances > 0].astype(np.float64).ravel())[::-1]
     logs = np.log2(falling)
     counts = np.arange(1, len(falling) + 1)
-    # With the n largest coded, log θ is the mean of theirs less what the bits bring down.
+    # With the n largest coded, log₂ θ is the mean of their logarithms less twice the bits each gets.
     levels = (np.cumsum(logs) - 2 * bits * variances.size) / counts
     coded = np.count_nonzero(levels < logs)
     if coded == 0:

@@ -30,36 +30,36 @@ def make_optimizer(
     parameters: Iterable[Tensor],
     learning_rate: float,
     *,
-    sparse: bool = False,
-    touched: bool = False,
+    sparse_gradients: bool = False,
+    sparse_updates: bool = False,
     one_pass: bool = False,
     betas: tuple[float, float] = ADAM_BETAS,
 ) -> torch.optim.Optimizer:
     """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s.
 
-    These are for pools and tables of which a step is to update what it `touched`, and for steps in
-    `one_pass`. Over sparse and touched gradients Adam is lazy: what a step does not touch keeps its moments
-    and does not move. `betas` are Adam's.
+    These are for `sparse_updates` of what a batch reads from large pools and tables, and for steps in
+    `one_pass`. Over `sparse_gradients` (of torch's full tables) and in sparse updates Adam is lazy: values
+    that a batch does not read keep their moments and do not move. `betas` are Adam's.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     parameters = list(parameters)
-    if touched or one_pass:
+    if sparse_updates or one_pass:
         if name == "adam":
-            return (optim.LazyAdam if touched else optim.Adam)(parameters, learning_rate, betas)
+            return (optim.LazyAdam if sparse_updates else optim.Adam)(parameters, learning_rate, betas)
         return (optim.SGD if name == "sgd" else optim.Adagrad)(parameters, learning_rate)
-    if sparse:
-        # torch's default; where it is not asked for, some optimizers warn of it at their first step.
+    if sparse_gradients:
+        # torch's default; unless it is set, some optimizers warn of it at their first step.
         torch.sparse.check_sparse_tensor_invariants.disable()
-    fused = {} if sparse else {"fused": True}
+    fused = {} if sparse_gradients else {"fused": True}
     # On a GPU torch's kernels for many parameters at once give one processor 65,536 values, which leaves most
     # of them idle for a pool; Adam's alternative is ten kernels.
-    one_by_one = {"foreach": False} if not sparse and any(p.is_cuda for p in parameters) else fused
+    one_by_one = {"foreach": False} if not sparse_gradients and any(p.is_cuda for p in parameters) else fused
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, **one_by_one)
     if name == "adagrad":
         return torch.optim.Adagrad(parameters, lr=learning_rate, **one_by_one)
-    if sparse:
+    if sparse_gradients:
         return torch.optim.SparseAdam(parameters, lr=learning_rate, betas=betas)
     return torch.optim.Adam(parameters, lr=learning_rate, betas=betas, **fused)
 
@@ -201,16 +201,16 @@ def train_mini_batches(
     learning_rate: float,
     num_epochs: int,
     reports_per_epoch: int = 4,
-    sparse: bool = False,
-    touched: bool = False,
+    sparse_gradients: bool = False,
+    sparse_updates: bool = False,
 ) -> list[dict[str, float]]:
     """Train on batches of pairs.
 
     Args:
-        batches: pairs, values and what else `loss_function` takes after the scores; iterated once an epoch.
+        batches: pairs, targets and what else `loss_function` takes after the scores; iterated once an epoch.
         reports_per_epoch: entries of the history an epoch.
-        sparse: the model's full tables have sparse gradients.
-        touched: an optimizer of `cemb.optim` updates them.
+        sparse_gradients: the model's full tables have them.
+        sparse_updates: an optimizer of `cemb.optim` makes them.
 
     Returns:
         ``{"step", "epoch", "loss", "seconds"}`` for each report: steps and epochs done, the latter in
@@ -226,8 +226,8 @@ def train_mini_batches(
         optimizer,
         model.parameters(),
         learning_rate,
-        sparse=sparse,
-        touched=touched,
+        sparse_gradients=sparse_gradients,
+        sparse_updates=sparse_updates,
         betas=MINI_BATCH_ADAM_BETAS,
     )
     start = time.perf_counter()
@@ -241,9 +241,9 @@ def train_mini_batches(
     model.train()
     with tqdm(total=total, desc=f"mini-batches, {optimizer}", unit="step") as progress:
         for _ in range(num_epochs):
-            for pairs, *cells in batches:
+            for pairs, *labels in batches:
                 _decay(step_of, learning_rate, step / total)
-                loss = loss_function(model(pairs), *cells)
+                loss = loss_function(model(pairs), *labels)
                 losses.append(loss.item())
                 first_loss = losses[0] if first_loss is None else first_loss
                 _check(losses[-1], first_loss, step, learning_rate)

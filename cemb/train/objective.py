@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cemb.kernels import sparse
+from cemb.kernels.cpu import sparse
+from cemb.kernels.cpu.simd import LANES
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def optimum(matrix: sp.csr_array, rank: int) -> Optimum:
 
 
 class SparseMatrix:
-    """A sparse matrix for products with tall dense ones, by `cemb.kernels.sparse`; on a GPU by torch.
+    """A sparse matrix for products with tall dense ones, by `cemb.kernels.cpu.sparse`; on a GPU by torch.
 
     On CPUs a product is the same for any number of threads.
     """
@@ -87,7 +88,7 @@ class SparseMatrix:
     def __init__(self, matrix: sp.csr_array | sp.csc_array, device: torch.device | str | None = None):
         self.shape = matrix.shape
         self._blocks: sparse.Blocks | None = None
-        self._room: sparse.Room | None = None
+        self._workspace: sparse.Workspace | None = None
         if torch.device(device or "cpu").type == "cpu":
             self._blocks = sparse.Blocks.of(matrix, self.BLOCK_COLUMNS)
             return
@@ -118,12 +119,12 @@ class SparseMatrix:
                 f"got {factor.dtype} {list(factor.shape)}"
             )
         panels = sparse.num_panels(factor.shape[1])
-        if self._room is None or len(self._room.sums) != panels:
-            self._room = sparse.Room(
-                *(torch.empty(panels, n * sparse.LANES, dtype=dense.dtype).numpy() for n in self.shape[::-1])
+        if self._workspace is None or len(self._workspace.sums) != panels:
+            self._workspace = sparse.Workspace(
+                *(torch.empty(panels, n * LANES, dtype=dense.dtype).numpy() for n in self.shape[::-1])
             )
         out = dense.new_empty(num_rows, factor.shape[1])
-        sparse.product(self._blocks, factor, self._room, out.numpy())
+        sparse.product(self._blocks, factor, self._workspace, out.numpy())
         return out
 
 
@@ -176,10 +177,10 @@ class AllCellsLoss:
 
 
 def frequency_weights(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[np.float64]:
-    """Weights ``[words]`` that grow as the counts' `power`, of mean 1."""
-    weights = np.asarray(word_counts, dtype=np.float64) ** power
-    shares: npt.NDArray[np.float64] = weights / weights.mean()
-    return shares
+    """Weights ``[words]`` in proportion to `word_counts` ``[words]`` to a `power`, of mean 1."""
+    weights: npt.NDArray[np.float64] = np.asarray(word_counts, dtype=np.float64) ** power
+    weights /= weights.mean()
+    return weights
 
 
 class WeightedLoss:
@@ -187,7 +188,7 @@ class WeightedLoss:
 
     It is the `AllCellsLoss` of ``diag(√a) M diag(√b)`` at ``diag(√a) U`` and ``diag(√b) C``. So weights of
     rank one, unlike GloVe's (Pennington et al., 2014), leave the optimum a truncated SVD (Srebro and
-    Jaakkola, 2003). Raises ValueError unless there is one positive weight for each row and each column.
+    Jaakkola, 2003). Raises ValueError unless weights are positive, ``[words]`` and ``[contexts]``.
     """
 
     def __init__(

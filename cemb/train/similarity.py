@@ -128,13 +128,13 @@ def analogies(
     added = multiplied = 0
     for first in range(0, len(known), batch_size):
         batch = known[first : first + batch_size]
-        # Questions share their words, so a batch has far fewer rows of cosines than it asks for.
+        # Questions share their words, so a batch needs far fewer rows of cosines than it has words.
         given, rows = np.unique(batch[:, :3], return_inverse=True)
         cosines = (unit[given] @ unit.T + 1) / 2
-        for (*asked, answer), (i, j, k) in zip(batch, rows.reshape(-1, 3), strict=True):
+        for (*given_words, answer), (i, j, k) in zip(batch, rows.reshape(-1, 3), strict=True):
             a, b, c = cosines[i], cosines[j], cosines[k]
             sums, products = b - a + c, b * c / (a + 1e-3)
-            sums[asked] = products[asked] = -np.inf
+            sums[given_words] = products[given_words] = -np.inf
             added += sums.argmax() == answer
             multiplied += products.argmax() == answer
     # The quantiles of resampling the questions without end, which is a binomial distribution's.

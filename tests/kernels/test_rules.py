@@ -5,9 +5,9 @@ import pytest
 import torch
 from numba import njit
 
-from cemb.kernels import lanes, rules
+from cemb.kernels.cpu import rules, simd
 
-WIDTH = lanes.LANES
+WIDTH = simd.LANES
 RULES = {
     "sgd": rules.SGD(0.3),
     "adagrad": rules.Adagrad(0.3, 0.01),
@@ -19,13 +19,15 @@ def _update(rule, weight, first, second, gradient, mask):
     rules.update(rule, weight, first, second, 3, gradient, 2, mask)
 
 
-def _exchange(rule, weight, first, second, factor, terms, i_term, j_term, kept, mask):
-    rules.exchange(rule, weight, first, second, 3, 25, factor, terms, i_term, j_term, kept, mask)
+def _exchange(rule, weight, first, second, factor, terms, i_term, j_term, selected, mask):
+    rules.exchange(rule, weight, first, second, 3, 25, factor, terms, i_term, j_term, selected, mask)
 
 
-def _exchange_two(rule, weight, first, second, factor, terms, i_term, j_term, kept, step, kept_after):
+def _exchange_two(rule, weight, first, second, factor, terms, i_term, j_term, selected, step, next_selected):
     sides = i_term, j_term
-    rules.exchange_two(rule, weight, first, second, 3, 40, factor, terms, *sides, kept, step, kept_after)
+    rules.exchange_two(
+        rule, weight, first, second, 3, 40, factor, terms, *sides, selected, step, next_selected
+    )
 
 
 # Places of terms for two sides: where a place is negative, the side is stepped.
@@ -34,7 +36,7 @@ SIDES = ((-1, -1), (-25, 10), (60, -1), (60, 10))
 
 @pytest.fixture(params=[True, False], ids=["masked", "plain"])
 def compiled(request, monkeypatch):
-    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: request.param)
+    monkeypatch.setattr(simd, "_has_masked_access", lambda context: request.param)
     return njit
 
 
@@ -106,17 +108,17 @@ def test_exchanges_step_each_side_by_the_other_of_before(compiled, rule, dtype):
     rng = np.random.default_rng(2)
     for count in range(WIDTH + 1):
         for sides in SIDES:
-            mask, kept = (1 << count) - 1, int(rng.integers(1 << WIDTH))
+            mask, selected = (1 << count) - 1, int(rng.integers(1 << WIDTH))
             found, expected = _arrays(dtype), _arrays(dtype)
             for array in found:
                 array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
             terms = np.full(80, np.nan, dtype)
-            _call(kernel, rule, *found, factor, terms, *sides, kept, mask)
+            _call(kernel, rule, *found, factor, terms, *sides, selected, mask)
             assert all(np.isnan(a[3 + count : 3 + WIDTH]).all() for a in found)
             assert all(np.isnan(a[25 + count : 25 + WIDTH]).all() for a in found)
-            is_kept = (kept >> np.arange(count) & 1).astype(bool)
+            is_selected = (selected >> np.arange(count) & 1).astype(bool)
             places = slice(3, 3 + count), slice(25, 25 + count)
-            gradients = [np.where(is_kept, factor * expected[0][place], 0) for place in reversed(places)]
+            gradients = [np.where(is_selected, factor * expected[0][place], 0) for place in reversed(places)]
             _expect_sides(rule, places, gradients, sides, terms, expected)
             for array in expected:
                 array[3 + count : 3 + WIDTH] = array[25 + count : 25 + WIDTH] = np.nan
@@ -134,9 +136,9 @@ def test_what_two_vectors_share_is_stepped_once(compiled, rule, step):
         found, expected = _arrays(np.float32), _arrays(np.float32)
         terms = np.full(100, np.nan, np.float32)
         _call(kernel, rule, *found, factor, terms, *sides, bits & ((1 << WIDTH) - 1), step, bits >> step)
-        is_kept = (bits >> np.arange(length) & 1).astype(bool)
+        is_selected = (bits >> np.arange(length) & 1).astype(bool)
         places = slice(3, 3 + length), slice(40, 40 + length)
-        gradients = [np.where(is_kept, factor * expected[0][place], 0) for place in reversed(places)]
+        gradients = [np.where(is_selected, factor * expected[0][place], 0) for place in reversed(places)]
         _expect_sides(rule, places, gradients, sides, terms, expected)
         _check(found, expected)
 

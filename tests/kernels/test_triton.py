@@ -376,10 +376,10 @@ def test_floors_read_and_add_what_they_say(length, stride, shape):
     starts = torch.tensor([(_murmur_finalizer(i) * num_places >> 32) * stride for i in range(n)])
     places = (starts[:, None] + torch.arange(length)).reshape(-1).to(DEVICE)
     sums, _ = _poisoned(bandwidths_gpu.num_programs(n, length, shape))
-    bandwidths_gpu.launch_runs(array, n, length, stride, sums, shape)
+    bandwidths_gpu.launch_segments(array, n, length, stride, sums, shape)
     assert sums.double().sum() == array.double()[places].sum()
     before = array.clone()
-    bandwidths_gpu.launch_runs(array, n, length, stride, None, shape)
+    bandwidths_gpu.launch_segments(array, n, length, stride, None, shape)
     assert torch.equal(array - before, torch.bincount(places, minlength=500).float())
 
 

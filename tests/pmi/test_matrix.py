@@ -141,8 +141,13 @@ def test_top_k_keeps_the_largest_and_the_first_of_equals(top_k, seed, positive):
     rng = np.random.default_rng(seed)
     values = rng.integers(-3, 4, (9, 7)).astype(np.float64)
     stored = sp.csr_array(np.where(rng.random((9, 7)) < 0.7, values + 10, 0))  # so that no value is lost
-    columns, cells, row_cells = stored.indices.copy(), stored.data - 10, np.zeros(9, np.int64)
-    pmi_matrix_module._select(stored.indptr, columns, cells, positive, row_cells)
+    cells, rows = stored.data - 10, np.repeat(np.arange(9), np.diff(stored.indptr))
+    is_cell = (cells > 0) | (not positive)
+    columns, cells, row_cells = (
+        stored.indices[is_cell],
+        cells[is_cell],
+        np.bincount(rows[is_cell], minlength=9),
+    )
     found = pmi_matrix_module._keep_largest(columns, cells, top_k, row_cells)
     expected = []
     for row in range(9):

@@ -129,7 +129,7 @@ def _trained(run, table, gap, **fields):
     }
 
 
-POOL = grid.POOL_SIZES[0]
+POOL = sizes.SMALL
 
 
 @pytest.fixture
@@ -319,8 +319,8 @@ def test_tables_have_one_name_each():
 
 def test_records_are_found_by_what_their_runs_were_asked_for():
     _, found = select.reference("records")
-    for optimizer in grid.OPTIMIZERS:
-        for pool_size in grid.POOL_SIZES:
+    for optimizer in sizes.OPTIMIZERS:
+        for pool_size in sizes.POOL_SIZES:
             own = report_speed.run_records(found, optimizer, pool_size)
             assert {r["optimizer"] for r in own} == {optimizer}
             assert {r["pool_size"] for r in own if r["table"] == "hashed"} == {pool_size}

@@ -117,9 +117,9 @@ def test_too_much_memory_is_a_miss():
 
 
 def test_floors_count_what_must_move():
-    def floor(table, optimizer="sgd", rates=RATES, **fields):
+    def floor(table, optimizer="sgd", bandwidths=RATES, **fields):
         case = dataclasses.replace(speed.SpeedCase(table, optimizer), **fields)
-        return roofline.floor_ms(dataclasses.asdict(case), rates)
+        return roofline.floor_ms(dataclasses.asdict(case), bandwidths)
 
     rows_ms = 65_536 / 2e7 * 1e3
     assert floor("full", sparse_gradients=True) == pytest.approx(2 * rows_ms)
@@ -139,7 +139,7 @@ def test_floors_count_what_must_move():
     small = floor("hashed", pool_size=sizes.SMALL)
     assert small == pytest.approx(4 * 0.81 * 6_553_600 / 1e9 * 1e3)
     older = {name: rate for name, rate in RATES.items() if name != "cached_adds_per_s"}
-    small = floor("hashed", rates=older, pool_size=sizes.SMALL)
+    small = floor("hashed", bandwidths=older, pool_size=sizes.SMALL)
     assert small == pytest.approx(3 * 0.81 * 6_553_600 / 1e9 * 1e3)
     in_one_pass = floor("hashed", pool_size=sizes.SMALL, one_pass=True)
     assert in_one_pass == pytest.approx(floor("hashed", pool_size=sizes.SMALL) * 3 / 4)
@@ -201,7 +201,7 @@ def test_the_ratio_on_a_gpu_is_to_the_best_full_table():
 
 
 def test_rates_are_plausible():
-    rates = bandwidths.measure_rates(megabytes=8)
+    rates = bandwidths.measure_bandwidths(megabytes=8)
     assert set(rates) == set(RATES)
     assert all(value > 0 for value in rates.values())
 
@@ -213,11 +213,11 @@ def test_a_small_benchmark_runs(monkeypatch):
     monkeypatch.setattr(rivals, "available", lambda table, optimizer: False)
     streams, threads = iter([4.0, 1.0, 2.0]), []
 
-    def measure_rates():
+    def measure_bandwidths():
         threads.append(torch.get_num_threads())
         return {"stream_gb_per_s": next(streams)}
 
-    monkeypatch.setattr(bandwidths, "measure_rates", measure_rates)
+    monkeypatch.setattr(bandwidths, "measure_bandwidths", measure_bandwidths)
     before = torch.get_num_threads()
     found = bench.run(optimizers=["sgd"], ids=["zipf"], repeats=2, rounds=3, threads=1, **SIZES)
     assert found[0]["kind"] == "rates"

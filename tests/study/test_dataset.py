@@ -181,7 +181,7 @@ def test_a_build_of_events_goes_on_from_its_counts(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             load_pmi(config)
     assert not [p for p in (tmp_path / "results").rglob("pmi-*") if p.suffix != ".partial"]
-    monkeypatch.setattr(dataset.pmi_events, "read_events", lambda *_: pytest.fail("events were read again"))
+    monkeypatch.setattr(dataset.events, "read_events", lambda *_: pytest.fail("events were read again"))
     data = load_pmi(config)
     assert data.matrix.shape == (len(data.words), len(data.contexts))
 

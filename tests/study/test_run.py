@@ -23,6 +23,7 @@ from cemb.report import quality as report_quality
 from cemb.report import speed as report_speed
 from cemb.study import frontier, grid
 from cemb.study import run as study_run
+from cemb.study.sizes import SMALL
 
 
 def _pretend(run, **changes):
@@ -133,7 +134,7 @@ def test_growth_keeps_its_pool():
         words[parameters["table"]].append(parameters["max_vocab"])
     assert words["full"] == words["hashed"]
     assert words["full"] == sorted(words["full"])
-    assert {p["pool_size"] for p in quality if p["table"] == "hashed"} == {grid.POOL_SIZES[0]}
+    assert {p["pool_size"] for p in quality if p["table"] == "hashed"} == {SMALL}
 
 
 def test_runs_are_selected_by_name_too():
@@ -141,7 +142,7 @@ def test_runs_are_selected_by_name_too():
     assert grid.select(runs) == runs
     growth = grid.select(runs, names=["growth-*", "pmi"])
     assert [r.name for r in growth] == [r.name for r in runs if r.name[:6] == "growth" or r.name == "pmi"]
-    chosen = grid.select(runs, ["adam"], [grid.POOL_SIZES[0]], ["growth-hashed-5000"])
+    chosen = grid.select(runs, ["adam"], [SMALL], ["growth-hashed-5000"])
     assert [r.name for r in chosen] == ["growth-hashed-5000"]
     with pytest.raises(ValueError, match=r"no run of this grid has a name like 'grow'; it has pmi, speed"):
         grid.select(runs, names=["growth-*", "grow"])

@@ -319,7 +319,9 @@ def test_command_line_measures_the_frontier_and_searches_rates(tmp_path, capsys,
         ("lower rank", 4.0),
         ("int8", None),
     ]
-    monkeypatch.setattr(quality, "rate_cases", lambda: [quality.QualityCase("full", "adam", num_steps=4)])
+    monkeypatch.setattr(
+        quality, "learning_rate_cases", lambda: [quality.QualityCase("full", "adam", num_steps=4)]
+    )
     capsys.readouterr()
     assert cli.main(["rates", *common]) == 0
     printed = capsys.readouterr()

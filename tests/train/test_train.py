@@ -50,7 +50,7 @@ def _two_steps(name, gradients, rate):
 def test_optimizers_step_as_their_formulas(name, sparse):
     table = torch.nn.Embedding(5, 3, sparse=sparse)
     torch.nn.init.zeros_(table.weight)
-    optimizer = make_optimizer(name, table.parameters(), 0.1, sparse=sparse)
+    optimizer = make_optimizer(name, table.parameters(), 0.1, sparse_gradients=sparse)
     for gradient in (1.0, -3.0):
         optimizer.zero_grad()
         (gradient * table(torch.tensor([1, 4]))).sum().backward()
@@ -278,7 +278,7 @@ def test_mini_batches_lower_their_loss(optimizer, table, random_matrix):
         learning_rate={"sgd": 2.0, "adagrad": 0.2, "adam": 0.03}[optimizer],
         num_epochs=20,
         reports_per_epoch=1,
-        sparse=is_full,
+        sparse_gradients=is_full,
     )
     assert [entry["epoch"] for entry in history] == list(range(1, 21))
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]

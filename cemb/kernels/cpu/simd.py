@@ -1,70 +1,72 @@
 """Vector operations on 16 lanes under a bit mask, for Numba kernels.
 
-A block of a hashed row is a short run of values at any position. LLVM turns a loop over one into scalar
-code, since its length is unknown and arrays might overlap; these intrinsics say outright what is meant.
-Bit l of a mask stands for lane l: lanes outside a mask are neither read nor written, so a run may end
-anywhere. A `mask` is of the first few lanes, `kept` and `old` of any among them. Arrays are one-dimensional:
-float32, float64, or uint16 for the bits of bfloat16 (read only).
+A block of a hashed row is a short segment of values at any position. LLVM turns a loop over one into scalar
+code, since its length is unknown and arrays might overlap; these intrinsics state the vectors themselves.
+Bit l of a mask stands for lane l: lanes outside a mask are neither read nor written, so a segment may end
+anywhere. A `mask` has the first few lanes set; `selected`, the lanes whose product counts, and `accumulated`,
+those that add to what `out` holds, may have any of them. Arrays are one-dimensional: float32, float64, or
+uint16 for the bits of bfloat16 (read only).
 
-A run of 16 values or more needs no mask: its last vector ends where it ends, and overlaps the one before.
-Where that adds to what it finds, the two go together, in operations whose name ends in ``_two``: they read
-both vectors before they write either, and so write what they share twice, the same.
+A segment of 16 values or more needs no mask: its last vector ends where it ends, and overlaps the one before.
+Where that adds to what it finds, the two go together, in operations whose name ends in ``_two``: they load
+both vectors before they store either, and so store the lanes they share twice, with the same values.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from cemb import hashing
 
 LANES = 16
+ALL_LANES = (1 << LANES) - 1
+# Sums may be reassociated, so that they use vector registers.
+FASTMATH = {"reassoc", "nsz", "contract"}
+
 _I8, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _BITS = ir.VectorType(ir.IntType(1), LANES)
 _SUFFIX = {"i16": "i16", "float": "f32", "double": "f64"}
 
-_Array = tuple[Any, Any]  # its type, and what stands for it in generated code
 
-
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def _pointer(context, builder, array_type, array, index):
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
-def _bits(builder: Any, mask: Any) -> Any:
+def _bits(builder, mask):
     """The lanes of an integer mask."""
     return builder.bitcast(builder.trunc(mask, _I16), _BITS)
 
 
-def _choice(context: Any, builder: Any, mask: Any) -> Any:
-    """The lanes of an integer mask, to choose values by: without AVX-512, in half of LLVM's instructions."""
+def select_bits(context, builder, mask):
+    """The lanes of an integer mask as a condition of selects; without AVX-512 in half the instructions."""
     if _has_masked_access(context):
         return _bits(builder, mask)
     words = ir.VectorType(_I32, LANES)
     each = ir.Constant(words, [1 << lane for lane in range(LANES)])
-    lanes = builder.and_(_splat(builder, builder.trunc(mask, _I32), words), each)
+    lanes = builder.and_(splat(builder, builder.trunc(mask, _I32), words), each)
     return builder.icmp_signed("!=", lanes, ir.Constant(words, [0] * LANES))
 
 
-def _splat(builder: Any, value: Any, vector: Any) -> Any:
+def splat(builder, value, vector):
+    """A vector of the type `vector`, all of whose lanes are `value`."""
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
-def _has_masked_access(context: Any) -> bool:
-    """Whether masked loads and stores of all types are instructions of the processor, and fast ones.
+def _has_masked_access(context):
+    """Whether the processor has fast masked loads and stores of all types, which means AVX-512BW.
 
-    AVX2 alone has none of 16 bits, its masked stores are slow, by them a Zen 3 scaled 25 values, 16 and 9, in
-    28 ns and without in 7, and its masked loads wait for cache lines of which they want nothing.
+    AVX2 has none of 16 bits; its masked stores are slow: with them a Zen 3 scaled 25 values in 28 ns, without
+    in 7; and its masked loads wait for cache lines of which all lanes are masked.
     """
     return "+avx512bw" in context.codegen().magic_tuple()[2]
 
 
-def _on_lanes(context: Any, builder: Any, mask: Any, generate: Callable[[Any], None]) -> None:
-    """Generate code for the lanes of `mask`, and where that pays, code for all lanes apart.
+def on_lanes(context, builder, mask, generate):
+    """Generate code for the lanes of `mask`, and where that pays, a branch of its own for all lanes.
 
     `generate` is given the lanes, None for all of them.
     """
@@ -78,14 +80,12 @@ def _on_lanes(context: Any, builder: Any, mask: Any, generate: Callable[[Any], N
             generate(_bits(builder, mask))
 
 
-def _is_full(builder: Any, mask: Any) -> Any:
+def _is_full(builder, mask):
     return builder.icmp_unsigned("==", mask, ir.Constant(mask.type, (1 << LANES) - 1))
 
 
-def _load(
-    context: Any, builder: Any, array_type: Any, array: Any, index: Any, bits: Any, kept: Any = None
-) -> Any:
-    """Lanes of ``array[index:]`` inside `bits`, of them those of `kept`; zero elsewhere.
+def load(context, builder, array_type, array, index, bits, selected=None):
+    """Lanes of ``array[index:]`` inside `bits` and `selected`; zero elsewhere.
 
     None stands for all lanes; bfloat16 becomes float32.
     """
@@ -95,20 +95,20 @@ def _load(
     zero = ir.Constant(vector, [0 if vector.element == _I16 else 0.0] * LANES)
     if bits is None:
         loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=align)
-        if kept is not None:
-            loaded = builder.select(kept, loaded, zero)
+        if selected is not None:
+            loaded = builder.select(selected, loaded, zero)
     elif _has_masked_access(context):
         function = cgutils.get_or_insert_function(
             builder.module,
             ir.FunctionType(vector, [pointer.type, _I32, _BITS, vector]),
             f"llvm.masked.load.v{LANES}{_SUFFIX[str(vector.element)]}.p0",
         )
-        bits = bits if kept is None else kept
+        bits = bits if selected is None else selected
         loaded = builder.call(function, [pointer, ir.Constant(_I32, align), bits, zero])
     else:
         loaded = _load_first(builder, pointer, vector, bits, align)
-        if kept is not None:
-            loaded = builder.select(kept, loaded, zero)
+        if selected is not None:
+            loaded = builder.select(selected, loaded, zero)
     if vector.element != _I16:
         return loaded
     words = ir.VectorType(_I32, LANES)
@@ -116,8 +116,8 @@ def _load(
     return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), LANES))
 
 
-def _load_first(builder: Any, pointer: Any, vector: Any, bits: Any, align: int) -> Any:
-    """The first few lanes, those of `bits`, from memory, and zeros; lines of others are left alone."""
+def _load_first(builder, pointer, vector, bits, align):
+    """The first few lanes, those of `bits`, and zeros; cache lines of the others are not accessed."""
     count = builder.ctpop(builder.bitcast(bits, _I16))
     loaded = ir.Constant(vector, [0 if vector.element == _I16 else 0.0] * LANES)
     width = 1
@@ -139,18 +139,16 @@ def _load_first(builder: Any, pointer: Any, vector: Any, bits: Any, align: int) 
     return loaded
 
 
-def _lanes_of(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+def _lanes_of(builder, a, b, lanes):
     """Lanes of two vectors by their numbers, those of `b` after those of `a`."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
-def _has_bit(builder: Any, count: Any, bit: int) -> Any:
+def _has_bit(builder, count, bit):
     return builder.icmp_unsigned("!=", builder.and_(count, ir.Constant(_I16, bit)), ir.Constant(_I16, 0))
 
 
-def _store(
-    context: Any, builder: Any, array_type: Any, array: Any, index: Any, bits: Any, value: Any
-) -> None:
+def store(context, builder, array_type, array, index, bits, value):
     """Write the lanes of `bits`, which must be the first few; None stands for all lanes."""
     pointer = _pointer(context, builder, array_type, array, index)
     align = array_type.dtype.bitwidth // 8
@@ -184,34 +182,25 @@ def _store(
             width //= 2
 
 
-def _root(builder: Any, vector: Any) -> Any:
+def sqrt(builder, vector):
     """Square roots of the lanes."""
     name = f"llvm.sqrt.v{LANES}{_SUFFIX[str(vector.type.element)]}"
     kind = ir.FunctionType(vector.type, [vector.type])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [vector])
 
 
-def _scaled(
-    context: Any,
-    builder: Any,
-    source_type: Any,
-    source: Any,
-    index: Any,
-    factor: Any,
-    bits: Any,
-    kept: Any = None,
-) -> Any:
-    loaded = _load(context, builder, source_type, source, index, bits, kept)
-    return builder.fmul(loaded, _splat(builder, factor, loaded.type))
+def _scaled(context, builder, source_type, source, index, factor, bits, selected=None):
+    loaded = load(context, builder, source_type, source, index, bits, selected)
+    return builder.fmul(loaded, splat(builder, factor, loaded.type))
 
 
-def _factor_type(array_type: Any) -> Any:
+def factor_type(array_type):
     return types.float64 if array_type.dtype == types.float64 else types.float32
 
 
 @intrinsic
-def _bfloat16_at(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+def _bfloat16_at(typing, array, i):
+    def generate(context, builder, signature, arguments):
         value = builder.load(_pointer(context, builder, signature.args[0], *arguments))
         word = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16))
         return builder.bitcast(word, ir.FloatType())
@@ -219,70 +208,66 @@ def _bfloat16_at(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
     return types.float32(array, types.intp), generate
 
 
-def value_at(array: Any, i: Any) -> Any:
+def value_at(array, i):
     """``array[i]``; bfloat16 becomes float32."""
     raise NotImplementedError("for use in kernels only")
 
 
 # Not strict, since Numba would compare annotations too, and lambdas have none.
 @overload(value_at, inline="always", strict=False)
-def _value_at(array: Any, i: Any) -> Callable[[Any, Any], Any]:
+def _value_at(array, i):
     if array.dtype == types.uint16:
         return lambda array, i: _bfloat16_at(array, i)
     return lambda array, i: array[i]
 
 
 @intrinsic
-def multiply(
-    typing: Any, out: Any, i: Any, a: Any, j: Any, b: Any, k: Any, factor: Any, kept: Any, mask: Any
-) -> tuple[Any, Any]:
-    """``out[i + l] = factor * a[j + l] * b[k + l] if l in kept else 0`` for the lanes l of `mask`."""
+def multiply(typing, out, i, a, j, b, k, factor, selected, mask):
+    """``out[i + l] = factor * a[j + l] * b[k + l] if l in selected else 0`` for the lanes l of `mask`."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, a_type, _, b_type, _, _, _, _ = signature.args
-        out, i, a, j, b, k, factor, kept, mask = arguments
-        kept = _choice(context, builder, kept)
+        out, i, a, j, b, k, factor, selected, mask = arguments
+        selected = select_bits(context, builder, selected)
 
-        def on(bits: Any) -> None:
+        def on(bits):
             left = _scaled(context, builder, a_type, a, j, factor, bits)
-            right = _load(context, builder, b_type, b, k, bits)
+            right = load(context, builder, b_type, b, k, bits)
             product = builder.fmul(left, right)
             zero = ir.Constant(product.type, [0.0] * LANES)
-            _store(context, builder, out_type, out, i, bits, builder.select(kept, product, zero))
+            store(context, builder, out_type, out, i, bits, builder.select(selected, product, zero))
 
-        _on_lanes(context, builder, mask, on)
+        on_lanes(context, builder, mask, on)
 
     ints = types.intp
-    return types.void(out, ints, a, ints, b, ints, _factor_type(a), ints, ints), generate
+    return types.void(out, ints, a, ints, b, ints, factor_type(a), ints, ints), generate
 
 
 @intrinsic
-def finish_hash(
-    typing: Any, out: Any, i: Any, first: Any, steps: Any, row: Any, num_starts: Any
-) -> tuple[Any, Any]:
-    """Write to ``out[i + l]``, for all lanes l, where a block starts whose hash is half done.
+def finish_hash(typing, out, i, first, steps, row, num_starts):
+    """Write to ``out[i + l]``, for all lanes l, where a block starts, from a half-finished hash.
 
     ``first + steps[row, l]`` is the product by the hash's first multiplier, see `cemb.hashing`.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, _, steps_type, _, _ = signature.args
         out, i, first, steps, row, num_starts = arguments
         words, starts = ir.VectorType(ir.IntType(64), LANES), ir.VectorType(_I32, LANES)
 
-        def shifted(value: Any, count: int) -> Any:
+        def shifted(value, count):
             return builder.lshr(value, ir.Constant(words, [count] * LANES))
 
         pointer = _pointer(
             context, builder, steps_type, steps, builder.mul(row, ir.Constant(row.type, LANES))
         )
         step = builder.load(builder.bitcast(pointer, words.as_pointer()), align=8)
-        product = builder.add(_splat(builder, first, words), step)
+        product = builder.add(splat(builder, first, words), step)
         mixed = builder.xor(product, shifted(product, 27))
         product = builder.mul(mixed, ir.Constant(words, [hashing.MULTIPLIER_2] * LANES))
         # The upper half of ``product ^ (product >> 31)``.
         half = builder.xor(shifted(product, 32), shifted(product, 63))
-        scaled = builder.mul(half, _splat(builder, builder.zext(num_starts, words.element), words))
+        scaled = builder.mul(half, splat(builder, builder.zext(num_starts, words.element), words))
         pointer = _pointer(context, builder, out_type, out, i)
         start = builder.trunc(shifted(scaled, 32), starts)
         builder.store(start, builder.bitcast(pointer, starts.as_pointer()), align=4)
@@ -292,60 +277,48 @@ def finish_hash(
 
 
 @intrinsic
-def scale(typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, mask: Any) -> tuple[Any, Any]:
+def scale(typing, out, i, source, j, factor, mask):
     """``out[i + l] = factor * source[j + l]`` for the lanes l of `mask`."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, source_type, _, _, _ = signature.args
         out, i, source, j, factor, mask = arguments
 
-        def on(bits: Any) -> None:
+        def on(bits):
             value = _scaled(context, builder, source_type, source, j, factor, bits)
-            _store(context, builder, out_type, out, i, bits, value)
+            store(context, builder, out_type, out, i, bits, value)
 
-        _on_lanes(context, builder, mask, on)
+        on_lanes(context, builder, mask, on)
 
     ints = types.intp
-    return types.void(out, ints, source, ints, _factor_type(source), ints), generate
+    return types.void(out, ints, source, ints, factor_type(source), ints), generate
 
 
-def _sum_scaled(
-    context: Any,
-    builder: Any,
-    out: _Array,
-    i: Any,
-    source: _Array,
-    j: Any,
-    factor: Any,
-    vectors: Sequence[tuple[Any, Any, Any]],
-    bits: Any,
-) -> None:
-    """Code for vectors of sums: each is a step to it from `i` and `j`, what it keeps, and what it adds to."""
+def _sum_scaled(context, builder, out, i, source, j, factor, vectors, bits):
+    """Code that adds vectors, each an offset from `i` and `j`, its selected and its accumulated lanes."""
     totals = []
-    for step, kept, old in vectors:
-        value = _scaled(context, builder, *source, _at(builder, j, step), factor, bits, kept)
-        before = _load(context, builder, *out, _at(builder, i, step), bits, old)
+    for step, selected, accumulated in vectors:
+        value = _scaled(context, builder, *source, offset_by(builder, j, step), factor, bits, selected)
+        before = load(context, builder, *out, offset_by(builder, i, step), bits, accumulated)
         totals.append(builder.fadd(before, value))
     for (step, _, _), total in zip(vectors, totals, strict=True):
-        _store(context, builder, *out, _at(builder, i, step), bits, total)
+        store(context, builder, *out, offset_by(builder, i, step), bits, total)
 
 
-def _at(builder: Any, index: Any, step: Any) -> Any:
+def offset_by(builder, index, step):
     return index if step is None else builder.add(index, step)
 
 
 @intrinsic
-def add_scaled(
-    typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, mask: Any
-) -> tuple[Any, Any]:
-    """``out[i + l] += factor * source[j + l] if l in kept else 0`` for the lanes l of `mask`."""
+def add_scaled(typing, out, i, source, j, factor, selected, mask):
+    """``out[i + l] += factor * source[j + l] if l in selected else 0`` for the lanes l of `mask`."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, source_type, _, _, _, _ = signature.args
-        out, i, source, j, factor, kept, mask = arguments
+        out, i, source, j, factor, selected, mask = arguments
         arrays = (out_type, out), i, (source_type, source), j
-        vector = None, _choice(context, builder, kept), None
-        _on_lanes(
+        vector = None, select_bits(context, builder, selected), None
+        on_lanes(
             context,
             builder,
             mask,
@@ -353,53 +326,49 @@ def add_scaled(
         )
 
     ints = types.intp
-    return types.void(out, ints, source, ints, _factor_type(source), ints, ints), generate
+    return types.void(out, ints, source, ints, factor_type(source), ints, ints), generate
 
 
 @intrinsic
-def add_scaled_two(
-    typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, step: Any, kept_after: Any
-) -> tuple[Any, Any]:
-    """`add_scaled` for all lanes, at `i` and `j` and `step` behind; what they share is added to once."""
+def add_scaled_two(typing, out, i, source, j, factor, selected, step, next_selected):
+    """`add_scaled` for all lanes, of two vectors, the second `step` behind; shared lanes count once."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, source_type, *_ = signature.args
-        out, i, source, j, factor, kept, step, kept_after = arguments
-        kept, kept_after = (_choice(context, builder, mask) for mask in (kept, kept_after))
+        out, i, source, j, factor, selected, step, next_selected = arguments
+        selected, next_selected = (select_bits(context, builder, mask) for mask in (selected, next_selected))
         arrays = (out_type, out), i, (source_type, source), j
-        vectors = [(None, kept, None), (step, kept_after, None)]
+        vectors = [(None, selected, None), (step, next_selected, None)]
         _sum_scaled(context, builder, *arrays, factor, vectors, None)
 
     ints = types.intp
-    return types.void(out, ints, source, ints, _factor_type(source), ints, ints, ints), generate
+    return types.void(out, ints, source, ints, factor_type(source), ints, ints, ints), generate
 
 
 @intrinsic
-def add_gathered(
-    typing: Any, out: Any, i: Any, source: Any, columns: Any, values: Any, first: Any, last: Any
-) -> tuple[Any, Any]:
+def add_gathered(typing, out, i, source, columns, values, first, last):
     """``out[i + l] += Σ values[t] * source[16 * columns[t] + l]`` for all 16 lanes, t from `first` to `last`.
 
     Even and odd terms are summed apart, so that no addition waits for the one before it.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, source_type, columns_type, values_type, _, _ = signature.args
         out, i, source, columns, values, first, last = arguments
         one, two = (ir.Constant(first.type, step) for step in (1, 2))
-        before = _load(context, builder, out_type, out, i, None)
+        before = load(context, builder, out_type, out, i, None)
         sums = [cgutils.alloca_once(builder, before.type) for _ in range(2)]
         builder.store(before, sums[0])
         builder.store(ir.Constant(before.type, [0.0] * LANES), sums[1])
 
-        def add(t: Any, total: Any) -> None:
+        def add(t, total):
             column = builder.zext(builder.load(_pointer(context, builder, columns_type, columns, t)), t.type)
             value = builder.load(_pointer(context, builder, values_type, values, t))
             place = builder.mul(column, ir.Constant(t.type, LANES))
-            row = _load(context, builder, source_type, source, place, None)
+            row = load(context, builder, source_type, source, place, None)
             # Rounded once, where the processor can.
             fused = ("contract",)
-            term = builder.fmul(_splat(builder, value, row.type), row, flags=fused)
+            term = builder.fmul(splat(builder, value, row.type), row, flags=fused)
             builder.store(builder.fadd(builder.load(total), term, flags=fused), total)
 
         pairs_end = builder.sub(last, builder.and_(builder.sub(last, first), one))
@@ -409,24 +378,22 @@ def add_gathered(
         with builder.if_then(builder.icmp_signed("<", pairs_end, last)):
             add(pairs_end, sums[0])
         total = builder.fadd(builder.load(sums[0]), builder.load(sums[1]))
-        _store(context, builder, out_type, out, i, None, total)
+        store(context, builder, out_type, out, i, None, total)
 
     ints = types.intp
     return types.void(out, ints, source, columns, values, ints, ints), generate
 
 
 @intrinsic
-def append_scaled(
-    typing: Any, out: Any, i: Any, source: Any, j: Any, factor: Any, kept: Any, old: Any, mask: Any
-) -> tuple[Any, Any]:
-    """``out[i + l] = (out[i + l] if l in old) + (factor * source[j + l] if l in kept)`` for l in `mask`."""
+def append_scaled(typing, out, i, source, j, factor, selected, accumulated, mask):
+    """For l in `mask`, ``out[i + l]`` if l is accumulated, plus ``factor * source[j + l]`` if selected."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, source_type, _, _, _, _, _ = signature.args
-        out, i, source, j, factor, kept, old, mask = arguments
+        out, i, source, j, factor, selected, accumulated, mask = arguments
         arrays = (out_type, out), i, (source_type, source), j
-        vector = None, *(_choice(context, builder, lanes) for lanes in (kept, old))
-        _on_lanes(
+        vector = None, *(select_bits(context, builder, lanes) for lanes in (selected, accumulated))
+        on_lanes(
             context,
             builder,
             mask,
@@ -434,50 +401,40 @@ def append_scaled(
         )
 
     ints = types.intp
-    return types.void(out, ints, source, ints, _factor_type(source), ints, ints, ints), generate
+    return types.void(out, ints, source, ints, factor_type(source), ints, ints, ints), generate
 
 
 @intrinsic
 def append_scaled_two(
-    typing: Any,
-    out: Any,
-    i: Any,
-    source: Any,
-    j: Any,
-    factor: Any,
-    kept: Any,
-    old: Any,
-    step: Any,
-    kept_after: Any,
-    old_after: Any,
-) -> tuple[Any, Any]:
-    """`append_scaled` for all lanes, at `i` and `j` and `step` behind; what they share is added to once."""
+    typing, out, i, source, j, factor, selected, accumulated, step, next_selected, next_accumulated
+):
+    """`append_scaled` for all lanes, of two vectors, the second `step` behind; shared lanes count once."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         out_type, _, source_type, *_ = signature.args
-        out, i, source, j, factor, kept, old, step, kept_after, old_after = arguments
+        out, i, source, j, factor, selected, accumulated, step, next_selected, next_accumulated = arguments
         arrays = (out_type, out), i, (source_type, source), j
         vectors = [
-            (place, *(_choice(context, builder, lanes) for lanes in masks))
-            for place, masks in ((None, (kept, old)), (step, (kept_after, old_after)))
+            (place, *(select_bits(context, builder, lanes) for lanes in masks))
+            for place, masks in ((None, (selected, accumulated)), (step, (next_selected, next_accumulated)))
         ]
         _sum_scaled(context, builder, *arrays, factor, vectors, None)
 
     ints = types.intp
-    arguments = (out, ints, source, ints, _factor_type(source), ints, ints, ints, ints, ints)
+    arguments = (out, ints, source, ints, factor_type(source), ints, ints, ints, ints, ints)
     return types.void(*arguments), generate
 
 
 @intrinsic
-def at_least(typing: Any, values: Any, i: Any, threshold: Any) -> tuple[Any, Any]:
+def at_least(typing, values, i, threshold):
     """Mask of the lanes l with ``values[i + l] >= threshold``, of an array of uint16."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         values, i, threshold = arguments
         vector = ir.VectorType(_I16, LANES)
         pointer = _pointer(context, builder, signature.args[0], values, i)
         loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=2)
-        bound = _splat(builder, builder.trunc(threshold, _I16), vector)
+        bound = splat(builder, builder.trunc(threshold, _I16), vector)
         bits = builder.icmp_unsigned(">=", loaded, bound)
         return builder.zext(builder.bitcast(bits, _I16), ir.IntType(64))
 
@@ -485,10 +442,10 @@ def at_least(typing: Any, values: Any, i: Any, threshold: Any) -> tuple[Any, Any
 
 
 @intrinsic
-def bits_from(typing: Any, words: Any, position: Any) -> tuple[Any, Any]:
+def bits_from(typing, words, position):
     """16 bits of an array of uint16 from bit `position` on; reads up to the end of the word after."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         words, position = arguments
         pointer = _pointer(context, builder, signature.args[0], words, ir.Constant(position.type, 0))
         byte = builder.lshr(position, ir.Constant(position.type, 3))
@@ -501,10 +458,10 @@ def bits_from(typing: Any, words: Any, position: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
-def prefetch(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
-    """Ask for the cache line of ``array[i]``; any index is safe."""
+def prefetch(typing, array, i):
+    """Prefetch the cache line of ``array[i]``; any index is safe."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
+    def generate(context, builder, signature, arguments):
         pointer = builder.bitcast(_pointer(context, builder, signature.args[0], *arguments), _I8.as_pointer())
         function = cgutils.get_or_insert_function(
             builder.module,
@@ -518,13 +475,13 @@ def prefetch(typing: Any, array: Any, i: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
-def num_read(typing: Any, count: Any) -> tuple[Any, Any]:
-    """How many values vectors over a run of `count`, the last of which ends with it, wait for.
+def num_read(typing, count):
+    """Values that vectors over a segment of `count` access, whose last vector ends with it.
 
-    Under the mask of a shorter run, they wait for values outside it, too.
+    Masked vectors of a shorter segment wait for the cache lines of lanes outside the mask, too.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         (count,) = arguments
         if not _has_masked_access(context):
             return count
@@ -535,10 +492,51 @@ def num_read(typing: Any, count: Any) -> tuple[Any, Any]:
 
 
 @intrinsic
-def has_gather(typing: Any) -> tuple[Any, Any]:
-    """Whether a vector of values is gathered by one instruction, as with AVX-512, not better one by one."""
+def has_gather(typing):
+    """Whether gathering by one instruction is faster than one by one, as with AVX-512."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def generate(context, builder, signature, arguments):
         return ir.Constant(ir.IntType(1), _has_masked_access(context))
 
     return types.boolean(), generate
+
+
+@njit(inline="always")
+def first_lanes(count):
+    """Mask of the first `count` lanes; of none below 0, of all above `LANES`."""
+    return (np.int64(1) << min(max(count, 0), LANES)) - np.int64(1)
+
+
+@njit(inline="always")
+def head_length(length):
+    """Values of a segment to take by one vector, 0 or `LANES`, so that an even number of vectors is left.
+
+    These are taken two at a time, by the operations whose name ends in ``_two``.
+    """
+    return (length + LANES - 1) // LANES % 2 * LANES
+
+
+@njit(inline="always")
+def prefetch_segment(array, start, length):
+    """Prefetch all cache lines that vectors of float32 over a segment touch."""
+    prefetch(array, start)
+    prefetch(array, start + num_read(length) - 1)
+    # Most blocks are too short for the loop, and a loop's overhead is more than this.
+    prefetch(array, start + min(LANES, length - 1))
+    for k in range(2 * LANES, length, LANES):
+        prefetch(array, start + k)
+
+
+@njit(inline="always")
+def prefetch_pair(array, word, context):
+    """Prefetch the cache lines of two values."""
+    prefetch(array, word)
+    prefetch(array, context)
+
+
+@njit(inline="always")
+def prefetch_ends(array, word, context, length):
+    """Prefetch the first and the last cache line that vectors over two segments touch."""
+    last = num_read(length) - 1
+    prefetch_pair(array, word, context)
+    prefetch_pair(array, word + last, context + last)

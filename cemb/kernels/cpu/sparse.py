@@ -1,8 +1,8 @@
 """Products of sparse matrices with tall dense ones.
 
-Each stored cell asks for a row of the dense factor, so the time is that of fetching it. The factor is cut
-both ways, into blocks of rows and panels of 16 columns, so that what a block of cells asks for stays in a
-core's second-level cache, 256 KiB of float32 for 4,096 rows, and what it adds to stays in registers.
+Each stored cell reads a row of the dense factor, and loading that takes the time. The factor is cut both
+ways, into blocks of rows and panels of 16 columns, so that what a block of cells reads stays in a core's
+second-level cache, 256 KiB of float32 for 4,096 rows, and what it adds to stays in registers.
 """
 
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from numba import njit, prange
 
-from cemb.kernels import cpu, lanes
-
-LANES = lanes.LANES
+from cemb.kernels.cpu import simd
+from cemb.kernels.cpu.simd import LANES
+from cemb.kernels.cpu.threads import launch
 
 
 class Blocks(NamedTuple):
@@ -55,48 +55,49 @@ class Blocks(NamedTuple):
             per_row.cumsum(),
         )
 
-    def shares(self, threads: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Rows ``[threads + 1]`` between which each thread has its own, of about as many cells.
+    def chunks(self, num_threads: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Bounds of the threads' chunks, of about as many cells: rows ``[threads + 1]``.
 
-        And the segments ``[threads + 1, blocks]`` at those rows.
+        And the segments that begin there, ``[threads + 1, blocks]``.
         """
-        bounds = np.searchsorted(self.row_ends, np.linspace(0, self.row_ends[-1], threads + 1))
+        bounds = np.searchsorted(self.row_ends, np.linspace(0, self.row_ends[-1], num_threads + 1))
         bounds[0], bounds[-1] = 0, len(self.row_ends)
         ranges = zip(self.first_segments[:-1], self.first_segments[1:], strict=True)
         segments = [low + np.searchsorted(self.rows[low:high], bounds) for low, high in ranges]
         return bounds, np.stack(segments, axis=1)
 
 
-class Room(NamedTuple):
-    """Memory for a product, its panels one after the other: of the factor, and of the sums."""
+class Workspace(NamedTuple):
+    """Workspace of a product: the panels of the factor and of the sums, float32 or float64."""
 
     factor: npt.NDArray[Any]  # [panels, columns * 16]
     sums: npt.NDArray[Any]  # [panels, rows * 16]
 
 
 def num_panels(dim: int) -> int:
-    """Panels of a factor of so many columns."""
+    """Panels of a factor of `dim` columns."""
     return -(-dim // LANES)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _product(dense: Any, out: Any, factor: Any, sums: Any, bounds: Any, segments: Any, blocks: Any) -> None:
+def _product(dense, out, factor, sums, bounds, segments, blocks):
+    """Lay `dense` out in panels, multiply, and write the sums to `out`; see `product`."""
     num_columns, dim = dense.shape
-    threads = bounds.shape[0] - 1
-    for t in prange(threads):
-        for i in range(num_columns * t // threads, num_columns * (t + 1) // threads):
+    num_threads = bounds.shape[0] - 1
+    for t in prange(num_threads):
+        for i in range(num_columns * t // num_threads, num_columns * (t + 1) // num_threads):
             for p in range(factor.shape[0]):
                 for k in range(LANES):
                     j = p * LANES + k
                     factor[p, i * LANES + k] = dense[i, j] if j < dim else 0
-    for t in prange(threads):
+    for t in prange(num_threads):
         for p in range(factor.shape[0]):
             totals = sums[p]
             totals[bounds[t] * LANES : bounds[t + 1] * LANES] = 0
             for b in range(segments.shape[1]):
                 rows = factor[p][b * blocks.block_columns * LANES :]
                 for s in range(segments[t, b], segments[t + 1, b]):
-                    lanes.add_gathered(
+                    simd.add_gathered(
                         totals,
                         np.int64(blocks.rows[s]) * LANES,
                         rows,
@@ -111,10 +112,10 @@ def _product(dense: Any, out: Any, factor: Any, sums: Any, bounds: Any, segments
                     out[i, p * LANES + k] = sums[p, i * LANES + k]
 
 
-def product(blocks: Blocks, dense: npt.NDArray[Any], room: Room, out: npt.NDArray[Any]) -> None:
+def product(blocks: Blocks, dense: npt.NDArray[Any], workspace: Workspace, out: npt.NDArray[Any]) -> None:
     """Write the matrix times `dense` ``[columns, dim]``, C-contiguous, into `out` ``[rows, dim]``.
 
     Sums of a row are always in the same order, so the result is the same for any number of threads.
     """
-    with cpu._launch:
-        _product(dense, out, *room, *blocks.shares(cpu._set_threads()), blocks)
+    with launch() as num_threads:
+        _product(dense, out, *workspace, *blocks.chunks(num_threads), blocks)

@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 from numba import njit
 
-from cemb.kernels import lanes
+from cemb.kernels.cpu import simd
 
-WIDTH = lanes.LANES
+WIDTH = simd.LANES
 COUNTS = range(WIDTH + 1)
 
 
-def _kernel(out, a, b, factor, kept, old, mask):
-    lanes.multiply(out[0], 1, a, 2, b, 3, factor, kept, mask)
-    lanes.scale(out[1], 1, a, 2, factor, mask)
-    lanes.add_scaled(out[2], 1, a, 2, factor, kept, mask)
-    lanes.append_scaled(out[3], 1, a, 2, factor, kept, old, mask)
+def _kernel(out, a, b, factor, selected, old, mask):
+    simd.multiply(out[0], 1, a, 2, b, 3, factor, selected, mask)
+    simd.scale(out[1], 1, a, 2, factor, mask)
+    simd.add_scaled(out[2], 1, a, 2, factor, selected, mask)
+    simd.append_scaled(out[3], 1, a, 2, factor, selected, old, mask)
 
 
 @pytest.fixture(params=[True, False], ids=["masked", "plain"])
 def compiled(request, monkeypatch):
-    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: request.param)
+    monkeypatch.setattr(simd, "_has_masked_access", lambda context: request.param)
     return njit
 
 
@@ -46,21 +46,21 @@ def test_lanes_of_a_mask_are_written_and_no_other(kernel, dtype):
     factor = computed(1.7)
     for count in COUNTS:
         for old in {0, count // 2, count}:
-            mask, kept = (1 << count) - 1, int(rng.integers(1 << WIDTH)) & ((1 << count) - 1)
+            mask, selected = (1 << count) - 1, int(rng.integers(1 << WIDTH)) & ((1 << count) - 1)
             before = rng.standard_normal((4, 2 * WIDTH)).astype(computed)
             before[0], before[1] = np.nan, np.nan  # never read
             before[3, 1 + old : 1 + WIDTH] = np.nan
             out = before.copy()
-            kernel(out, a, b, factor, kept, (1 << old) - 1, mask)
-            is_kept = (kept >> lane & 1).astype(bool)
+            kernel(out, a, b, factor, selected, (1 << old) - 1, mask)
+            is_selected = (selected >> lane & 1).astype(bool)
             term = factor * _float32(a)[2 : 2 + WIDTH]
             wanted = before.copy()
             for row, values in enumerate(
                 (
-                    np.where(is_kept, term * _float32(b)[3 : 3 + WIDTH], 0),
+                    np.where(is_selected, term * _float32(b)[3 : 3 + WIDTH], 0),
                     term,
-                    before[2, 1 : 1 + WIDTH] + np.where(is_kept, term, 0),
-                    np.where(lane < old, before[3, 1 : 1 + WIDTH], 0) + np.where(is_kept, term, 0),
+                    before[2, 1 : 1 + WIDTH] + np.where(is_selected, term, 0),
+                    np.where(lane < old, before[3, 1 : 1 + WIDTH], 0) + np.where(is_selected, term, 0),
                 )
             ):
                 wanted[row, 1 : 1 + count] = values[:count]
@@ -71,9 +71,9 @@ def test_lanes_of_a_mask_are_written_and_no_other(kernel, dtype):
 @pytest.mark.parametrize("step", [0, 1, 9, 15, 16])
 def test_what_two_vectors_share_is_added_to_once(compiled, step, dtype):
     @compiled
-    def kernel(out, a, factor, kept, old, step, kept_after, old_after):
-        lanes.add_scaled_two(out[0], 1, a, 2, factor, kept, step, kept_after)
-        lanes.append_scaled_two(out[1], 1, a, 2, factor, kept, old, step, kept_after, old_after)
+    def kernel(out, a, factor, selected, old, step, next_selected, next_accumulated):
+        simd.add_scaled_two(out[0], 1, a, 2, factor, selected, step, next_selected)
+        simd.append_scaled_two(out[1], 1, a, 2, factor, selected, old, step, next_selected, next_accumulated)
 
     rng = np.random.default_rng(0)
     computed = np.float32 if dtype == np.uint16 else dtype
@@ -87,8 +87,8 @@ def test_what_two_vectors_share_is_added_to_once(compiled, step, dtype):
         before[1, 1 + overlap : 1 + length] = np.nan
         out, old, all_lanes = before.copy(), (1 << overlap) - 1, (1 << WIDTH) - 1
         kernel(out, a, factor, bits & all_lanes, old & all_lanes, step, bits >> step, old >> step & all_lanes)
-        is_kept = (bits >> np.arange(length) & 1).astype(bool)
-        term = np.where(is_kept, factor * _float32(a)[2 : 2 + length], 0)
+        is_selected = (bits >> np.arange(length) & 1).astype(bool)
+        term = np.where(is_selected, factor * _float32(a)[2 : 2 + length], 0)
         before[1, 1 + overlap : 1 + length] = 0
         wanted = before.copy()
         wanted[:, 1 : 1 + length] += term
@@ -97,16 +97,16 @@ def test_what_two_vectors_share_is_added_to_once(compiled, step, dtype):
 
 @pytest.mark.parametrize(("is_masked", "expected"), [(True, 16), (False, 9)])
 def test_loads_under_a_mask_wait_for_all_their_lanes(is_masked, expected, monkeypatch):
-    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: is_masked)
-    count = njit(lambda count: lanes.num_read(count))
+    monkeypatch.setattr(simd, "_has_masked_access", lambda context: is_masked)
+    count = njit(lambda count: simd.num_read(count))
     assert count(9) == expected
     assert count(25) == 25
 
 
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_gathers_are_of_processors_with_masked_instructions(is_masked, monkeypatch):
-    monkeypatch.setattr(lanes, "_has_masked_access", lambda context: is_masked)
-    assert njit(lambda: lanes.has_gather())() is is_masked
+    monkeypatch.setattr(simd, "_has_masked_access", lambda context: is_masked)
+    assert njit(lambda: simd.has_gather())() is is_masked
 
 
 def test_what_is_not_kept_is_not_read(kernel):
