@@ -78,6 +78,23 @@ def test_imports_go_one_way():
                 assert not later, f"{path} imports {later}"
 
 
+def test_private_names_stay_in_their_modules():
+    used = []
+    for path in (ROOT / "cemb").rglob("*.py"):
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("cemb")]
+        names = [(path.name, alias.name, alias.asname or alias.name) for n in imports for alias in n.names]
+        used += [name for name in names if re.match("_[^_]", name[1])]
+        ours = {name for *_, name in names}
+        used += [
+            (path.name, node.value.id, node.attr)
+            for node in nodes
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            if node.value.id in ours and re.match("_[^_]", node.attr)
+        ]
+    assert not used
+
+
 def test_chapters_do_without_torch():
     pages = [path.read_text() for path in (ROOT / "book").glob("*.md") if path.name != "use.md"]
     imports = sorted({line for page in pages for line in page.splitlines() if re.match("from cemb", line)})
