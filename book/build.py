@@ -17,8 +17,7 @@ from pathlib import Path
 
 from cemb import files
 from cemb.report import export, provenance, select
-from cemb.study import grid, records
-from cemb.study import run as study_run
+from cemb.study import grid, records, staleness
 
 ROOT = records.ROOT
 BOOK = ROOT / "book"
@@ -39,7 +38,7 @@ def site_key(runs: list[grid.Run]) -> str:
     for path in source_files():
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     for run in runs:
-        digest.update(study_run.run_dir(run).name.encode())
+        digest.update(staleness.run_dir(run).name.encode())
     for package in ("jupyter-book", "myst-nb", "sphinx-book-theme", "matplotlib", "pandas"):
         digest.update(f"{package} {version(package)}".encode())
     return digest.hexdigest()
@@ -69,7 +68,7 @@ def stage(runs: list[grid.Run], found: list[dict], source: Path) -> None:
 
 def stage_run(run: grid.Run, found: list[dict], page: Path) -> None:
     """Write a run's executed notebook with an end that says where its numbers come from."""
-    notebook = json.loads((study_run.run_dir(run) / "run.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((staleness.run_dir(run) / "run.ipynb").read_text(encoding="utf-8"))
     text = provenance.run_section(run, found, os.environ.get("CEMB_GRID") or "default")
     notebook["cells"].append({"cell_type": "markdown", "id": "provenance", "metadata": {}, "source": text})
     page.write_text(json.dumps(notebook), encoding="utf-8")

@@ -18,8 +18,7 @@ import matplotlib.pyplot as plt
 from cemb import files
 from cemb.report import answer as report_answer
 from cemb.report import figures, provenance, select, speed, text
-from cemb.study import grid, records
-from cemb.study import run as study_run
+from cemb.study import grid, records, staleness
 
 README = records.ROOT / "README.md"
 REFERENCES = records.ROOT / "results" / "reference"
@@ -69,8 +68,8 @@ def main() -> int:
     folder = REFERENCES / name
     try:
         if arguments.add:
-            runs = [run for run in select.book_runs() if study_run.staleness(run) is None]
-            found = extended(records.read(folder / "records.jsonl"), study_run.current_records(runs))
+            runs = [run for run in select.book_runs() if staleness.why_stale(run) is None]
+            found = extended(records.read(folder / "records.jsonl"), staleness.current_records(runs))
         else:
             found = select.load()
         readme = renewed_readme(README.read_text(encoding="utf-8"), name, found)

@@ -343,7 +343,7 @@ def study() -> Command:
     """Run the notebooks that are not up to date."""
     from cemb.pmi.corpora import DEFAULT_CORPUS, CorpusName
     from cemb.study import grid as study_grid
-    from cemb.study import records
+    from cemb.study import records, staleness
     from cemb.study import run as study_run
 
     def command(
@@ -388,7 +388,7 @@ def study() -> Command:
             study_run.run_study(runs, workers=workers)
             print(f"runs are in {records.results_dir() / 'local' / 'runs'}")
             return 0
-        found = {run.name: why for run in runs if (why := study_run.staleness(run))}
+        found = {run.name: why for run in runs if (why := staleness.why_stale(run))}
         for name, why in found.items():
             print(f"{name}: {why}")
         print(f"{len(runs) - len(found)} of {len(runs)} runs are up to date")

@@ -19,7 +19,7 @@ from cemb.commands import COMMANDS
 from cemb.model import COMPRESSED_TABLES, TABLES
 from cemb.pmi import encode, out_of_core
 from cemb.pmi.corpora import CORPORA
-from cemb.study import bench, counting_bench, frontier, grid, parameters, quality, rivals, speed
+from cemb.study import bench, counting_bench, frontier, grid, parameters, quality, rivals, speed, staleness
 from cemb.study import run as study_run
 from cemb.study.dataset import PmiConfig, load_pmi
 
@@ -159,6 +159,6 @@ def test_notebooks_build_what_their_parameters_are_checked_against(notebook):
     for run in runs:
         study_run.check_parameters(run)
     # What is built by its annotation alone would not key the runs.
-    reached = study_run.reached(runs[0]).definitions()
+    reached = staleness.reached(runs[0]).definitions()
     for part in (kind, *(hint for hint in get_type_hints(kind).values() if dataclasses.is_dataclass(hint))):
         assert f"{part.__module__}.{part.__name__}" in reached

@@ -13,8 +13,7 @@ import pandas as pd
 from cemb.pmi import corpora
 from cemb.report import text as report_text
 from cemb.study import grid as study_grid
-from cemb.study import records
-from cemb.study import run as study_run
+from cemb.study import records, staleness
 from cemb.study.identity import RULE, Code
 
 # What a page glues, by name: a value, and where it comes from, as `glue` takes them.
@@ -234,7 +233,7 @@ def _changed_since(commit: str, entry: str, device: str) -> str | None:
     now = Code.of_folder(records.PACKAGE)
     if entry.endswith(".ipynb"):
         texts = then.text(f"notebooks/{entry}"), (study_grid.NOTEBOOKS / entry).read_text(encoding="utf-8")
-        before, after = (None if text is None else study_run.code_of(text) for text in texts)
+        before, after = (None if text is None else staleness.code_of(text) for text in texts)
     else:
         before, after = (_use_of(code, entry) for code in (then, now))
     if before is None or after is None:
@@ -264,7 +263,7 @@ def _code_staleness(
         run = runs.get(record["run"])
         if run is None:
             return "code: the study has no such run any more"
-        if record.get("code_hash") == study_run.reached(run).hash:
+        if record.get("code_hash") == staleness.reached(run).hash:
             return None
         entry = run.notebook
     if not commit:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from cemb.pmi import corpora
-from cemb.study import grid, records, run
+from cemb.study import grid, records, staleness
 from cemb.study.records import Record
 
 
@@ -20,7 +20,7 @@ def book_runs(grid_name: str | None = None) -> list[grid.Run]:
 
 def load() -> list[Record]:
     """The records the book shows; FileNotFoundError if one is missing or stale."""
-    return run.current_records(book_runs())
+    return staleness.current_records(book_runs())
 
 
 def of_runs(found: list[Record], notebook: str, **parameters: Any) -> list[Record]:

@@ -27,7 +27,7 @@ from cemb.tables import (
     all_rows,
     num_bytes,
 )
-from cemb.tables.sizes import check_budget
+from cemb.tables.checks import check_budget
 from cemb.tables.transform_coded import allocate_bits
 from cemb.train.alternating import STORES, Store, train_alternating, transform_code
 from cemb.train.limits import gap_limit

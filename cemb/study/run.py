@@ -1,12 +1,8 @@
-"""The study: which notebooks run with which parameters, and whether what is there is still true.
+"""The study: runs the notebooks whose results are missing or stale, see `cemb.study.staleness`.
 
-A run is found by its content: parameters, the meaning of the notebook's code and of all that it reaches in
-cemb (`cemb.study.identity`), the corpus, and the environment. So a changed constant or version makes a run
-stale, a comment or a moved clone does not, and an interrupted study goes on where it stopped. Runs are
-published whole, by one rename, and never altered.
+Runs are published whole, by one rename, and never altered, so an interrupted study goes on where it stopped.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -22,86 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from cemb import files
-from cemb.pmi import corpora
 from cemb.study import parameters, records
 from cemb.study.grid import NOTEBOOKS, PARAMETERS, Run
-from cemb.study.identity import RULE, Code, Reached
+from cemb.study.identity import RULE
+from cemb.study.staleness import folder_of, identity, reached, why_stale
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-
-
-def code_cells(notebook: Path) -> str:
-    """A notebook's code as one Python source; its prose and outputs do not count."""
-    return code_of(notebook.read_text(encoding="utf-8"))
-
-
-def code_of(text: str) -> str:
-    """The code of a notebook's text, see `code_cells`."""
-    cells = json.loads(text)["cells"]
-    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-
-
-def reached(run: Run) -> Reached:
-    """The definitions of cemb that a run's notebook reaches."""
-    device = run.parameters.get("device", "cpu")
-    return Code.of_folder(records.PACKAGE).reach(code_cells(NOTEBOOKS / run.notebook), device)
-
-
-def identity(run: Run) -> records.Record:
-    """All that a run's result depends on, flat, for comparison key by key."""
-    found: records.Record = {f"parameter {name}": value for name, value in run.parameters.items()}
-    if corpus := run.parameters.get("corpus"):
-        path = corpus if corpus in corpora.CORPORA else str(NOTEBOOKS / corpus)
-        found["corpus fingerprint"] = corpora.fingerprint(path)
-    return {**found, "title": run.title, "code": reached(run).hash, **records.environment()}
-
-
-def _runs_dir() -> Path:
-    return records.results_dir() / "local" / "runs"
-
-
-def _run_dir(run: Run, content: records.Record) -> Path:
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-    return _runs_dir() / f"{run.name}-{digest[:12]}"
-
-
-def run_dir(run: Run) -> Path:
-    """Where a run's result is, or will be: ``run.ipynb``, ``records.jsonl`` and ``identity.json``."""
-    return _run_dir(run, identity(run))
-
-
-def code_change(now: Reached, definitions: dict[str, str] | None) -> str:
-    """Which of earlier definitions are others now, in words; None stands for those of an earlier rule."""
-    if definitions is None:
-        return "code: keyed by an earlier rule"
-    found = now.changes(definitions)
-    return f"code: {'; '.join(found) or 'a name stands for another definition'}"
-
-
-def staleness(run: Run) -> str | None:
-    """None if the run's result is there and current, else why not."""
-    if run_dir(run).is_dir():
-        return None
-    # Names may be prefixes of one another; the key is always 12 hexadecimal digits.
-    earlier = [
-        p
-        for p in _runs_dir().glob(f"{run.name}-*")
-        if re.fullmatch(r"[0-9a-f]{12}", p.name[len(run.name) + 1 :])
-    ]
-    if not earlier:
-        return "never run"
-    newest = max(earlier, key=lambda path: path.stat().st_mtime)
-    before = json.loads((newest / "identity.json").read_text(encoding="utf-8"))
-    definitions = before.pop("definitions", None)
-    now = json.loads(json.dumps(identity(run), default=str))
-    changed = [
-        f"{name}: {before.get(name)} → {now.get(name)}"
-        for name in sorted({*before, *now})
-        if name != "code" and before.get(name) != now.get(name)
-    ]
-    if before.get("code") != now["code"]:
-        changed.append(code_change(reached(run), definitions))
-    return "; ".join(changed)
 
 
 def parameters_of(notebook: str) -> type:
@@ -132,7 +54,7 @@ def execute(run: Run) -> Path:
 
     # As they are now: files may be edited while the run goes on.
     content, definitions = identity(run), reached(run).definitions()
-    target = _run_dir(run, content)
+    target = folder_of(run, content)
     with files.atomic_directory(target) as work:
         notebook = nbformat.read(NOTEBOOKS / run.notebook, as_version=4)
         heading = notebook.cells[0]
@@ -187,7 +109,7 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     processor, at most 4, a thread each), and beside all of these the timed runs' kernels are compiled. Timed
     runs go last, one at a time and alone. Stops at the first failure, keeping what is finished.
     """
-    todo = [run for run in runs if staleness(run)]
+    todo = [run for run in runs if why_stale(run)]
     for run in todo:
         check_parameters(run)
     if not todo:
@@ -285,20 +207,3 @@ def _kernels_compiling() -> Iterator[None]:
         except BaseException:
             process.kill()
             raise
-
-
-def current_records(runs: list[Run]) -> list[records.Record]:
-    """The records of up-to-date runs, each with the name of its ``run``.
-
-    Raises FileNotFoundError that names the runs which are missing or stale, and why.
-    """
-    folders = {run.name: run_dir(run) for run in runs}
-    problems = {run.name: staleness(run) for run in runs if not folders[run.name].is_dir()}
-    if problems:
-        lines = "\n".join(f"  {name}: {why}" for name, why in problems.items())
-        raise FileNotFoundError(f"{len(problems)} of {len(runs)} runs are missing or stale:\n{lines}")
-    return [
-        {"run": name, **record}
-        for name, folder in folders.items()
-        for record in records.read(folder / "records.jsonl")
-    ]

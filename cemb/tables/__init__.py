@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from cemb.tables.checks import num_bytes
 from cemb.tables.clustered import ClusteredEmbedding
 from cemb.tables.full import FullEmbedding, FusedFullEmbedding
 from cemb.tables.hashed import HashedEmbedding, ReferenceHashedEmbedding
@@ -21,7 +22,6 @@ from cemb.tables.mixed import MixedDimensionEmbedding
 from cemb.tables.multihash import MultiHashEmbedding
 from cemb.tables.quantized import ProductQuantizedEmbedding, RowQuantizedEmbedding
 from cemb.tables.quotient import QuotientRemainderEmbedding
-from cemb.tables.sizes import num_bytes
 from cemb.tables.transform_coded import TransformCodedEmbedding
 
 __all__ = [

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from cemb import reference
 from cemb.hashing import HashSpec
+from cemb.tables.checks import check_budget, check_sizes
 from cemb.tables.kmeans import k_means, nearest
-from cemb.tables.sizes import check_budget, check_sizes
 
 _CODES = (torch.uint8, torch.int16, torch.int32)
 

@@ -1,8 +1,8 @@
 """Frequent rows exact, rare ones hashed."""
 
+from cemb.tables.checks import check_budget, check_sizes
 from cemb.tables.full import FullEmbedding
 from cemb.tables.hashed import HashedEmbedding
-from cemb.tables.sizes import check_budget, check_sizes
 from cemb.tables.tiered import TieredEmbedding
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cemb.reference import check_ids
-from cemb.tables.sizes import check_budget, check_sizes
+from cemb.tables.checks import check_budget, check_sizes
 
 
 class LowRankEmbedding(nn.Module):

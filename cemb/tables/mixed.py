@@ -3,9 +3,9 @@
 import itertools
 import math
 
+from cemb.tables.checks import check_budget, check_sizes
 from cemb.tables.full import FullEmbedding
 from cemb.tables.lowrank import LowRankEmbedding
-from cemb.tables.sizes import check_budget, check_sizes
 from cemb.tables.tiered import TieredEmbedding
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from cemb import reference
 from cemb.hashing import HashSpec
-from cemb.tables.sizes import check_budget, check_sizes
+from cemb.tables.checks import check_budget, check_sizes
 
 
 class MultiHashEmbedding(nn.Module):

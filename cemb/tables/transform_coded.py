@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cemb.reference import check_ids
+from cemb.tables.checks import check_budget
 from cemb.tables.kmeans import nearest_level
-from cemb.tables.sizes import check_budget
 
 MAX_BITS = 8
 NUM_TIERS = 24

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cemb.kernels.cpu import sparse
+from cemb.kernels.cpu import sparse_product
 from cemb.kernels.cpu.simd import LANES
 
 
@@ -78,7 +78,7 @@ def optimum(matrix: sp.csr_array, rank: int) -> Optimum:
 
 
 class SparseMatrix:
-    """A sparse matrix for products with tall dense ones, by `cemb.kernels.cpu.sparse`; on a GPU by torch.
+    """A sparse matrix for products with tall dense ones: `cemb.kernels.cpu.sparse_product`, on a GPU torch.
 
     On CPUs a product is the same for any number of threads.
     """
@@ -87,10 +87,10 @@ class SparseMatrix:
 
     def __init__(self, matrix: sp.csr_array | sp.csc_array, device: torch.device | str | None = None):
         self.shape = matrix.shape
-        self._blocks: sparse.Blocks | None = None
-        self._workspace: sparse.Workspace | None = None
+        self._blocks: sparse_product.Blocks | None = None
+        self._workspace: sparse_product.Workspace | None = None
         if torch.device(device or "cpu").type == "cpu":
-            self._blocks = sparse.Blocks.of(matrix, self.BLOCK_COLUMNS)
+            self._blocks = sparse_product.Blocks.of(matrix, self.BLOCK_COLUMNS)
             return
         by_row = sp.csr_array(matrix)
         with warnings.catch_warnings():
@@ -118,13 +118,13 @@ class SparseMatrix:
                 f"a matrix of {num_rows} by {num_columns} multiplies {dtype} [{num_columns}, dim], "
                 f"got {factor.dtype} {list(factor.shape)}"
             )
-        panels = sparse.num_panels(factor.shape[1])
+        panels = sparse_product.num_panels(factor.shape[1])
         if self._workspace is None or len(self._workspace.sums) != panels:
-            self._workspace = sparse.Workspace(
+            self._workspace = sparse_product.Workspace(
                 *(torch.empty(panels, n * LANES, dtype=dense.dtype).numpy() for n in self.shape[::-1])
             )
         out = dense.new_empty(num_rows, factor.shape[1])
-        sparse.product(self._blocks, factor, self._workspace, out.numpy())
+        sparse_product.product(self._blocks, factor, self._workspace, out.numpy())
         return out
 
 

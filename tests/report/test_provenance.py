@@ -11,8 +11,7 @@ from conftest import ROOT
 
 from cemb import cli
 from cemb.report import provenance
-from cemb.study import grid, records
-from cemb.study import run as study_run
+from cemb.study import grid, records, staleness
 from cemb.study.identity import RULE
 
 
@@ -125,14 +124,14 @@ def reference(monkeypatch, tmp_path):
     folder = tmp_path / "results" / "reference" / "mine"
     monkeypatch.setattr(records, "ROOT", tmp_path)
     monkeypatch.setattr(records, "PACKAGE", package)
-    for module in (grid, study_run):
+    for module in (grid, staleness):
         monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(grid, "study_runs", lambda grid: [_speed_run_of_the_study])
 
     def write(bench=None, speed=None):
         place = _place(git_commit=_git(tmp_path, "rev-parse", "HEAD"))
         records.write([{**place, "kind": "rates", **(bench or {})}], folder / "bench.jsonl")
-        code = {"code_hash": study_run.reached(_speed_run_of_the_study).hash, "code_rule": RULE}
+        code = {"code_hash": staleness.reached(_speed_run_of_the_study).hash, "code_rule": RULE}
         speed = {**place, "run": "speed-sgd-262144", "kind": "speed", **code, **(speed or {})}
         records.write([speed], folder / "records.jsonl")
 

@@ -9,8 +9,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from cemb.study import grid, records
-from cemb.study import run as study_run
+from cemb.study import grid, records, staleness
 from cemb.study.identity import Code
 
 PACKAGE = {
@@ -205,7 +204,7 @@ def copied(tmp_path, monkeypatch):
 
 
 def _reached_by_runs():
-    return {run.notebook: study_run.reached(run) for run in grid.study_runs()}
+    return {run.notebook: staleness.reached(run) for run in grid.study_runs()}
 
 
 def test_the_package_rewritten_without_its_comments_has_the_same_keys(copied):
@@ -265,6 +264,6 @@ def test_edits_of_the_package_make_those_runs_stale_that_they_may_change(
 def test_all_that_runs_register_is_reached():
     """Autograd and fake implementations of the ops have no caller; they are reached with the op."""
     run = next(run for run in grid.study_runs() if run.notebook == "quality.ipynb")
-    reached = study_run.reached(run).definitions()
+    reached = staleness.reached(run).definitions()
     assert {"cemb.ops._pair_backward", "cemb.ops._lookup_backward"} <= set(reached)
     assert not any(name.startswith(("cemb.report", "cemb.kernels.triton")) for name in reached)

@@ -21,7 +21,7 @@ from cemb.model import COMPRESSED_TABLES
 from cemb.report import export, select
 from cemb.report import quality as report_quality
 from cemb.report import speed as report_speed
-from cemb.study import frontier, grid
+from cemb.study import frontier, grid, staleness
 from cemb.study import run as study_run
 from cemb.study.sizes import SMALL
 
@@ -29,8 +29,8 @@ from cemb.study.sizes import SMALL
 def _pretend(run, **changes):
     """Lay down a result of the run, as if made under another identity."""
     definitions = changes.pop("definitions", None)
-    content = {**study_run.identity(run), **changes}
-    path = study_run._run_dir(run, content)
+    content = {**staleness.identity(run), **changes}
+    path = staleness.folder_of(run, content)
     path.mkdir(parents=True)
     written = {**content, "definitions": definitions}
     (path / "identity.json").write_text(json.dumps(written, default=str))
@@ -150,25 +150,25 @@ def test_runs_are_selected_by_name_too():
 
 def test_staleness_says_why():
     run = grid.study_runs()[1]
-    assert study_run.staleness(run) == "never run"
+    assert staleness.why_stale(run) == "never run"
     _pretend(run, numba_version="0.1", code="abc")
-    why = study_run.staleness(run)
+    why = staleness.why_stale(run)
     assert "numba_version: 0.1 → " in why
     assert "code: keyed by an earlier rule" in why
     assert "torch_version" not in why
-    definitions = {**study_run.reached(run).definitions(), "cemb.hashing.GOLDEN": "another"}
+    definitions = {**staleness.reached(run).definitions(), "cemb.hashing.GOLDEN": "another"}
     _pretend(run, code="abcd", definitions=definitions)
-    assert "code: cemb.hashing.GOLDEN changed (study → " in study_run.staleness(run)
+    assert "code: cemb.hashing.GOLDEN changed (study → " in staleness.why_stale(run)
     _pretend(run)
-    assert study_run.staleness(run) is None
+    assert staleness.why_stale(run) is None
 
 
 def test_a_run_whose_name_begins_another_is_not_confused_with_it():
     first = grid.Run("quality", "Quality", "quality.ipynb", {})
     second = grid.Run("quality-sgd", "Quality, SGD", "quality.ipynb", {})
     _pretend(second)
-    assert study_run.staleness(second) is None
-    assert study_run.staleness(first) == "never run"
+    assert staleness.why_stale(second) is None
+    assert staleness.why_stale(first) == "never run"
 
 
 def test_a_corpus_that_changed_is_noticed(tmp_path):
@@ -176,14 +176,14 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
     text.write_text("one two three")
     run = grid.study_runs("smoke", str(text))[0]
     _pretend(run)
-    assert study_run.staleness(run) is None
+    assert staleness.why_stale(run) is None
     text.write_text("one two four")
-    assert "corpus fingerprint: sha256:" in study_run.staleness(run)
+    assert "corpus fingerprint: sha256:" in staleness.why_stale(run)
 
 
 def test_missing_records_are_named():
     with pytest.raises(FileNotFoundError, match=r"24 of 24 runs are missing or stale:\n  pmi: never run"):
-        study_run.current_records(grid.study_runs())
+        staleness.current_records(grid.study_runs())
 
 
 def test_a_parameter_that_does_not_exist_is_refused_before_anything_runs(tmp_path):

@@ -4,7 +4,17 @@ Kernels and what they inline take arrays and numbers only; the functions below t
 which take a `cemb.hashing.Spec`, are for the library.
 """
 
-from cemb.kernels.cpu import buckets, conflicts, dropout, lookup, pairs, rules, sparse, threads, updates
+from cemb.kernels.cpu import (
+    buckets,
+    conflicts,
+    dropout,
+    lookup,
+    pairs,
+    rules,
+    sparse_product,
+    threads,
+    updates,
+)
 
 __all__ = [
     "buckets",
@@ -14,7 +24,7 @@ __all__ = [
     "pairs",
     "release_memory",
     "rules",
-    "sparse",
+    "sparse_product",
     "threads",
     "updates",
 ]

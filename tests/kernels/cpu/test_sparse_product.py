@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from cemb.kernels.cpu import sparse
+from cemb.kernels.cpu import sparse_product
 from cemb.train import objective
 
 
@@ -85,7 +85,7 @@ def test_a_factor_that_does_not_fit_is_refused():
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_share_all_segments_once(threads):
     matrix = _matrix(40, 100, 0.05)
-    blocks = sparse.Blocks.of(matrix, 30)
+    blocks = sparse_product.Blocks.of(matrix, 30)
     bounds, segments = blocks.chunks(threads)
     assert bounds[0] == 0 and bounds[-1] == 40 and np.all(np.diff(bounds) >= 0)
     np.testing.assert_array_equal(segments[0], blocks.first_segments[:-1])
