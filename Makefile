@@ -54,7 +54,7 @@ $(TEST_STAMP): requirements-test.txt $(STAMP)
 	@touch $@
 
 # A file's tests share compiled kernels, so they stay on one worker; the longest files go first.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(TEST_STAMP) ## run the tests; some minutes
 	$(PYTEST)

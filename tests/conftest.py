@@ -12,8 +12,11 @@ from cemb.study import grid
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "build" / "test"
-# Files whose tests take longest, in that order: what starts last should be short.
-LONGEST = ("smoke", "test_optim.py", "test_ops.py", "test_triton.py", "test_bench.py", "test_out_of_core.py")
+# These take longest, in this order; what starts last should be short.
+LONGEST = (
+    *("test_site.py", "test_optim.py", "test_ops.py"),
+    *("test_triton.py", "test_bench.py", "test_out_of_core.py"),
+)
 
 
 def long(*values):
@@ -21,16 +24,11 @@ def long(*values):
     return [pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """A worker runs a file's tests, which share compiled kernels; one runs all that need the smoke study."""
+    def place(item):
+        return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
 
-    def group(item):
-        return "smoke" if "smoke" in item.fixturenames else item.path.name
-
-    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=place)
 
 
 def zipf_text(num_tokens=60_000, num_words=600, seed=0):

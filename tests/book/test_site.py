@@ -1,8 +1,10 @@
-"""The built site, as a reader's browser sees it from disk and without a network."""
+"""A study on little data and the site built from it, as a browser sees it from disk and without a network."""
 
 import csv
 import functools
 import importlib.resources
+import io
+import json
 import os
 import re
 import shutil
@@ -16,8 +18,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
-from conftest import ROOT, build_site
+from conftest import ROOT, SCRATCH, build_site
+
+from cemb.report import export, quality, select, speed
 
 ARGS = [
     "--headless",
@@ -122,6 +127,48 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag == "title":
             self._in_title = False
+
+
+def test_smoke_records(smoke, monkeypatch):
+    for name in ("CEMB_RESULTS", "CEMB_GRID", "CORPUS"):
+        monkeypatch.setenv(name, smoke[name])
+    monkeypatch.chdir(ROOT)
+    found = select.load()
+    kinds = [record["kind"] for record in found]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "pmi": 1,
+        "limits": 1,
+        "quality": 22,
+        "speed": 38,
+        "frontier": 21,
+    }
+    table = speed.beside_original(found)
+    assert len(table) == 9
+    assert quality.quality_table(found, "full-batch").shape[0] == 15
+    assert list(quality.mini_batch_table(found).table) == ["full table", "hybrid"]
+    # A vocabulary of its own, and the whole.
+    assert list(quality.growth_table(found)["hashed, gap"] != "") == [True, True]
+    assert sorted(r["num_embeddings"] for r in speed.growth_records(found)) == [1000] * 3 + [10**9] * 2
+    for record in found:
+        assert record["git_commit"] is None or len(record["git_commit"]) == 40
+    with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
+        select.pick(found, table="robe")
+    rows = list(csv.DictReader(io.StringIO(export.csv_text(found, "quality"))))
+    assert len(rows) == 22
+    trained = next(row for row in rows if row["training"] == "full-batch")
+    assert json.loads(trained["history"])[0]["step"] == 0
+
+
+def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
+    pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
+    assert len(pages) == 29
+    for page in pages:
+        notebook = nbformat.read(page, as_version=4)
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                assert output.output_type != "error"
+                assert output.get("name") != "stderr", output
+            assert str(ROOT) not in json.dumps(cell)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
-"""The study driver: what is stale and why, refusals, a run killed halfway, the smoke study's records."""
+"""The study driver: what is stale and why, refusals, a run killed halfway."""
 
-import csv
-import io
 import json
 import os
 import re
@@ -15,12 +13,9 @@ from itertools import chain
 
 import nbformat
 import pytest
-from conftest import ROOT, SCRATCH
+from conftest import ROOT
 
 from cemb.model import COMPRESSED_TABLES
-from cemb.report import export, select
-from cemb.report import quality as report_quality
-from cemb.report import speed as report_speed
 from cemb.study import frontier, grid, staleness
 from cemb.study import run as study_run
 from cemb.study.sizes import SMALL
@@ -293,48 +288,6 @@ def test_a_killed_study_resumes_with_what_is_unfinished(tmp_path, smoke):
     assert (finished / "records.jsonl").stat().st_mtime_ns == modified
     check = subprocess.run([*command, "--check"], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (check.returncode, check.stdout) == (0, "2 of 2 runs are up to date\n")
-
-
-def test_smoke_records(smoke, monkeypatch):
-    for name in ("CEMB_RESULTS", "CEMB_GRID", "CORPUS"):
-        monkeypatch.setenv(name, smoke[name])
-    monkeypatch.chdir(ROOT)
-    found = select.load()
-    kinds = [record["kind"] for record in found]
-    assert {kind: kinds.count(kind) for kind in kinds} == {
-        "pmi": 1,
-        "limits": 1,
-        "quality": 22,
-        "speed": 38,
-        "frontier": 21,
-    }
-    table = report_speed.beside_original(found)
-    assert len(table) == 9
-    assert report_quality.quality_table(found, "full-batch").shape[0] == 15
-    assert list(report_quality.mini_batch_table(found).table) == ["full table", "hybrid"]
-    # A vocabulary of its own, and the whole.
-    assert list(report_quality.growth_table(found)["hashed, gap"] != "") == [True, True]
-    assert sorted(r["num_embeddings"] for r in report_speed.growth_records(found)) == [1000] * 3 + [10**9] * 2
-    for record in found:
-        assert record["git_commit"] is None or len(record["git_commit"]) == 40
-    with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
-        select.pick(found, table="robe")
-    rows = list(csv.DictReader(io.StringIO(export.csv_text(found, "quality"))))
-    assert len(rows) == 22
-    trained = next(row for row in rows if row["training"] == "full-batch")
-    assert json.loads(trained["history"])[0]["step"] == 0
-
-
-def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
-    pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) == 29
-    for page in pages:
-        notebook = nbformat.read(page, as_version=4)
-        for cell in notebook.cells:
-            for output in cell.get("outputs", []):
-                assert output.output_type != "error"
-                assert output.get("name") != "stderr", output
-            assert str(ROOT) not in json.dumps(cell)
 
 
 def test_a_page_without_its_records_fails_the_build(tmp_path):
