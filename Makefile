@@ -74,7 +74,7 @@ bench: $(STAMP) ## time every table and rival, and say which targets are reached
 # On a CUDA host, with the torch, Triton, numba, scipy, tqdm, tyro and pytest that are there; no Jupyter.
 test-gpu: ## run the tests of the kernels on this GPU
 	$(PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "torch sees no CUDA device")'
-	$(PYTHON) -m pytest tests/kernels/test_triton.py tests/test_ops.py
+	$(PYTHON) -m pytest -m "long or not long" tests/kernels/test_triton.py tests/test_ops.py
 
 gpu: test-gpu ## run those, then time the whole grid there; records go to the folder OUT
 	mkdir -p $(OUT)

@@ -83,6 +83,7 @@ def smoke():
         "CORPUS": os.path.relpath(corpus, ROOT),
     }
     command = [sys.executable, "-m", "cemb", "study", "--grid", "smoke", "--corpus", environment["CORPUS"]]
+    command += ["--workers", "1"]  # the other processor has tests to run
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return environment

@@ -537,9 +537,8 @@ def test_adam_visits_what_a_backward_pass_does_not_touch():
 
 
 def test_a_step_in_one_pass_refuses_what_it_cannot_do():
-    torch.set_default_dtype(torch.float32)
     weight, spec = nn.Parameter(torch.ones(5, 4)), FullSpec(5, 4)
-    optimizer, pairs, values = optim.SGD([weight], lr=1.0), torch.tensor([[0, 1], [4, 4]]), torch.zeros(2)
+    optimizer, pairs, values = optim.Adam([weight], lr=1.0), torch.tensor([[0, 1], [4, 4]]), torch.zeros(2)
     with pytest.raises(ValueError, match=r"a parameter of this optimizer, got another of shape \[5, 4\]"):
         optimizer.squared_error_step(nn.Parameter(torch.ones(5, 4)), pairs, values, spec)
     for name, options in (("targets", {}), ("sample_weights", {"sample_weights": torch.ones(2, 1)})):

@@ -191,9 +191,10 @@ _FULL_GRID_ONLY = (
 
 # What tries no code that others of the smoke grid do not.
 _NOT_IN_SMOKE = (
-    *(f"quality-{optimizer}-full-mini-batch" for optimizer in ("sgd", "adagrad")),
-    *(f"quality-{o}-hashed-{ratio}-times-full-batch" for o in ("sgd", "adagrad") for ratio in (1, 16)),
+    *("quality-sgd-hashed-*", "quality-sgd-full-mini-batch"),
+    *(f"quality-adagrad-{name}-*" for name in ("full", "hashed-1-times", "hashed-16-times")),
     *(f"quality-adam-hashed-{ratio}-times-weighted" for ratio in (1, 16)),
+    "quality-adam-hashed-1-times-full-batch",
 )
 
 

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import long
 
 from cemb.study import bandwidths, bench, rivals, roofline, sizes, speed, targets, timing
 
@@ -284,7 +285,13 @@ def test_a_process_that_dies_is_an_error():
 
 # Parts of torch that only its compiler loads use what it has deprecated itself.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("table", rivals.NAMES)
+@pytest.mark.parametrize(
+    "table",
+    [
+        *(name for name in rivals.NAMES if not name.startswith("full-fused")),
+        *long(*(name for name in rivals.NAMES if name.startswith("full-fused"))),
+    ],
+)
 def test_rivals_compute_the_same_step(table):
     optimizer = "adagrad" if table.endswith("rowwise") else "sgd"
     if not rivals.available(table, optimizer):
