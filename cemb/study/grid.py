@@ -191,10 +191,9 @@ _FULL_GRID_ONLY = (
 
 # What tries no code that others of the smoke grid do not.
 _NOT_IN_SMOKE = (
-    *("quality-sgd-hashed-*", "quality-sgd-full-mini-batch"),
-    *(f"quality-adagrad-{name}-*" for name in ("full", "hashed-1-times", "hashed-16-times")),
+    *(f"quality-{optimizer}-hashed-*" for optimizer in ("sgd", "adagrad")),
+    *("quality-*-full-mini-batch", "quality-adam-hashed-1-times-full-batch"),
     *(f"quality-adam-hashed-{ratio}-times-weighted" for ratio in (1, 16)),
-    "quality-adam-hashed-1-times-full-batch",
 )
 
 

@@ -138,13 +138,13 @@ def test_smoke_records(smoke, monkeypatch):
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "pmi": 1,
         "limits": 1,
-        "quality": 18,
+        "quality": 16,
         "speed": 38,
         "frontier": 21,
     }
     table = speed.beside_original(found)
     assert len(table) == 9
-    assert quality.quality_table(found, "full-batch").shape[0] == 11
+    assert quality.quality_table(found, "full-batch").shape[0] == 10
     assert list(quality.mini_batch_table(found).table) == ["full table", "hybrid"]
     # A vocabulary of its own, and the whole.
     assert list(quality.growth_table(found)["hashed, gap"] != "") == [True, True]
@@ -154,14 +154,14 @@ def test_smoke_records(smoke, monkeypatch):
     with pytest.raises(LookupError, match=r"0 records have .*'table': 'robe'"):
         select.pick(found, table="robe")
     rows = list(csv.DictReader(io.StringIO(export.csv_text(found, "quality"))))
-    assert len(rows) == 18
+    assert len(rows) == 16
     trained = next(row for row in rows if row["training"] == "full-batch")
     assert json.loads(trained["history"])[0]["step"] == 0
 
 
 def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
     pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) == 25
+    assert len(pages) == 23
     for page in pages:
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:

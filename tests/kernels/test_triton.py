@@ -369,7 +369,7 @@ def _murmur_finalizer(x):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(1, 1), (25, 1), (100, 100)])
-@pytest.mark.parametrize("shape", [(512, 2), (2048, 8)])
+@pytest.mark.parametrize("shape", [(2048, 8), *long((512, 2))])
 def test_floors_read_and_add_what_they_say(length, stride, shape):
     array, n = torch.arange(500, dtype=torch.float32, device=DEVICE), 4099
     num_places = (500 - length) // stride + 1
