@@ -161,7 +161,7 @@ def test_smoke_records(smoke, monkeypatch):
 
 def test_executed_notebooks_hold_no_error_and_no_path_of_this_machine(smoke):
     pages = list((SCRATCH / "results" / "local" / "runs").glob("*/run.ipynb"))
-    assert len(pages) == 23
+    assert len(pages) >= 23
     for page in pages:
         notebook = nbformat.read(page, as_version=4)
         for cell in notebook.cells:
