@@ -3,6 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Two workers share the processors, so threads that wait had better sleep than spin. To be said
+# before torch and Numba load their OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis  # noqa: F401  its plugin would import it last of all, when collections run torch's code
 import numpy as np
 import pytest
