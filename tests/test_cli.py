@@ -22,6 +22,7 @@ from cemb.pmi.corpora import CORPORA
 from cemb.study import bench, counting_bench, frontier, grid, parameters, quality, rivals, speed, staleness
 from cemb.study import run as study_run
 from cemb.study.dataset import PmiConfig, load_pmi
+from cemb.study.identity import parse
 
 
 def _help(command, monkeypatch, capsys):
@@ -39,7 +40,7 @@ def _documented(kind):
     """Strings that stand below the fields of a dataclass and of those it inherits from, by field."""
     found = {}
     for base in inspect.getmro(kind)[:-1]:
-        body = ast.parse(inspect.getsource(base)).body[0].body
+        body = parse(inspect.getsource(base)).body[0].body
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[field.target.id] = " ".join(ast.literal_eval(text.value).split())
@@ -149,7 +150,7 @@ def test_notebooks_build_what_their_parameters_are_checked_against(notebook):
     assert len(flat) == len(set(flat))
     cells = json.loads((grid.NOTEBOOKS / notebook).read_text())["cells"]
     typed, code, *_ = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    *own, options, path = [node.targets[0].id for node in ast.parse(typed).body]
+    *own, options, path = [node.targets[0].id for node in parse(typed).body]
     assert (options, path) == ("options", "records_path")
     assert set(own) <= set(flat)
     assert re.search(rf"parameters\.build\(\s*(?:speed\.)?{kind.__name__},", code)

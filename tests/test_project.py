@@ -15,6 +15,7 @@ from conftest import ROOT, of_the_default_grid
 
 from cemb.report import quality, select
 from cemb.study import records
+from cemb.study.identity import parse
 
 # Folders of cemb, each of which may import only from those before it; the first is the library.
 ROOMS = ("", "pmi", "train", "study", "report")
@@ -81,7 +82,7 @@ def test_imports_go_one_way():
 def test_private_names_stay_in_their_modules():
     used = []
     for path in (ROOT / "cemb").rglob("*.py"):
-        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        nodes = [*ast.walk(parse(path.read_text()))]
         imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("cemb")]
         names = [(path.name, alias.name, alias.asname or alias.name) for n in imports for alias in n.names]
         used += [name for name in names if re.match("_[^_]", name[1])]
@@ -120,7 +121,7 @@ def test_notebooks_are_stored_without_output(path):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []
             assert cell["execution_count"] is None
-            ast.parse("".join(cell["source"]))
+            parse("".join(cell["source"]))
 
 
 def test_no_tracked_file_is_large():

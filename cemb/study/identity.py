@@ -46,7 +46,7 @@ _AT_IMPORT = "(at import)"  # stands for a statement that binds no name
 _lock = threading.RLock()
 
 
-def _parse(source: str) -> ast.Module:
+def parse(source: str) -> ast.Module:
     """`ast.parse`, which in CPython 3.11 fails if a collection starts other Python code meanwhile."""
     with _lock:
         collecting = gc.isenabled()
@@ -312,7 +312,7 @@ class Code:
 
     def _module(self, name: str) -> _Module:
         if name not in self._modules:
-            self._modules[name] = _read(name, _parse(self._sources[name]))
+            self._modules[name] = _read(name, parse(self._sources[name]))
         return self._modules[name]
 
     def _meaning(self, unit: _Unit, module: _Module) -> str:
@@ -339,7 +339,7 @@ class Code:
         def counts(module: str) -> bool:
             return not any(module == name or module.startswith(f"{name}.") for name in left_out)
 
-        entry = _read("", _parse(source))
+        entry = _read("", parse(source))
         found: dict[_Unit, _Unit | None] = dict.fromkeys(entry.units)
         todo = list(entry.units)
         while todo:

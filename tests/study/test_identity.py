@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from cemb.study import grid, records, staleness
-from cemb.study.identity import Code
+from cemb.study.identity import Code, parse
 
 PACKAGE = {
     "__init__": "",
@@ -210,7 +210,7 @@ def _reached_by_runs():
 def test_the_package_rewritten_without_its_comments_has_the_same_keys(copied):
     before = {name: found.hash for name, found in _reached_by_runs().items()}
     for path in copied.rglob("*.py"):
-        path.write_text(ast.unparse(ast.parse(path.read_text())))
+        path.write_text(ast.unparse(parse(path.read_text())))
     assert {name: found.hash for name, found in _reached_by_runs().items()} == before
 
 
