@@ -106,12 +106,11 @@ def speed() -> Command:
         out: Records = None,
     ) -> None:
         timing.set_threads(threads)
+        _check_output(out)
         if grid is None:
-            _check_output(out)
             _put(speed.measure_cases([case], **steps, rounds=1), out)
             return
         cases, found = speed.grid_cases(grid, device=case.device), []
-        _check_output(out)
         # One case at a time, as the original did: its largest tables do not fit beside each other.
         for one in cases:
             found += speed.measure_cases([one], **steps, rounds=1)

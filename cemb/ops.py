@@ -429,7 +429,7 @@ def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
     """Dot product of each pair of vectors, with dropout on both.
 
     Has the distribution of ``(F.dropout(u, p) * F.dropout(v, p)).sum(-1)``, without a stored mask: masks are
-    hashed from a seed drawn from torch's default generator, see `cemb.PairDropout`. On the CPU,
+    hashed from a seed drawn from torch's default generator, see `cemb.hashing.PairDropout`. On the CPU,
     torch's own dropout draws its mask on one thread, which takes longer than the rest of a step.
 
     Args:

@@ -286,8 +286,8 @@ def measure_cases(
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What the speed notebook compares: torch's full tables, ours, the hashed ones, and eager PyTorch."""
+class _SideBySide:
+    """What notebooks of timed steps have alike."""
 
     task: Task
     optimizer: sizes.Optimizer = "sgd"
@@ -296,10 +296,6 @@ class Comparison:
     """Values in the pool."""
     block_sizes: Sequence[int] = (1, sizes.BLOCK)
     """Consecutive columns that read consecutive values of the pool, of each hashed table."""
-    num_embeddings: int = sizes.ROWS
-    """Rows of all tables."""
-    eager: bool = True
-    """Also measure the same hash in eager PyTorch."""
     repeats: int = 9
     """Timed steps of each table."""
     threads: int | None = None
@@ -307,12 +303,8 @@ class Comparison:
 
     @property
     def cases(self) -> list[SpeedCase]:
-        sizes = {**asdict(self.task), "num_embeddings": self.num_embeddings}
-        full = SpeedCase("full", self.optimizer, **sizes)
-        found = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
-        hashed = SpeedCase("hashed", self.optimizer, self.pool_size, **sizes)
-        found += [replace(hashed, block_size=block) for block in self.block_sizes]
-        return [*found, replace(hashed, table="hashed-reference")] if self.eager else found
+        """The steps that are timed."""
+        raise NotImplementedError
 
     def measure(self) -> list[records.Record]:
         """A record of each case, measured side by side."""
@@ -321,24 +313,34 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Growth:
+class Comparison(_SideBySide):
+    """What the speed notebook compares: torch's full tables, ours, the hashed ones, and eager PyTorch."""
+
+    num_embeddings: int = sizes.ROWS
+    """Rows of all tables."""
+    eager: bool = True
+    """Also measure the same hash in eager PyTorch."""
+
+    @property
+    def cases(self) -> list[SpeedCase]:
+        common = {**asdict(self.task), "num_embeddings": self.num_embeddings}
+        full = SpeedCase("full", self.optimizer, **common)
+        found = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
+        hashed = SpeedCase("hashed", self.optimizer, self.pool_size, **common)
+        found += [replace(hashed, block_size=block) for block in self.block_sizes]
+        return [*found, replace(hashed, table="hashed-reference")] if self.eager else found
+
+
+@dataclass(frozen=True)
+class Growth(_SideBySide):
     """What the growth notebook compares: a pool of one size for more and more rows, and full tables."""
 
-    task: Task
     optimizer: sizes.Optimizer = "adam"
     """The rule of the step."""
-    pool_size: int = sizes.SMALL
-    """Values in the pool."""
-    block_sizes: Sequence[int] = (1, sizes.BLOCK)
-    """Consecutive columns that read consecutive values of the pool, of each hashed table."""
     rows: Sequence[int] = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
     """Of the hashed tables."""
     full_rows: Sequence[int] = (10**4, 10**5, 10**6)
     """Of full tables, with cemb's kernels."""
-    repeats: int = 9
-    """Timed steps of each table."""
-    threads: int | None = None
-    """Of torch and the kernels, by default as many as torch takes by itself."""
 
     @property
     def cases(self) -> list[SpeedCase]:
@@ -348,11 +350,6 @@ class Growth:
             *(replace(full, num_embeddings=n) for n in self.full_rows),
             *(replace(hashed, block_size=b, num_embeddings=n) for b in self.block_sizes for n in self.rows),
         ]
-
-    def measure(self) -> list[records.Record]:
-        """A record of each case, measured side by side."""
-        timing.set_threads(self.threads)
-        return measure_cases(self.cases, repeats=self.repeats)
 
 
 def grid_cases(name: str, *, device: str = "cpu") -> list[SpeedCase]:

@@ -1,4 +1,4 @@
-"""Dropout masks of pairs, hashed from a seed: see `cemb.PairDropout`.
+"""Dropout masks of pairs, hashed from a seed: see `cemb.hashing.PairDropout`.
 
 A mask is uint16 ``[n, mask_width(dim)]``: bit j of row i, from the lowest bit of the first word on, is set
 if component j of pair i survives. Where dropout is 0, all bits are set.
