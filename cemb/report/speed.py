@@ -97,7 +97,7 @@ def beside_original(found: list[Record]) -> pd.DataFrame:
         pool_size = SMALL if is_full else int(old.pool_size)
         full = best_full(found, old.optimizer, pool_size)
         ours = full if is_full else speed_record(found, "hashed", old.optimizer, pool_size)
-        name = labels.TIMED["full"] if is_full else f"hashed, pool {pool_size:,}"
+        name = labels.TIMED["full"] if is_full else f"pool {pool_size:,}"
         rows.append(
             {
                 "optimizer": OPTIMIZER_NAMES[old.optimizer],

@@ -286,7 +286,7 @@ def measure_cases(
 
 
 @dataclass(frozen=True)
-class _SideBySide:
+class SpeedStudy:
     """What notebooks of timed steps have alike."""
 
     task: Task
@@ -313,7 +313,7 @@ class _SideBySide:
 
 
 @dataclass(frozen=True)
-class Comparison(_SideBySide):
+class Comparison(SpeedStudy):
     """What the speed notebook compares: torch's full tables, ours, the hashed ones, and eager PyTorch."""
 
     num_embeddings: int = sizes.ROWS
@@ -332,7 +332,7 @@ class Comparison(_SideBySide):
 
 
 @dataclass(frozen=True)
-class Growth(_SideBySide):
+class Growth(SpeedStudy):
     """What the growth notebook compares: a pool of one size for more and more rows, and full tables."""
 
     optimizer: sizes.Optimizer = "adam"
