@@ -280,6 +280,7 @@ def train() -> Command:
     """Train a table on a PMI matrix and print its record as JSON."""
     import torch
 
+    from cemb.study.dataset import load_pmi
     from cemb.study.quality import Trainings
 
     def command(
@@ -294,7 +295,7 @@ def train() -> Command:
         models = []
 
         def measured() -> Iterable["Record"]:
-            for record, model in trainings.measure():
+            for record, model in trainings.measure(load_pmi(trainings.data)):
                 models.append(model)
                 yield record
 

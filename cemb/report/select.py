@@ -1,5 +1,6 @@
 """Which records the pages show, and how one is found among them."""
 
+import functools
 import os
 from typing import Any
 
@@ -23,6 +24,12 @@ def load() -> list[Record]:
     return staleness.current_records(book_runs())
 
 
+@functools.cache  # a page asks for each of its numbers
+def _asked(*_environment: str | None) -> list[grid.Run]:
+    """Runs of the full grid and of the book's, which goes first where both have one; these decide both."""
+    return [*{run.name: run for run in (*book_runs("full"), *book_runs())}.values()]
+
+
 def of_runs(found: list[Record], notebook: str, **parameters: Any) -> list[Record]:
     """The records of those runs of a notebook that were asked for these parameters, whatever their names.
 
@@ -30,8 +37,8 @@ def of_runs(found: list[Record], notebook: str, **parameters: Any) -> list[Recor
     the full one, which published records are of.
     """
     names = {
-        name
-        for name, run in {run.name: run for run in (*book_runs("full"), *book_runs())}.items()
+        run.name
+        for run in _asked(os.environ.get("CEMB_GRID"), os.environ.get("CORPUS"))
         if run.notebook == notebook and all(run.parameters.get(key) == parameters[key] for key in parameters)
     }
     return [record for record in found if record.get("run") in names]

@@ -15,7 +15,7 @@ import torch
 from cemb.model import COMPRESSED_TABLES, TABLES, PairModel, build_compressed_model, build_model
 from cemb.pmi import encode
 from cemb.study import records, timing
-from cemb.study.dataset import PmiConfig, PmiDataset, load_pmi
+from cemb.study.dataset import PmiConfig, PmiDataset
 from cemb.tables import num_bytes
 from cemb.train import similarity
 from cemb.train.batches import PairBatches
@@ -419,10 +419,9 @@ class Trainings:
     threads: int | None = None
     """Of torch and the kernels, by default as many as torch takes by itself."""
 
-    def measure(self) -> Iterator[tuple[records.Record, PairModel | None]]:
+    def measure(self, data: PmiDataset) -> Iterator[tuple[records.Record, PairModel | None]]:
         """What `measure_quality` returns, for each seed."""
         timing.set_threads(self.threads)
-        data = load_pmi(self.data)
         for seed in self.seeds or (self.case.seed,):
             # Named, so that runs are keyed by its definition.
             yield measure_quality(QualityCase(**{**asdict(self.case), "seed": seed}), data)
