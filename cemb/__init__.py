@@ -7,15 +7,16 @@ if TYPE_CHECKING:
     from cemb import optim
     from cemb.hashing import HashSpec
     from cemb.model import PairModel
-    from cemb.tables import FullEmbedding, HashedEmbedding
+    from cemb.tables import FullEmbedding, HashedEmbedding, HashedEmbeddingBag
 
 __version__ = "0.1.0"
-__all__ = ["FullEmbedding", "HashSpec", "HashedEmbedding", "PairModel", "optim"]
+__all__ = ["FullEmbedding", "HashSpec", "HashedEmbedding", "HashedEmbeddingBag", "PairModel", "optim"]
 
 _HOME = {
     "FullEmbedding": "cemb.tables",
     "HashSpec": "cemb.hashing",
     "HashedEmbedding": "cemb.tables",
+    "HashedEmbeddingBag": "cemb.tables",
     "PairModel": "cemb.model",
 }
 

@@ -17,6 +17,7 @@ other implementation is tested against it, bit for bit.
 
 from dataclasses import dataclass
 
+HASH_VERSION = 1
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 MULTIPLIER_2 = 0x94D049BB133111EB

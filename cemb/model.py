@@ -1,5 +1,6 @@
 """The pair model: the score of (word, context) is a dot product of two looked-up vectors, plus biases."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -97,6 +98,7 @@ class PairModel(nn.Module):
         words, contexts = self.word_table, self.context_table
         return (
             getattr(words, "pair_scores", None) is not None
+            and getattr(words, "padding_idx", None) is None
             and type(contexts) is type(words)
             and contexts.weight is words.weight
             and (
@@ -140,31 +142,33 @@ class PairModel(nn.Module):
         return pairs + torch.tensor([0, self.first_context], device=pairs.device)
 
     @property
-    def has_one_pass(self) -> bool:
-        """Whether the model has a `squared_error_step` on the CPU: one of our tables, and no biases."""
+    def has_pair_step(self) -> bool:
+        """Whether the model has a `pair_step` on the CPU: one of our tables, and no biases."""
         return self._is_fused and self.word_bias is None
 
-    def squared_error_step(
-        self, optimizer: optim.Touched, pairs: Tensor, targets: Tensor, sample_weights: Tensor | None = None
+    def pair_step(
+        self,
+        optimizer: optim.PairStepOptimizer,
+        pairs: Tensor,
+        loss: optim.SquaredError | Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """A training step of `cemb.optim.Touched.squared_error_step`; returns the loss before it, a scalar.
+        """A training step of `cemb.optim.PairStepOptimizer.pair_step`; returns the loss before it, a scalar.
 
-        `pairs` are ids (word, context) ``[n, 2]``; `targets` and `sample_weights` ``[n]``, 1/n if None.
-        Raises ValueError for models that do not have it, see `has_one_pass`, and as that does.
+        `pairs` are ids (word, context) ``[n, 2]``. Raises ValueError for models that do not have it, see
+        `has_pair_step`, and as that does.
         """
-        if not self.has_one_pass:
+        if not self.has_pair_step:
             raise ValueError(
-                "a step in one pass is for models of one pool or fused full table without biases, got "
+                "pair_step is for models of one pool or fused full table without biases, got "
                 f"{type(self.word_table).__name__} and {type(self.context_table).__name__}, "
                 f"{'with' if self.word_bias is not None else 'without'} biases"
             )
         spec = self.context_table.spec
-        return optimizer.squared_error_step(
+        return optimizer.pair_step(
             self.word_table.weight,
             self._rows(pairs),
-            targets,
+            loss,
             self.word_table.spec,
-            sample_weights=sample_weights,
             context_offset=spec.table_offset if isinstance(spec, HashSpec) else 0,
             dropout=self.dropout if self.training else 0.0,
         )
@@ -206,7 +210,7 @@ def build_model(
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
     if table in ("full", "full-fused"):
         if table == "full-fused" and sparse_gradients:
-            raise ValueError(f"table {table!r} has no sparse gradients; cemb.optim updates what was touched")
+            raise ValueError(f"table {table!r} has no sparse gradients; cemb.optim steps what a batch reads")
         if pool_size is not None:
             raise ValueError(f"a full table has no pool; got pool_size={pool_size}")
 
@@ -226,7 +230,7 @@ def build_model(
             return TABLES[table](
                 num_embeddings,
                 embedding_dim,
-                pool_size if weight is None else None,
+                pool_size=pool_size if weight is None else None,
                 block_size=block_size,
                 signed=signed,
                 hash_seed=hash_seed,

@@ -3,16 +3,18 @@
 `hashed_lookup` turns ids into vectors, `pair_scores` pairs of ids into dot products after dropout, and
 `vector_scores` pairs of vectors into the same. `hashed_lookup` and `hashed_scatter` are linear in their
 first argument and each other's transpose, so each one's backward is the other and derivatives of any order
-exist; the scores are differentiable once.
+exist, as they do of the scores, which are bilinear. `torch.func` transforms all of them.
 
-In schemas a table is a list of integers: rows, columns, block size (0 for a full table), hash seed, signed,
-table offset.
+In schemas a table is int64 ``[7 + embedding_dim]`` on the CPU: rows, columns, values of the pool or table,
+block size (0 for a full table), hash seed, signed, table offset, and zeros, whose number tells compiled code
+the columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -20,9 +22,11 @@ from torch import Tensor
 from cemb import reference
 from cemb.hashing import FullSpec, HashSpec, PairDropout, Spec
 from cemb.kernels import cpu
-from cemb.touched import TouchedGradient
+from cemb.kernels.cpu import rules
+from cemb.kernels.cpu.pairs import Batch
 
 _ID_DTYPES = (torch.int32, torch.int64)
+_NO_PAIRS = np.empty((0, 2), np.int64)
 _BACKENDS: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "cpu": ("numba", (torch.float32, torch.float64, torch.bfloat16)),
     "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
@@ -45,27 +49,20 @@ def _cuda() -> ModuleType:
     return triton
 
 
-def _encode(spec: Spec) -> list[int]:
-    """A table as schemas have it."""
-    if isinstance(spec, FullSpec):
-        return [spec.num_embeddings, spec.embedding_dim, 0, 0, 0, 0]
-    return [
-        spec.num_embeddings,
-        spec.embedding_dim,
-        spec.block_size,
-        spec.hash_seed,
-        int(spec.signed),
-        spec.table_offset,
-    ]
+def encode(spec: Spec) -> Tensor:
+    """A table as schemas have it: a tensor, so that compiled code does not depend on its numbers."""
+    rows, dim = spec.num_embeddings, spec.embedding_dim
+    numbers = [rows, dim, spec.pool_size, 0, 0, 0, 0]
+    if isinstance(spec, HashSpec):
+        numbers[3:] = [spec.block_size, spec.hash_seed, int(spec.signed), spec.table_offset]
+    return torch.tensor([*numbers, *[0] * dim], dtype=torch.int64, device="cpu")
 
 
-def _decode(table: Sequence[int], pool_size: int) -> Spec:
-    num_embeddings, embedding_dim, block_size, hash_seed, signed, table_offset = table
+def _decode(table: Tensor) -> Spec:
+    num_embeddings, embedding_dim, pool_size, block_size, hash_seed, signed, offset = table[:7].tolist()
     if block_size == 0:
         return FullSpec(num_embeddings, embedding_dim)
-    return HashSpec(
-        num_embeddings, embedding_dim, pool_size, block_size, hash_seed, bool(signed), table_offset
-    )
+    return HashSpec(num_embeddings, embedding_dim, pool_size, block_size, hash_seed, bool(signed), offset)
 
 
 def _dropout(p: float, seed: Tensor) -> PairDropout:
@@ -73,10 +70,13 @@ def _dropout(p: float, seed: Tensor) -> PairDropout:
     return PairDropout(p, 0 if seed.is_cuda else int(seed))
 
 
-def _array(tensor: Tensor) -> npt.NDArray[Any]:
-    """The values as a contiguous numpy array; bfloat16 as the uint16 of its bits."""
+def array(tensor: Tensor) -> npt.NDArray[Any]:
+    """The values as a contiguous numpy array, without a copy if they are; bfloat16 as uint16 of its bits.
+
+    `Tensor.numpy` would keep the tensor from being resized from then on.
+    """
     tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return np.from_dlpack(tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -84,9 +84,102 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+Setup = Callable[[Any, tuple[Any, ...], Any], None]
+
+
+def _differentiable(op: Any, setup: Setup, backward: Callable[..., Any], jvp: Callable[..., Tensor]) -> Any:
+    """The op with derivatives in both modes and `torch.vmap`.
+
+    `setup`, `backward` and `jvp` are as in `torch.autograd.Function`. Compiled code takes the first two from
+    the op itself: it has no forward mode.
+    """
+    op.register_autograd(backward, setup_context=setup)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        """One call after another, since kernels take one table."""
+        calls = [
+            [
+                value.select(dim, n) if isinstance(dim, int) else value
+                for value, dim in zip(inputs, in_dims, strict=True)
+            ]
+            for n in range(info.batch_size)
+        ]
+        return torch.stack([call(*arguments) for arguments in calls]), 0
+
+    methods: dict[str, Any] = {
+        "forward": lambda *inputs: op(*inputs),
+        "setup_context": setup,
+        "backward": backward,
+        "jvp": jvp,
+        "vmap": vmap,
+    }
+    members = {name: staticmethod(method) for name, method in methods.items()}
+    function: Any = type(op._name, (torch.autograd.Function,), members)
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+
+    return call
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep all inputs, for `_inputs`."""
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _save_rest(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep all inputs but the first, which an op is linear in, and that one's size."""
+    first, *rest = inputs
+    ctx.size = first.numel()
+    _save(ctx, tuple(rest), output)
+
+
+def _inputs(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if value is None else value for value in ctx.others]
+
+
+def _quadratic(scores: Any, sums: Any, changes: Any) -> Any:
+    """The op ``scores(w, ...)``, quadratic in w, with derivatives of any order.
+
+    They are made of ``sums(g, w, ...)``, the gradient of ``Σ g · scores``, and ``changes(u, w, ...)``, those
+    of the scores along u, which are linear in each of their first two arguments.
+    """
+
+    def scores_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *rest = _inputs(ctx)
+        return summed(grad, weight, *rest), *[None] * len(rest)
+
+    def scores_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        change: Tensor = changed(tangent, *_inputs(ctx))
+        return change
+
+    def sums_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slopes, weight, *rest = _inputs(ctx)
+        return changed(grad, weight, *rest), summed(slopes, grad, *rest), *[None] * len(rest)
+
+    def changes_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tangent, weight, *rest = _inputs(ctx)
+        return summed(grad, weight, *rest), summed(grad, tangent, *rest), *[None] * len(rest)
+
+    def jvp(call: Callable[..., Tensor], ctx: Any, first: Any, weight: Any, *_: None) -> Tensor:
+        own, own_weight, *rest = _inputs(ctx)
+        both = [(first, own_weight), (own, weight)]
+        found = [call(*pair, *rest) for pair in both if pair[0] is not None and pair[1] is not None]
+        return found[0] if len(found) == 1 else found[0] + found[1]
+
+    summed = _differentiable(sums, _save, sums_backward, lambda *inputs: jvp(summed, *inputs))
+    changed = _differentiable(changes, _save, changes_backward, lambda *inputs: jvp(changed, *inputs))
+    return _differentiable(scores, _save, scores_backward, scores_jvp)
+
+
 @torch.library.custom_op("cemb::hashed_lookup", mutates_args=())
-def _hashed_lookup(weight: Tensor, ids: Tensor, table: Sequence[int]) -> Tensor:
-    spec = _decode(table, weight.numel())
+def _hashed_lookup(weight: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    spec = _decode(table)
+    _check_shape(weight, spec)
     kind = backend(weight.device, weight.dtype)
     if kind == "torch":
         return reference.hashed_lookup(weight, ids, spec)
@@ -98,13 +191,13 @@ def _hashed_lookup(weight: Tensor, ids: Tensor, table: Sequence[int]) -> Tensor:
         return out
     reference.check_ids(flat, spec.num_embeddings)
     out = weight.new_empty((*ids.shape, spec.embedding_dim), dtype=_wide(weight.dtype))
-    cpu.lookup.lookup(_array(weight), flat.numpy(), spec, out.view(flat.numel(), spec.embedding_dim).numpy())
+    cpu.lookup.lookup(array(weight), array(flat), spec, array(out.view(flat.numel(), spec.embedding_dim)))
     return out.to(weight.dtype)
 
 
 @torch.library.custom_op("cemb::hashed_scatter", mutates_args=())
-def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Sequence[int]) -> Tensor:
-    spec = _decode(table, pool_size)
+def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Tensor) -> Tensor:
+    spec = _decode(table)
     flat_ids = ids.reshape(-1).long().contiguous()
     flat_grad = grad.reshape(flat_ids.numel(), spec.embedding_dim).contiguous()
     kind = backend(grad.device, grad.dtype)
@@ -117,50 +210,64 @@ def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Sequence[i
         pool: Tensor = _cuda().scatter(flat_grad, flat_ids, spec, deterministic)
         return pool.to(grad.dtype)
     pool = grad.new_zeros(pool_size, dtype=_wide(grad.dtype))
-    cpu.lookup.scatter(flat_grad.detach().to(pool.dtype).numpy(), flat_ids.numpy(), spec, pool.numpy())
+    cpu.lookup.scatter(array(flat_grad.to(pool.dtype)), array(flat_ids), spec, array(pool))
     return pool.to(grad.dtype)
 
 
 @_hashed_lookup.register_fake
-def _(weight: Tensor, ids: Tensor, table: Sequence[int]) -> Tensor:
-    return weight.new_empty((*ids.shape, table[1]))
+def _(weight: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    return weight.new_empty((*ids.shape, table.shape[0] - 7))
 
 
 @_hashed_scatter.register_fake
-def _(grad: Tensor, ids: Tensor, pool_size: int, table: Sequence[int]) -> Tensor:
+def _(grad: Tensor, ids: Tensor, pool_size: int, table: Tensor) -> Tensor:
     return grad.new_empty(pool_size)
 
 
-def _lookup_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, ids, ctx.table = inputs
-    ctx.pool_size = weight.numel()
-    ctx.save_for_backward(ids)
-
-
 def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (ids,) = ctx.saved_tensors
-    return _hashed_scatter(grad, ids, ctx.pool_size, ctx.table), None, None
+    ids, table = _inputs(ctx)
+    return _scatter(grad, ids, ctx.size, table), None, None
 
 
-def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ids, _, ctx.table = inputs
-    ctx.save_for_backward(ids)
+def _lookup_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    ids, table = _inputs(ctx)
+    rows: Tensor = _lookup(tangent, ids, table)
+    return rows
 
 
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (ids,) = ctx.saved_tensors
-    return _hashed_lookup(grad, ids, ctx.table), None, None, None
+    ids, _, table = _inputs(ctx)
+    return _lookup(grad, ids, table), None, None, None
 
 
-_hashed_lookup.register_autograd(_lookup_backward, setup_context=_lookup_setup)
-_hashed_scatter.register_autograd(_scatter_backward, setup_context=_scatter_setup)
+def _scatter_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    ids, pool_size, table = _inputs(ctx)
+    sums: Tensor = _scatter(tangent, ids, pool_size, table)
+    return sums
 
 
-def _check(weight: Tensor, ids: Tensor, spec: Spec, name: str) -> None:
+_lookup = _differentiable(_hashed_lookup, _save_rest, _lookup_backward, _lookup_jvp)
+_scatter = _differentiable(_hashed_scatter, _save_rest, _scatter_backward, _scatter_jvp)
+
+
+def _check(weight: Tensor, ids: Tensor, name: str) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
+    if type(weight).__name__ == "DTensor" or type(ids).__name__ == "DTensor":
+        raise TypeError(f"weight and {name} must not be DTensors: a hash spreads a row over all of the pool")
     if ids.dtype not in _ID_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
+    if ids.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, got layout {ids.layout}; give the values of a jagged one"
+        )
     if not weight.dtype.is_floating_point:
         raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    if weight.device != ids.device:
+        raise ValueError(f"weight and {name} must be on one device, got {weight.device} and {ids.device}")
+
+
+def _check_shape(weight: Tensor, spec: Spec) -> None:
     if isinstance(spec, HashSpec) and weight.shape != (spec.pool_size,):
         raise ValueError(f"weight must have shape [{spec.pool_size}], the pool, got {list(weight.shape)}")
     if weight.numel() != spec.pool_size:
@@ -168,8 +275,19 @@ def _check(weight: Tensor, ids: Tensor, spec: Spec, name: str) -> None:
             f"weight must hold the {spec.num_embeddings} × {spec.embedding_dim} values of the table, "
             f"got shape {list(weight.shape)}"
         )
-    if weight.device != ids.device:
-        raise ValueError(f"weight and {name} must be on one device, got {weight.device} and {ids.device}")
+
+
+def lookup(weight: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """`hashed_lookup` in a table that `encode` made."""
+    _check(weight, ids, "ids")
+    rows: Tensor = _lookup(weight, ids, table)
+    return rows
+
+
+def scatter(grad: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """The transpose of `lookup`: sums ``[pool_size]`` of the rows `grad` ``[*ids.shape, embedding_dim]``."""
+    sums: Tensor = _scatter(grad, ids, int(table[2]), table)
+    return sums
 
 
 def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
@@ -190,16 +308,14 @@ def hashed_lookup(weight: Tensor, ids: Tensor, spec: HashSpec) -> Tensor:
         TypeError: `ids` is not of an integer type, or `weight` not of a floating one.
         ValueError: `weight` does not have the shape that `spec` has, or is on another device.
     """
-    _check(weight, ids, spec, "ids")
-    rows: Tensor = _hashed_lookup(weight, ids, _encode(spec))
-    return rows
+    return lookup(weight, ids, encode(spec))
 
 
 @torch.library.custom_op("cemb::pair_scores", mutates_args=())
 def _pair_scores(
-    weight: Tensor, pairs: Tensor, table: Sequence[int], context_offset: int, dropout: float, seed: Tensor
+    weight: Tensor, pairs: Tensor, table: Tensor, context_offset: int, dropout: float, seed: Tensor
 ) -> Tensor:
-    spec, drop = _decode(table, weight.numel()), _dropout(dropout, seed)
+    spec, drop = _decode(table), _dropout(dropout, seed)
     kind = backend(weight.device, weight.dtype)
     if kind == "torch":
         return reference.pair_scores(weight, pairs, spec, context_offset, drop)
@@ -211,7 +327,8 @@ def _pair_scores(
         return scores
     reference.check_ids(pairs, spec.num_embeddings)
     scores = weight.new_empty(len(pairs), dtype=_wide(weight.dtype))
-    cpu.pairs.pair_scores(_array(weight), pairs.numpy(), spec, context_offset, drop, scores.numpy())
+    out = array(scores)
+    cpu.pairs.score(array(weight), Batch.of(array(pairs), drop, out.dtype), spec, context_offset, out)
     return scores.to(weight.dtype)
 
 
@@ -220,12 +337,12 @@ def _pair_scores_backward(
     grad: Tensor,
     weight: Tensor,
     pairs: Tensor,
-    table: Sequence[int],
+    table: Tensor,
     context_offset: int,
     dropout: float,
     seed: Tensor,
 ) -> Tensor:
-    spec, drop = _decode(table, weight.numel()), _dropout(dropout, seed)
+    spec, drop = _decode(table), _dropout(dropout, seed)
     kind = backend(weight.device, weight.dtype)
     if kind == "torch":
         return reference.pair_scores_backward(grad, weight, pairs, spec, context_offset, drop)
@@ -236,15 +353,35 @@ def _pair_scores_backward(
         pool: Tensor = _cuda().pair_scores_backward(*arguments, deterministic)
         return pool.to(weight.dtype)
     pool = weight.new_zeros(weight.numel(), dtype=_wide(weight.dtype))
-    wide_grad = grad.detach().to(pool.dtype).contiguous().numpy()
-    ids = pairs.numpy()
-    cpu.pairs.pair_scores_backward(wide_grad, _array(weight), ids, spec, context_offset, drop, pool.numpy())
+    sums, slopes = array(pool), array(grad.to(pool.dtype))
+    batch = Batch.of(array(pairs), drop, sums.dtype, slopes=slopes)
+    how = cpu.updates.plan(spec)
+    cpu.updates.step([sums], rules.Add(), array(weight), batch, spec, context_offset, how)
     return pool.to(weight.dtype)
+
+
+@torch.library.custom_op("cemb::pair_scores_jvp", mutates_args=())
+def _pair_scores_jvp(
+    tangent: Tensor,
+    weight: Tensor,
+    pairs: Tensor,
+    table: Tensor,
+    context_offset: int,
+    dropout: float,
+    seed: Tensor,
+) -> Tensor:
+    spec, drop = _decode(table), _dropout(dropout, seed)
+    return reference.pair_scores_jvp(tangent, weight, pairs, spec, context_offset, drop)
+
+
+@_pair_scores_jvp.register_fake
+def _(tangent: Tensor, weight: Tensor, pairs: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty(pairs.shape[0])
 
 
 @_pair_scores.register_fake
 def _(
-    weight: Tensor, pairs: Tensor, table: Sequence[int], context_offset: int, dropout: float, seed: Tensor
+    weight: Tensor, pairs: Tensor, table: Tensor, context_offset: int, dropout: float, seed: Tensor
 ) -> Tensor:
     return weight.new_empty(pairs.shape[0])
 
@@ -254,7 +391,7 @@ def _(
     grad: Tensor,
     weight: Tensor,
     pairs: Tensor,
-    table: Sequence[int],
+    table: Tensor,
     context_offset: int,
     dropout: float,
     seed: Tensor,
@@ -262,58 +399,13 @@ def _(
     return weight.new_empty(weight.numel())
 
 
-def _pair_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, pairs, ctx.table, ctx.context_offset, ctx.dropout, seed = inputs
-    ctx.save_for_backward(weight, pairs, seed)
-
-
-def _pair_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, pairs, seed = ctx.saved_tensors
-    arguments = (grad, weight, pairs, ctx.table, ctx.context_offset, ctx.dropout, seed)
-    return _pair_scores_backward(*arguments), *[None] * 5
-
-
-_pair_scores.register_autograd(_pair_backward, setup_context=_pair_setup)
-
-
-class _TouchedPairScores(torch.autograd.Function):
-    """`pair_scores` whose gradient goes to the `TouchedGradient` of an optimizer in `cemb.optim`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        pairs: Tensor,
-        spec: Spec,
-        context_offset: int,
-        dropout: float,
-        seed: Tensor,
-        touched: TouchedGradient,
-    ) -> Any:
-        drop = _dropout(dropout, seed)
-        ctx.save_for_backward(weight, pairs)
-        ctx.constants = spec, context_offset, drop
-        reference.check_ids(pairs, spec.num_embeddings)
-        pool, ids = _array(weight.reshape(-1)), pairs.long().contiguous().numpy()
-        scores = weight.new_empty(len(pairs))
-        out = scores.numpy()
-        ctx.touched, ctx.values = touched, touched.values_workspace(len(pairs), spec, pool.dtype)
-        if ctx.values is None:
-            cpu.pairs.pair_scores(pool, ids, spec, context_offset, drop, out)
-        else:
-            cpu.buckets.pair_scores(pool, ids, spec, context_offset, drop, out, ctx.values)
-        return scores
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
-        weight, pairs = ctx.saved_tensors
-        ctx.touched.add(*grads, weight, pairs, *ctx.constants, ctx.values)
-        return (None,) * 7
+_pairs = _quadratic(_pair_scores, _pair_scores_backward, _pair_scores_jvp)
 
 
 def check_pairs(weight: Tensor, pairs: Tensor, spec: Spec, context_offset: int) -> None:
     """Raise what `pair_scores` raises, but for ids outside the table."""
-    _check(weight, pairs, spec, "pairs")
+    _check(weight, pairs, "pairs")
+    _check_shape(weight, spec)
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must have shape [n, 2], got {list(pairs.shape)}")
     if context_offset and isinstance(spec, FullSpec):
@@ -340,9 +432,8 @@ def pair_scores(
 ) -> Tensor:
     """Dot product of the two rows of each pair of ids, with dropout on both, from the pool itself.
 
-    Nothing of size [n, 2, dim] is made, forward or backward: both hash again what they need. The exception
-    is block size 1 under an optimizer of `cemb.optim`, where the values are kept, see
-    `cemb.kernels.cpu.buckets`.
+    Nothing of size [n, 2, dim] is made, forward or backward: both hash again what they need. The exception is
+    the gradient at block size 1 in a large pool, see `cemb.kernels.cpu.buckets`.
 
     Args:
         weight: the pool ``[spec.pool_size]``, or a full table ``[num_embeddings, embedding_dim]``.
@@ -353,17 +444,11 @@ def pair_scores(
 
     Returns:
         ``[n]`` in weight's dtype, accumulated in float32 (float64 for a float64 pool); determinism and
-        errors are those of `hashed_lookup`. Differentiable once. If an optimizer of `cemb.optim` holds
-        `weight`, the gradient goes to it, not to ``weight.grad``.
+        errors are those of `hashed_lookup`. Derivatives of any order exist.
     """
     check_pairs(weight, pairs, spec, context_offset)
     seed = draw_seed(dropout, weight)
-    touched: TouchedGradient | None = getattr(weight, "touched", None)
-    if touched is not None and torch.is_grad_enabled():
-        arguments = (weight, pairs, spec, context_offset, dropout, seed, touched)
-        scores: Tensor = _TouchedPairScores.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        scores = _pair_scores(weight.reshape(-1), pairs, _encode(spec), context_offset, dropout, seed)
+    scores: Tensor = _pairs(weight.reshape(-1), pairs, encode(spec), context_offset, dropout, seed)
     return scores
 
 
@@ -383,7 +468,8 @@ def _vector_scores(vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
     if kind == "triton":
         _cuda().vector_scores(vectors.contiguous(), drop, seed, scores)
     else:
-        cpu.pairs.vector_scores(_array(vectors), drop, scores.numpy())
+        out = array(scores)
+        cpu.vectors.score(array(vectors), Batch.of(_NO_PAIRS, drop, out.dtype), out)
     return scores
 
 
@@ -398,8 +484,19 @@ def _vector_scores_backward(grad: Tensor, vectors: Tensor, dropout: float, seed:
     if kind == "triton":
         _cuda().vector_scores_backward(grad.contiguous(), vectors.contiguous(), drop, seed, out)
     else:
-        cpu.pairs.vector_scores_backward(_array(grad), _array(vectors), drop, out.numpy())
+        batch = Batch.of(_NO_PAIRS, drop, array(out).dtype, slopes=array(grad))
+        cpu.vectors.gradient(array(vectors), batch, array(out))
     return out
+
+
+@torch.library.custom_op("cemb::vector_scores_jvp", mutates_args=())
+def _vector_scores_jvp(tangent: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    return reference.vector_scores_jvp(tangent, vectors, _dropout(dropout, seed))
+
+
+@_vector_scores_jvp.register_fake
+def _(tangent: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    return vectors.new_empty(vectors.shape[0])
 
 
 @_vector_scores.register_fake
@@ -412,17 +509,7 @@ def _(grad: Tensor, vectors: Tensor, dropout: float, seed: Tensor) -> Tensor:
     return torch.empty_like(vectors, memory_format=torch.contiguous_format)
 
 
-def _vector_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    vectors, ctx.dropout, seed = inputs
-    ctx.save_for_backward(vectors, seed)
-
-
-def _vector_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    vectors, seed = ctx.saved_tensors
-    return _vector_scores_backward(grad, vectors, ctx.dropout, seed), None, None
-
-
-_vector_scores.register_autograd(_vector_backward, setup_context=_vector_setup)
+_vectors = _quadratic(_vector_scores, _vector_scores_backward, _vector_scores_jvp)
 
 
 def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
@@ -437,11 +524,11 @@ def vector_scores(vectors: Tensor, dropout: float = 0.0) -> Tensor:
         dropout: share of components zeroed in each vector, in [0, 1).
 
     Returns:
-        ``[n]``. Deterministic for a state of the generator; differentiable once.
+        ``[n]``. Deterministic for a state of the generator; derivatives of any order exist.
 
     Raises ValueError for another shape or share.
     """
     if vectors.dim() != 3 or vectors.shape[1] != 2:
         raise ValueError(f"vectors must have shape [n, 2, dim], got {list(vectors.shape)}")
-    scores: Tensor = _vector_scores(vectors, dropout, draw_seed(dropout, vectors))
+    scores: Tensor = _vectors(vectors, dropout, draw_seed(dropout, vectors))
     return scores

@@ -81,6 +81,12 @@ def vector_scores(vectors: Tensor, dropout: PairDropout) -> Tensor:
     return (vectors[:, 0] * vectors[:, 1] * pair_weights(vectors, dropout)).sum(-1)
 
 
+def vector_scores_jvp(tangent: Tensor, vectors: Tensor, dropout: PairDropout) -> Tensor:
+    """Change ``[n]`` of `vector_scores` where `vectors` change by `tangent`, both ``[n, 2, dim]``."""
+    product = tangent[:, 0] * vectors[:, 1] + vectors[:, 0] * tangent[:, 1]
+    return (product * pair_weights(vectors, dropout)).sum(-1)
+
+
 def _pair_vectors(weight: Tensor, pairs: Tensor, spec: Spec, context_offset: int) -> Tensor:
     words = hashed_lookup(weight, pairs[:, 0], spec)
     return torch.stack((words, hashed_lookup(weight, pairs[:, 1], spec, context_offset)), dim=1)
@@ -111,3 +117,16 @@ def pair_scores_backward(
         values = values if signs is None else values * signs
         pool.index_add_(0, indices.reshape(-1), values.reshape(-1))
     return pool
+
+
+def pair_scores_jvp(
+    tangent: Tensor,
+    weight: Tensor,
+    pairs: Tensor,
+    spec: Spec,
+    context_offset: int,
+    dropout: PairDropout,
+) -> Tensor:
+    """Change ``[n]`` of `pair_scores` where `weight` changes by `tangent`."""
+    moved, vectors = (_pair_vectors(values, pairs, spec, context_offset) for values in (tangent, weight))
+    return vector_scores_jvp(moved, vectors, dropout)

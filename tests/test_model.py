@@ -44,7 +44,7 @@ def test_words_and_contexts_of_one_parameter_are_apart():
 
 @pytest.mark.parametrize("shared_table", [True, False])
 @pytest.mark.parametrize("table", ["full-fused", "hashed"])
-def test_a_step_in_one_pass_is_that_of_the_scores(table, shared_table):
+def test_a_pair_step_is_that_of_the_scores(table, shared_table):
     pool = {"pool_size": 200, "block_size": 8} if table == "hashed" else {}
     options = {"dropout": 0.2, "shared_table": shared_table, **pool}
     models = [build_model(table, 12, 40, **options) for _ in range(2)]
@@ -53,24 +53,24 @@ def test_a_step_in_one_pass_is_that_of_the_scores(table, shared_table):
     weights = torch.tensor([0.5, 2, 1])
     torch.manual_seed(0)
     optimizer = optim.SGD(models[0].parameters(), 0.1)
-    loss = models[0].squared_error_step(optimizer, pairs, values, weights)
+    loss = models[0].pair_step(optimizer, pairs, all_cells_loss(values, weights))
     torch.manual_seed(0)
-    expected = all_cells_loss(models[1](pairs), values, weights)
+    expected = (weights * (models[1](pairs) - values).square()).sum()
     expected.backward()
     torch.optim.SGD(models[1].parameters(), 0.1).step()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(models[0].word_table.weight, models[1].word_table.weight)
     with pytest.raises(IndexError):
-        models[0].squared_error_step(optimizer, torch.tensor([[12, 0]]), values[:1])
+        models[0].pair_step(optimizer, torch.tensor([[12, 0]]), mse_loss(values[:1]))
 
 
 @pytest.mark.parametrize(("table", "bias"), [("full", "none"), ("full-fused", "shared")])
-def test_other_models_have_no_step_in_one_pass(table, bias):
+def test_other_models_have_no_pair_step(table, bias):
     model = build_model(table, 12, 5, bias=bias)
-    assert not model.has_one_pass
+    assert not model.has_pair_step
     name = "FullEmbedding" if table == "full" else "FusedFullEmbedding"
     with pytest.raises(ValueError, match=f"one pool or fused full table without biases, got {name} and"):
-        model.squared_error_step(optim.SGD(model.parameters()), torch.tensor([[0, 1]]), torch.ones(1))
+        model.pair_step(optim.SGD(model.parameters()), torch.tensor([[0, 1]]), mse_loss(torch.ones(1)))
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,15 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
 def test_losses_equal_their_formulas():
     scores, values = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([50.0, 200.0, 0.0])
     weights = [0.5**0.75, 1.0, 0.0]
-    assert mse_loss(scores, values).item() == pytest.approx((49**2 + 202**2 + 0.25) / 3)
+    assert mse_loss(values)(scores).item() == pytest.approx((49**2 + 202**2 + 0.25) / 3)
     assert glove_weight(values).tolist() == pytest.approx(weights)
     squares = [(1 - 50) ** 2, (-2 - 200) ** 2, 0.25]
     expected = sum(w * s for w, s in zip(weights, squares, strict=True)) / 3
-    assert weighted_mse_loss(scores, values).item() == pytest.approx(expected)
+    assert weighted_mse_loss(values)(scores).item() == pytest.approx(expected)
     logs = [(1 - math.log(50)) ** 2, (-2 - math.log(200)) ** 2, 0]
     expected = sum(w * s for w, s in zip(weights, logs, strict=True)) / 3
-    assert glove_loss(scores, values).item() == pytest.approx(expected)
-    found = all_cells_loss(scores, values, torch.tensor([0.5, 2, 3]))
+    assert glove_loss(values)(scores).item() == pytest.approx(expected)
+    found = all_cells_loss(values, torch.tensor([0.5, 2, 3]))(scores)
     assert found.item() == pytest.approx(0.5 * 49**2 + 2 * 202**2 + 3 * 0.25)
 
 
@@ -119,7 +119,7 @@ def test_losses_have_exact_gradients_also_at_zero(loss):
     scores = torch.randn(6, dtype=torch.float64, requires_grad=True)
     values = torch.tensor([0.0, 0.5, 3.0, 99.0, 100.0, 150.0], dtype=torch.float64)
     more = [torch.rand(6, dtype=torch.float64)] if loss is all_cells_loss else []
-    assert torch.autograd.gradcheck(lambda s: loss(s, values, *more), scores)
+    assert torch.autograd.gradcheck(loss(values, *more), scores)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,10 @@ def test_losses_have_exact_gradients_also_at_zero(loss):
             "bias must be one of none, shared, separate, got 'both'",
         ),
         (lambda: build_model("full", 3, 2, dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),
-        (lambda: PairModel(FullEmbedding(3, 2), HashedEmbedding(3, 4, 9)), "one length, got 2 and 4"),
+        (
+            lambda: PairModel(FullEmbedding(3, 2), HashedEmbedding(3, 4, pool_size=9)),
+            "one length, got 2 and 4",
+        ),
     ],
 )
 def test_bad_arguments(call, message):
@@ -164,7 +167,7 @@ def test_fused_models_score_and_learn_as_lookups_do(table):
 
 
 def test_tables_that_differ_in_more_than_their_place_score_by_vectors():
-    words = HashedEmbedding(12, 6, 40, block_size=2)
+    words = HashedEmbedding(12, 6, pool_size=40, block_size=2)
     contexts = HashedEmbedding(9, 6, block_size=3, weight=words.weight)
     model = PairModel(words, contexts)
     pairs = torch.tensor([[11, 8], [0, 1]])

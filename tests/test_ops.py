@@ -13,6 +13,7 @@ from cemb import kernels, ops, reference
 from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
 from cemb.kernels import cpu
 from cemb.kernels.cpu import conflicts, locate, rules, updates
+from cemb.kernels.cpu.pairs import Batch
 from cemb.study import records
 
 SPECS = [
@@ -68,7 +69,7 @@ def test_lookup_equals_the_reference_bit_for_bit(spec, dtype):
 @pytest.mark.parametrize("private_pool_limit", [0, 2**22])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradient_is_close_to_float64(spec, private_pool_limit, threads, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", private_pool_limit)
+    monkeypatch.setattr(locate, "PRIVATE_POOL_LIMIT", private_pool_limit)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     pool, ids = _pool(spec).requires_grad_(), _ids(spec, 300)
     upstream = torch.randn(300, spec.embedding_dim, generator=torch.Generator().manual_seed(2))
@@ -83,7 +84,7 @@ def test_gradient_is_close_to_float64(spec, private_pool_limit, threads, monkeyp
 
 @pytest.mark.parametrize("private_pool_limit", [0, 2**22])
 def test_kernels_write_every_value_and_no_other(private_pool_limit, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", private_pool_limit)
+    monkeypatch.setattr(locate, "PRIVATE_POOL_LIMIT", private_pool_limit)
     spec = HashSpec(50, 11, 40, block_size=4, signed=True)
     ids = _ids(spec, 33).numpy()
     out = np.full((33, 11), np.nan, np.float32)
@@ -169,7 +170,7 @@ def test_repeats_give_the_same_bits():
 
 
 def test_owned_slices_give_the_same_bits_for_any_number_of_threads(monkeypatch):
-    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", 0)
+    monkeypatch.setattr(locate, "PRIVATE_POOL_LIMIT", 0)
     spec = HashSpec(10**6, 100, 5000, block_size=7)
     ids, upstream = _ids(spec, 500).numpy(), np.random.default_rng(0).random((500, 100), np.float32)
     pools = []
@@ -194,7 +195,8 @@ def test_several_threads_may_look_up_at_once():
 def test_torch_keeps_its_number_of_threads():
     code = (
         "import torch; torch.set_num_threads(1); from cemb import HashedEmbedding; "
-        "HashedEmbedding(9, 4, 20)(torch.tensor([1])); raise SystemExit(torch.get_num_threads() != 1)"
+        "HashedEmbedding(9, 4, pool_size=20)(torch.tensor([1])); "
+        "raise SystemExit(torch.get_num_threads() != 1)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -202,7 +204,7 @@ def test_torch_keeps_its_number_of_threads():
 def test_opcheck():
     spec = HashSpec(20, 5, 17, block_size=2, signed=True)
     pool, ids = _pool(spec).requires_grad_(), _ids(spec, 4)
-    table = [20, 5, 2, 0, 1, 0]
+    table = ops.encode(spec)
     torch.library.opcheck(torch.ops.cemb.hashed_lookup.default, (pool, ids, table))
     grad = torch.randn(4, 5, requires_grad=True)
     torch.library.opcheck(torch.ops.cemb.hashed_scatter.default, (grad, ids, 17, table))
@@ -250,7 +252,9 @@ def test_vector_scores_equal_the_reference(shape, p, dtype):
 def test_vector_scores_overwrite_every_value():
     vectors = np.random.default_rng(0).random((9, 2, 7), np.float32)
     out = np.full_like(vectors, np.nan)
-    cpu.pairs.vector_scores_backward(np.ones(9, np.float32), vectors, PairDropout(0.5), out)
+    slopes = np.ones(9, np.float32)
+    batch = Batch.of(np.empty((0, 2), np.int64), PairDropout(0.5), np.float32, slopes=slopes)
+    cpu.vectors.gradient(vectors, batch, out)
     assert not np.isnan(out).any()
 
 
@@ -309,7 +313,7 @@ def _exact(weight, pairs, spec, drop, upstream):
 @pytest.mark.parametrize("private_pool_limit", [0, 2**22])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *long(torch.bfloat16, torch.float16)])
 def test_pair_scores_are_close_to_float64(spec, p, private_pool_limit, dtype, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", private_pool_limit)
+    monkeypatch.setattr(locate, "PRIVATE_POOL_LIMIT", private_pool_limit)
     weight, pairs = _pool(spec, dtype).requires_grad_(), _ids(spec, 61, 2)
     upstream = torch.randn(61, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(4)
@@ -327,61 +331,55 @@ def test_pair_scores_are_close_to_float64(spec, p, private_pool_limit, dtype, mo
         assert ((ours - truth).abs() <= 2 * (theirs - truth).abs().max() + stored + 1e-5).all()
 
 
-@pytest.mark.parametrize("threads", [2, 3, 3000])
-@pytest.mark.parametrize("block_size", [7, 25])
-def test_sums_have_the_same_bits_for_any_number_of_threads(threads, block_size, monkeypatch):
+def _batch(pairs, dropout=0.1, slopes=None):
+    """A batch with slopes, by default normal ones."""
+    if slopes is None:
+        slopes = np.random.default_rng(0).standard_normal(len(pairs)).astype(np.float32)
+    return Batch.of(pairs, PairDropout(dropout), slopes.dtype, slopes=slopes)
+
+
+@pytest.mark.parametrize("number", [2, 3, 3000])
+@pytest.mark.parametrize("block_size", [1, 7, 25])
+def test_sums_have_the_same_bits_for_any_number_of_threads(number, block_size, monkeypatch):
+    monkeypatch.setattr(locate, "PRIVATE_POOL_LIMIT", 0)
     spec = HashSpec(1000, 100, 4000, block_size=block_size, signed=True)
-    weight, pairs = _pool(spec).numpy(), _ids(spec, 200, 2).numpy()
-    factors = np.random.default_rng(0).standard_normal(200).astype(np.float32)
-    batch = (pairs, cpu.dropout.draw(200, 100, PairDropout(0.1)), factors, spec, 5)
+    weight, batch = _pool(spec).numpy(), _batch(_ids(spec, 200, 2).numpy())
     found = []
-    for number in (1, threads):
-        monkeypatch.setattr(cpu.threads, "_set_threads", lambda number=number: number)
+    for threads_now in (1, number):
+        monkeypatch.setattr(cpu.threads, "_set_threads", lambda threads_now=threads_now: threads_now)
         dense, stepped = np.ones(4000, np.float32), weight.copy()
-        workspace = updates.add_pairs(dense, weight, *batch, None)
-        updates.update_pairs(stepped, (), rules.SGD(0.1), *batch, workspace)
+        updates.step([dense], rules.Add(), weight, batch, spec, 5, updates.plan(spec))
+        updates.step([stepped], rules.SGD(0.1), stepped, batch, spec, 5, updates.plan(spec))
         found.append((dense, stepped))
     np.testing.assert_array_equal(*found)
+    # Summed in private pools, which round otherwise.
+    private = np.ones(4000, np.float32)
+    updates.step([private], rules.Add(), weight, batch, spec, 5, "private")
+    np.testing.assert_allclose(found[0][0], private, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("block_size", [1, 7, 25])
-def test_owned_pair_gradients_have_the_same_bits_for_any_number_of_threads(threads, block_size, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "PRIVATE_POOL_LIMIT", 0)
-    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: threads)
-    spec = HashSpec(1000, 100, 4000, block_size=block_size, signed=True)
-    weight, pairs = _pool(spec).numpy(), _ids(spec, 200, 2).numpy()
-    grad = np.random.default_rng(0).standard_normal(200).astype(np.float32)
-    found, again, owned = np.zeros((3, 4000), np.float32)
-    batch = (weight, pairs, cpu.dropout.draw(200, 100, PairDropout(0.1)), grad, spec, 5, None)
-    updates.add_pairs(found, *batch)
-    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: 2)
-    cpu.pairs.pair_scores_backward(grad, weight, pairs, spec, 5, PairDropout(0.1), owned)
-    scaled = np.float32(PairDropout(0.1).scale)
-    np.testing.assert_allclose(found * scaled, owned, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: 1)
-    updates.add_pairs(again, *batch)
-    assert np.array_equal(found, again)
+IN_BLOCKS = [spec for spec in PAIR_SPECS if not spec.is_single]  # single values go to buckets
 
 
-@pytest.mark.parametrize("spec", [*PAIR_SPECS, HashSpec(50, 2500, 9000, block_size=1100)])
-def test_sums_of_all_blocks_are_the_gradient(spec):
+@pytest.mark.parametrize("spec", [*IN_BLOCKS, HashSpec(50, 2500, 9000, block_size=1100)])
+def test_sums_of_conflicting_blocks_are_the_gradient(spec):
     weight, pairs = _pool(spec), _ids(spec, 300, 2)
     upstream = torch.randn(300, generator=torch.Generator().manual_seed(2))
+    batch = _batch(pairs.numpy(), 0.0, upstream.numpy())
+    for memory in cpu.threads._scratch.__dict__.values():  # what is not written must not be used
+        memory.fill(np.nan if memory.dtype.kind == "f" else 123)
+    found, before = torch.full((spec.pool_size,), 3.0), weight.clone()
+    updates.step(
+        [found.numpy()], rules.Add(), weight.numpy(), batch, spec, _context_offset(spec), "conflicts"
+    )
+    assert torch.equal(weight, before)
     drop = PairDropout(0.0)
-    mask = cpu.dropout.draw(300, spec.embedding_dim, drop)
-    arguments = (weight.numpy(), pairs.numpy(), mask, upstream.numpy(), spec, _context_offset(spec))
-    workspace = conflicts.Workspace.of(300, spec, np.dtype(np.float32), 2)
-    workspace.terms[:] = np.nan  # what is not written must not be used
-    found = torch.full((spec.pool_size,), 3.0)
-    updates.add_pairs(found.numpy(), *arguments, workspace)
-    assert torch.equal(weight, _pool(spec))
     naive = _exact(weight, pairs, spec, drop, upstream)[1]
     exact = _exact(weight.double(), pairs, spec, drop, upstream)[1]
     assert (found - 3 - exact).abs().max() <= 2 * (naive - exact).abs().max() + 1e-5
 
 
-ALONE_SPECS = [
+CONFLICT_SPECS = [
     FullSpec(700, 12),
     HashSpec(10_000, 100, 400_000, block_size=25),
     HashSpec(10_000, 30, 100_000, block_size=8),
@@ -390,10 +388,23 @@ ALONE_SPECS = [
 ]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 3000])  # the last: with many borders of slices
-@pytest.mark.parametrize("spec", ALONE_SPECS, ids=lambda spec: f"{type(spec).__name__}-{spec.block_size}")
-def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: threads)
+def _stepped_workspace(spec, pairs, number, monkeypatch):
+    """The workspace after a step that moves nothing."""
+    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: number)
+    workspace = conflicts.Workspace.of(len(pairs), spec, np.dtype(np.float32), number)
+    for memory in (workspace.ranks, workspace.entries):
+        memory.fill(123)  # what an earlier step left
+    made = []
+    of = conflicts.Workspace.of
+    monkeypatch.setattr(conflicts.Workspace, "of", lambda *sizes: made.append(of(*sizes)) or made[-1])
+    weight, batch = _pool(spec).numpy(), _batch(pairs, 0.0, np.ones(len(pairs), np.float32))
+    updates.step([weight], rules.SGD(0.0), weight, batch, spec, 0, "conflicts")
+    return made[-1]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 3000])  # the last: with many borders of slices
+@pytest.mark.parametrize("spec", CONFLICT_SPECS, ids=lambda spec: f"{type(spec).__name__}-{spec.block_size}")
+def test_blocks_that_overlap_others_are_told_and_summed(spec, number, monkeypatch):
     pairs = _ids(spec, 150, 2).numpy()
     dense = np.zeros(spec.pool_size, np.int64)
     blocks, extents = {}, {}
@@ -405,11 +416,7 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
             first = blocks[i, side, b][0]
             extents[i, side, b] = slice(first, first + spec.block_size)
             dense[extents[i, side, b]] += 1
-    workspace = conflicts.Workspace.of(150, spec, np.dtype(np.float32), threads)
-    for memory in (workspace.ranks, workspace.entries):
-        memory.fill(123)  # what an earlier step left
-    mask, ones = cpu.dropout.draw(150, spec.embedding_dim, PairDropout(0.0)), np.ones(150, np.float32)
-    updates.update_pairs(_pool(spec).numpy(), (), rules.SGD(0.0), pairs, mask, ones, spec, 0, workspace)
+    workspace = _stepped_workspace(spec, pairs, number, monkeypatch)
     overlapping = {key for key, extent in extents.items() if (dense[extent] > 1).any()}
     assert {tuple(key) for key in np.argwhere(workspace.ranks != -1)} == overlapping
     ranks = workspace.ranks[workspace.ranks != -1]
@@ -421,7 +428,7 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
     block_bits = (spec.num_blocks - 1).bit_length()
     unit = spec.embedding_dim if isinstance(spec, FullSpec) else 1
     reached = {key: [] for key in overlapping}
-    for t in range(threads):
+    for t in range(number):
         for entry in workspace.keys[t, 0, : workspace.counts[t]].tolist():
             code = entry & 0xFFFFFFFF
             i, side, b = code >> (block_bits + 1), (code >> block_bits) & 1, code & ((1 << block_bits) - 1)
@@ -430,19 +437,15 @@ def test_blocks_that_overlap_others_are_told_and_summed(spec, threads, monkeypat
         assert all(any(place in own for own in slices) for place in blocks[key])
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
-def test_threads_share_the_sums_of_frequent_rows(threads, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "_set_threads", lambda: threads)
+@pytest.mark.parametrize("number", [2, 3, 8])
+def test_threads_share_the_sums_of_frequent_rows(number, monkeypatch):
     spec = FullSpec(10_000, 12)
     # Frequent words stand at one end of the table, frequent contexts at the other.
     pairs = np.random.default_rng(0).integers(100, size=(2**14, 2))
     pairs[:, 1] += spec.num_embeddings - 100
-    mask, ones = cpu.dropout.draw(2**14, spec.embedding_dim, PairDropout(0.0)), np.ones(2**14, np.float32)
-    workspace = updates.update_pairs(
-        _pool(spec).numpy(), (), rules.SGD(0.0), pairs, mask, ones, spec, 0, None
-    )
+    workspace = _stepped_workspace(spec, pairs, number, monkeypatch)
     assert workspace.counts.sum() == 2**15
-    assert workspace.counts.max() <= 1.2 * 2**15 / threads
+    assert workspace.counts.max() <= 1.2 * 2**15 / number
 
 
 _sort = njit(lambda keys, spare, count, bits, high: conflicts._sort(keys, spare, count, bits, high))
@@ -478,37 +481,22 @@ def test_overlaps_at_the_end_of_the_largest_pool_are_found(low):
     listed = np.array([(start << 32) | (i << 3) for i, start in enumerate(starts)], np.uint64)
     ranks, keys = np.full((6, 2, 4), -1, np.int32), np.zeros((1, 2, 7), np.uint64)
     cuts, counts = np.array([low, 2**32 - 1]), np.zeros(1, np.int64)
-    conflicts._sort_chunk(np.int64(0), listed, False, ranks, keys, cuts, counts, locate.Geometry.of(spec))
+    workspace = conflicts.Workspace(np.empty(0, np.float32), ranks, keys, listed, cuts, counts)
+    njit(lambda workspace, table: conflicts.sort_chunk(np.int64(0), workspace, table))(
+        workspace, locate.Geometry.of(spec)
+    )
     found = [(int(entry) >> 32) + max(low - 48, 0) for entry in keys[0, 0, : counts[0]]]
     assert found == [starts[i] for i in (1, 2, 4, 5)]
     assert ranks[:, 0, 0].tolist() == [-1, 0, 0, -1, 0, 0]
     assert (ranks >= 0).sum() == 4
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_scores_by_gathers_equal_the_specification(signed):
-    spec = HashSpec(1000, 37, 500, block_size=1, signed=signed)
-    weight, factors = _pool(spec, torch.float64).numpy(), np.arange(37.0)
-    score = njit(
-        lambda table, word, context: cpu.pairs._score_single(
-            weight, factors, table, locate.key_of(table, word), locate.key_of(table, context)
-        )
-    )
-    expected = 0.0
-    for column in range(37):
-        (place, sign), (other, other_sign) = (spec.locate(row, column) for row in (998, 3))
-        expected += factors[column] * sign * weight[place] * other_sign * weight[other]
-    assert score(locate.Geometry.of(spec), 998, 3) == pytest.approx(expected)
-
-
 def test_pair_gradients_stay_inside_the_pool():
     spec = HashSpec(50, 11, 40, block_size=4, signed=True)
-    pairs = _ids(spec, 33, 2).numpy()
+    weight, batch = _pool(spec).numpy(), _batch(_ids(spec, 33, 2).numpy(), 0.1, np.ones(33, np.float32))
     padded = np.full(60, np.nan, np.float32)
     padded[10:50] = 0
-    cpu.pairs.pair_scores_backward(
-        np.ones(33, np.float32), _pool(spec).numpy(), pairs, spec, 9, PairDropout(0.1), padded[10:50]
-    )
+    updates.step([padded[10:50]], rules.Add(), weight, batch, spec, 9, updates.plan(spec))
     assert np.isnan(padded[:10]).all()
     assert np.isnan(padded[50:]).all()
     assert not np.isnan(padded[10:50]).any()
@@ -524,7 +512,7 @@ def test_pair_scores_gradcheck(block_size):
         return ops.pair_scores(weight, pairs, spec, context_offset=20, dropout=0.3)
 
     assert torch.autograd.gradcheck(seeded, pool)
-    arguments = (pool.detach(), pairs, [20, 5, block_size, 0, 1, 0], 20, 0.3, torch.tensor(7))
+    arguments = (pool.detach(), pairs, ops.encode(spec), 20, 0.3, torch.tensor(7))
     torch.library.opcheck(torch.ops.cemb.pair_scores.default, arguments)
     grad = torch.randn(6, dtype=torch.float64)
     torch.library.opcheck(torch.ops.cemb.pair_scores_backward.default, (grad, *arguments))
@@ -582,7 +570,9 @@ def test_kernels_compiled_from_earlier_sources_are_discarded(tmp_path):
 def test_what_kernels_inline_is_looked_at():
     """Modules of cemb that those with kernels import, of which a kernel may inline a function."""
     package = records.PACKAGE
-    with_kernels = [path for path in package.rglob("*.py") if re.search("njit|@intrinsic", path.read_text())]
+    with_kernels = [
+        path for path in package.rglob("*.py") if re.search("njit|@jit|@intrinsic", path.read_text())
+    ]
     assert {path.parent for path in with_kernels} == set(kernels.FOLDERS)
     inlined = {
         package / folder.replace(".", "/") / f"{name.split(' as ')[0].strip()}.py"

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
-from cemb.kernels.cpu.simd import FASTMATH, prefetch_segment
-from cemb.kernels.cpu.threads import launch
+from cemb.kernels.cpu.simd import prefetch_segment
+from cemb.kernels.cpu.threads import FASTMATH, launch
 
 _ROW = 100  # values, 400 bytes
 _REPEATS = 7

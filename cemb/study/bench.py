@@ -27,28 +27,23 @@ _THP = "THP_MEM_ALLOC_ENABLE"
 def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes: Any) -> list[speed.SpeedCase]:
     """All that is measured with an optimizer: torch's full tables, rivals, ours, and the hashed ones."""
     full = speed.SpeedCase("full", optimizer, ids=ids, device=device, **sizes)
-    found = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
+    fused = replace(full, table="full-fused", one_pass=None)
+    found = [full, replace(full, sparse_gradients=True), fused]
     if device == "cpu":
         for table in ("full-fused-rowwise", "full-fbgemm", "full-fbgemm-rowwise"):
             if rivals.available(table, optimizer):
-                found.append(replace(full, table=table))
+                found.append(replace(full, table=table, one_pass=None))
     block = BLOCK if device == "cpu" else GPU_BLOCK
     for pool_size in (SMALL, LARGE):
-        hashed = replace(full, table="hashed", pool_size=pool_size)
+        hashed = replace(full, table="hashed", pool_size=pool_size, one_pass=None)
         found += [hashed, replace(hashed, block_size=block)]
         if rivals.available("hashed-compiled", optimizer) and (pool_size == SMALL or optimizer == "sgd"):
-            found.append(replace(hashed, table="hashed-compiled"))
+            found.append(replace(hashed, table="hashed-compiled", one_pass=None))
     small = replace(full, table="hashed", pool_size=SMALL, block_size=block)
     found.append(replace(small, num_embeddings=HUGE_TABLE))
-    return [*found, *(replace(case, one_pass=True) for case in found if _has_one_pass(case))]
-
-
-def _has_one_pass(case: speed.SpeedCase) -> bool:
-    """Whether a step in one pass is another than the usual one: single values of a large pool have none."""
-    is_single = case.table == "hashed" and case.block_size == 1
-    return case.device == "cpu" and (
-        case.table == "full-fused" or (case.table == "hashed" and not (is_single and case.has_sparse_updates))
-    )
+    # Small pools train either way.
+    either = [case for case in found if device == "cpu" and case.table == "hashed" and not case.one_pass]
+    return [*found, *(replace(case, one_pass=True) for case in either)]
 
 
 def _serve(connection: Any) -> None:
@@ -58,15 +53,7 @@ def _serve(connection: Any) -> None:
     while True:
         command, *arguments = connection.recv()
         if command == "build":
-            steps = {}
-            for case in arguments[0]:
-                # Pools as large as tables are built once.
-                tables = (
-                    steps[replace(case, one_pass=False)]
-                    if case.one_pass and case.has_sparse_updates
-                    else None
-                )
-                steps[case] = speed.Timed(case, tables)
+            steps = {case: speed.Timed(case) for case in arguments[0]}
             for step in steps.values():
                 for _ in range(2):
                     step(timing.Clock(step.case.device))

@@ -13,7 +13,7 @@ from cemb.train.objective import AllCellsLoss
 def precompile() -> None:
     """Compile the kernels of training steps, where they are not yet, by using each on small tables."""
     for optimizer in OPTIMIZERS:
-        for pool_size in (1000, cpu.threads.PRIVATE_POOL_LIMIT + 1):
+        for pool_size in (1000, cpu.locate.PRIVATE_POOL_LIMIT + 1):
             small = Task(embedding_dim=32, batch_size=64)
             for case in Comparison(small, optimizer, pool_size, num_embeddings=100, eager=False).cases:
                 Timed(case)(Clock())

@@ -358,7 +358,6 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
             optimizer=case.optimizer,
             learning_rate=learning_rate,
             num_epochs=case.num_epochs,
-            sparse_updates=case.table == "full-fused",
         )
 
     asked = case.learning_rate

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from cemb import ops, optim, reference
 from cemb.hashing import HashSpec, PairDropout
+from cemb.memory import advise_huge_pages
+from cemb.model import PairModel
 from cemb.tables import FusedFullEmbedding
-from cemb.touched import advise_huge_pages
 from cemb.train.loops import make_optimizer
 
 # Names of tables, with the backend of their records.
@@ -45,7 +46,7 @@ def available(table: str, optimizer: str) -> bool:
     return optimizer == "adagrad" or (optimizer == "sgd" and table == "full-fbgemm")
 
 
-def build(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:
+def build(case: Any, learning_rate: float) -> tuple[Any, Any, int]:
     """Scores of pairs as a callable, its optimizer and number of parameters; of a `SpeedCase`.
 
     Raises ValueError where the rival does not exist.
@@ -55,16 +56,17 @@ def build(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], 
             f"{case.table} with {case.optimizer} cannot be measured here: fbgemm needs `make peers` and has "
             "SGD and Adagrad, torch.compile needs g++, row-wise tables have Adagrad"
         )
-    builders = {"hashed-compiled": _compiled, "full-fused-rowwise": _fused_rowwise}
-    return builders.get(case.table, _fbgemm)(case, learning_rate)
+    builders: dict[str, Any] = {"hashed-compiled": _compiled, "full-fused-rowwise": _fused_rowwise}
+    score, optimizer, num_parameters = builders.get(case.table, _fbgemm)(case, learning_rate)
+    return score, optimizer, num_parameters
 
 
-def _fused_rowwise(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:
+def _fused_rowwise(case: Any, learning_rate: float) -> tuple[Any, Any, int]:
     table = FusedFullEmbedding(case.num_embeddings, case.embedding_dim, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         advise_huge_pages(table.weight).uniform_(-0.1, 0.1)
     optimizer = optim.RowwiseAdagrad(table.parameters(), learning_rate)
-    return lambda pairs: table.pair_scores(pairs, table, case.dropout), optimizer, table.weight.numel()
+    return PairModel(table, dropout=case.dropout), optimizer, table.weight.numel()
 
 
 def _compiled(case: Any, learning_rate: float) -> tuple[Callable[[Tensor], Tensor], Any, int]:

@@ -8,8 +8,8 @@ from cemb.study.sizes import COPIES, GPU_BLOCK, SMALL
 def floor_ms(record: dict[str, Any], bandwidths: dict[str, float]) -> float | None:
     """The least time this machine's memory allows a step, by what the algorithm cannot but read and write.
 
-    Full tables with sparse or touched gradients: the rows of the batch come from memory once and go back
-    once, as do the optimizer's states of them; rows' single states are left out. Dense ones: moreover
+    Full tables with sparse gradients or explicit steps: the rows of the batch come from memory once and go
+    back once, as do the optimizer's states of them; rows' single states are left out. Dense ones: moreover
     the gradient is written and read, weights and states read and written, all in order. Hashed tables: in
     a large pool as full ones, by the cache lines of blocks, or, if that is less, lines come from memory
     once and the step goes through pool and states in order; in a small pool each line is read from cache

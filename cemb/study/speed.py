@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from cemb import ops
+from cemb import ops, optim
+from cemb.hashing import FullSpec, HashSpec, Spec
 from cemb.kernels import cpu
+from cemb.memory import advise_huge_pages
 from cemb.model import TABLES, build_model
 from cemb.study import records, rivals, sizes, timing
-from cemb.touched import advise_huge_pages
 from cemb.train.loops import ADAM_BETAS, OPTIMIZERS, make_optimizer
 from cemb.train.losses import mse_loss
 
@@ -67,9 +68,9 @@ class SpeedCase(Task):
     """Consecutive columns that read consecutive values of the pool."""
     sparse_gradients: bool = False
     """Of torch's full table, only the rows of a batch have gradients, and Adam is lazy."""
-    one_pass: bool = False
-    """Scores, loss, gradient and update in one call, `cemb.optim.Touched.squared_error_step`, whose time is
-    that of the phase step; of our tables on the CPU."""
+    one_pass: bool | None = None
+    """Scores, loss, gradient and update in one call, `cemb.optim.PairStepOptimizer.pair_step`, whose time is
+    that of the phase step; of our tables on the CPU. By default where `cemb.optim.plan` says so."""
     num_embeddings: int = sizes.ROWS
     """Rows of the table."""
 
@@ -85,14 +86,17 @@ class SpeedCase(Task):
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} was asked for, and torch sees no CUDA device")
-        if self.one_pass and (self.table not in ("full-fused", "hashed") or self.device != "cpu"):
+        for name in ("num_embeddings", "embedding_dim", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        has_one_pass = self.table in ("full-fused", "full-fused-rowwise", "hashed") and self.device == "cpu"
+        if self.one_pass and not has_one_pass:
             raise ValueError(
                 "a step in one pass is for the tables full-fused and hashed on the CPU, got "
                 f"{self.table!r} on {self.device!r}"
             )
-        for name in ("num_embeddings", "embedding_dim", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.one_pass is None:
+            object.__setattr__(self, "one_pass", has_one_pass and self.plan.way == "pair_step")
 
     @property
     def label(self) -> str:
@@ -105,12 +109,13 @@ class SpeedCase(Task):
         return f"{name}, one pass" if self.one_pass else name
 
     @property
-    def has_sparse_updates(self) -> bool:
-        """Whether `cemb.optim` updates the table: ours where visiting all of it would take most of a step."""
-        if self.device != "cpu":
-            return False
-        is_large = self.pool_size is not None and self.pool_size > cpu.threads.PRIVATE_POOL_LIMIT
-        return self.table.startswith("full-fused") or (self.table == "hashed" and is_large)
+    def plan(self) -> optim.Plan:
+        """How the table is trained."""
+        rows, dim = self.num_embeddings, self.embedding_dim
+        spec: Spec = FullSpec(rows, dim)
+        if self.pool_size is not None:
+            spec = HashSpec(rows, dim, self.pool_size, self.block_size)
+        return optim.plan(spec, self.device)
 
 
 def _ids(case: SpeedCase, generator: torch.Generator) -> torch.Tensor:
@@ -135,24 +140,16 @@ def _batches(case: SpeedCase) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class Timed:
-    """A case made ready to be timed: its model, optimizer and batches. Call it with a `measure.Clock`.
-
-    Its tables may be those of the same case without `one_pass`, to save memory.
-    """
+    """A case made ready to be timed: its model, optimizer and batches. Call it with a `measure.Clock`."""
 
     num_parameters: int
     _score: Any
     _optimizer: Any
 
-    def __init__(self, case: SpeedCase, tables: "Timed | None" = None):
+    def __init__(self, case: SpeedCase):
         self.case = case
         self._batches = _batches(case)
         self._calls = 0
-        if tables is not None:
-            assert tables.case == replace(case, one_pass=False)
-            self._score, self._optimizer = tables._score, tables._optimizer
-            self.num_parameters = tables.num_parameters
-            return
         torch.manual_seed(0)
         rate = LEARNING_RATES[case.optimizer]
         if case.table in rivals.NAMES:
@@ -181,8 +178,8 @@ class Timed:
             model.parameters(),
             rate,
             sparse_gradients=case.sparse_gradients,
-            sparse_updates=case.has_sparse_updates,
-            one_pass=case.one_pass,
+            pair_steps=bool(case.one_pass),
+            lazy=case.plan.way == "pair_step",
         )
 
     def __call__(self, clock: timing.Clock) -> None:
@@ -190,11 +187,11 @@ class Timed:
         self._calls += 1
         if self.case.one_pass:
             with clock.phase("step"):
-                self._score.squared_error_step(self._optimizer, pairs, values)
+                self._score.pair_step(self._optimizer, pairs, mse_loss(values))
             return
         with clock.phase("forward"):
             scores = self._score(pairs)
-        loss = mse_loss(scores, values)
+        loss = mse_loss(values)(scores)
         with clock.phase("gradient"):
             loss.backward()
         with clock.phase("step"):
@@ -212,7 +209,7 @@ class Timed:
         pairs, values = (tensor.clone() for tensor in self._batches[0])
 
         def step() -> None:
-            mse_loss(self._score(pairs), values).backward()
+            mse_loss(values)(self._score(pairs)).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
 
@@ -251,7 +248,6 @@ class Timed:
             "label": case.label,
             **asdict(case),
             "backend": self.backend,
-            "touched_only": case.has_sparse_updates,
             "learning_rate": LEARNING_RATES[case.optimizer],
             "adam_betas": ADAM_BETAS if case.optimizer == "adam" else None,
             **options,
@@ -325,10 +321,11 @@ class Comparison(SpeedStudy):
     def cases(self) -> list[SpeedCase]:
         common = {**asdict(self.task), "num_embeddings": self.num_embeddings}
         full = SpeedCase("full", self.optimizer, **common)
-        found = [full, replace(full, sparse_gradients=True), replace(full, table="full-fused")]
+        fused = replace(full, table="full-fused", one_pass=None)
+        found = [full, replace(full, sparse_gradients=True), fused]
         hashed = SpeedCase("hashed", self.optimizer, self.pool_size, **common)
         found += [replace(hashed, block_size=block) for block in self.block_sizes]
-        return [*found, replace(hashed, table="hashed-reference")] if self.eager else found
+        return [*found, replace(hashed, table="hashed-reference", one_pass=None)] if self.eager else found
 
 
 @dataclass(frozen=True)
@@ -345,7 +342,7 @@ class Growth(SpeedStudy):
     @property
     def cases(self) -> list[SpeedCase]:
         full = SpeedCase("full-fused", self.optimizer, **asdict(self.task))
-        hashed = replace(full, table="hashed", pool_size=self.pool_size)
+        hashed = replace(full, table="hashed", pool_size=self.pool_size, one_pass=None)
         return [
             *(replace(full, num_embeddings=n) for n in self.full_rows),
             *(replace(hashed, block_size=b, num_embeddings=n) for b in self.block_sizes for n in self.rows),

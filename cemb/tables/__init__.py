@@ -7,6 +7,7 @@ any shape to ``[*ids.shape, embedding_dim]``. All its parameters and buffers are
 a number of bytes allows.
 """
 
+import itertools
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from cemb.tables.checks import num_bytes
 from cemb.tables.clustered import ClusteredEmbedding
 from cemb.tables.full import FullEmbedding, FusedFullEmbedding
-from cemb.tables.hashed import HashedEmbedding, ReferenceHashedEmbedding
+from cemb.tables.hashed import HashedEmbedding, HashedEmbeddingBag, ReferenceHashedEmbedding
 from cemb.tables.hybrid import HybridEmbedding
 from cemb.tables.lowrank import LowRankEmbedding
 from cemb.tables.mixed import MixedDimensionEmbedding
@@ -29,6 +30,7 @@ __all__ = [
     "FullEmbedding",
     "FusedFullEmbedding",
     "HashedEmbedding",
+    "HashedEmbeddingBag",
     "HybridEmbedding",
     "LowRankEmbedding",
     "MixedDimensionEmbedding",
@@ -46,5 +48,6 @@ __all__ = [
 @torch.no_grad()
 def all_rows(table: nn.Module) -> Tensor:
     """The vectors of a table, float32 ``[num_embeddings, embedding_dim]``."""
-    rows: Tensor = table(torch.arange(cast(int, table.num_embeddings)))
+    tensor = next(itertools.chain(table.parameters(), table.buffers()))
+    rows: Tensor = table(torch.arange(cast(int, table.num_embeddings), device=tensor.device))
     return rows.float()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from cemb import ops
 from cemb.hashing import FullSpec
-from cemb.touched import advise_huge_pages
+from cemb.memory import advise_huge_pages
 
 
 class FullEmbedding(nn.Embedding):

@@ -34,7 +34,7 @@ class HybridEmbedding(TieredEmbedding):
         hashed = HashedEmbedding(
             num_embeddings - num_exact,
             embedding_dim,
-            pool_size,
+            pool_size=pool_size,
             block_size=block_size,
             hash_seed=hash_seed,
             signed=signed,

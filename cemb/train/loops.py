@@ -31,22 +31,21 @@ def make_optimizer(
     learning_rate: float,
     *,
     sparse_gradients: bool = False,
-    sparse_updates: bool = False,
-    one_pass: bool = False,
+    pair_steps: bool = False,
+    lazy: bool = False,
     betas: tuple[float, float] = ADAM_BETAS,
 ) -> torch.optim.Optimizer:
-    """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s.
+    """SGD, Adagrad or Adam: torch's, fused or over sparse gradients, or `cemb.optim`'s for `pair_steps`.
 
-    These are for `sparse_updates` of what a batch reads from large pools and tables, and for steps in
-    `one_pass`. Over `sparse_gradients` (of torch's full tables) and in sparse updates Adam is lazy: values
-    that a batch does not read keep their moments and do not move. `betas` are Adam's.
+    Over `sparse_gradients` (of torch's full tables) Adam is lazy, and for pair steps if `lazy`: values that a
+    batch does not read keep their moments and do not move. `betas` are Adam's.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     parameters = list(parameters)
-    if sparse_updates or one_pass:
+    if pair_steps:
         if name == "adam":
-            return (optim.LazyAdam if sparse_updates else optim.Adam)(parameters, learning_rate, betas)
+            return (optim.LazyAdam if lazy else optim.Adam)(parameters, learning_rate, betas)
         return (optim.SGD if name == "sgd" else optim.Adagrad)(parameters, learning_rate)
     if sparse_gradients:
         # torch's default; unless it is set, some optimizers warn of it at their first step.
@@ -195,22 +194,21 @@ def _lbfgs(model: PairModel, learning_rate: float, num_steps: int) -> torch.opti
 def train_mini_batches(
     model: PairModel,
     batches: PairBatches | Sequence[tuple[Tensor, ...]],
-    loss_function: Callable[..., Tensor],
+    loss_function: Callable[..., optim.SquaredError],
     *,
     optimizer: str,
     learning_rate: float,
     num_epochs: int,
     reports_per_epoch: int = 4,
     sparse_gradients: bool = False,
-    sparse_updates: bool = False,
 ) -> list[dict[str, float]]:
-    """Train on batches of pairs.
+    """Train on batches of pairs, by explicit steps of `cemb.optim` where the model has them.
 
     Args:
-        batches: pairs, targets and what else `loss_function` takes after the scores; iterated once an epoch.
+        batches: pairs, targets and what else `loss_function` takes; iterated once an epoch.
+        loss_function: of `cemb.train.losses`.
         reports_per_epoch: entries of the history an epoch.
         sparse_gradients: the model's full tables have them.
-        sparse_updates: an optimizer of `cemb.optim` makes them.
 
     Returns:
         ``{"step", "epoch", "loss", "seconds"}`` for each report: steps and epochs done, the latter in
@@ -222,12 +220,14 @@ def train_mini_batches(
 
     Tables that recluster do so after each report but the last.
     """
+    pair_steps = model.has_pair_step and next(model.parameters()).device.type == "cpu"
     step_of = make_optimizer(
         optimizer,
         model.parameters(),
         learning_rate,
         sparse_gradients=sparse_gradients,
-        sparse_updates=sparse_updates,
+        pair_steps=pair_steps,
+        lazy=pair_steps and optim.plan(model.word_table.spec).way == "pair_step",
         betas=MINI_BATCH_ADAM_BETAS,
     )
     start = time.perf_counter()
@@ -243,13 +243,18 @@ def train_mini_batches(
         for _ in range(num_epochs):
             for pairs, *labels in batches:
                 _decay(step_of, learning_rate, step / total)
-                loss = loss_function(model(pairs), *labels)
+                wanted = loss_function(*labels)
+                if isinstance(step_of, optim.PairStepOptimizer):
+                    loss = model.pair_step(step_of, pairs, wanted)
+                else:
+                    loss = wanted(model(pairs))
+                    loss.backward()
                 losses.append(loss.item())
                 first_loss = losses[0] if first_loss is None else first_loss
                 _check(losses[-1], first_loss, step, learning_rate)
-                loss.backward()
-                step_of.step()
-                step_of.zero_grad()
+                if not isinstance(step_of, optim.PairStepOptimizer):
+                    step_of.step()
+                    step_of.zero_grad()
                 step += 1
                 if step % report_every == 0 or step == total:
                     epoch = step / len(batches)

@@ -427,7 +427,7 @@ def test_the_exact_loss_is_that_of_the_cpu():
 @needs_gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler's modules
 def test_hashed_embedding_compiles_whole():
-    table = HashedEmbedding(1000, 20, 500, block_size=4, device="cuda")
+    table = HashedEmbedding(1000, 20, pool_size=500, block_size=4, device="cuda")
     ids = torch.randint(1000, (70,), device="cuda")
     compiled = torch.compile(table, fullgraph=True)
     assert torch.equal(compiled(ids), table(ids))
@@ -490,7 +490,8 @@ def test_a_captured_step_trains(optimizer):
 @pytest.mark.parametrize("call", ["table(ids)", "table.pair_scores(ids.view(1, 2), table, 0.1)"])
 def test_ids_out_of_range_trip_a_device_assert(call):
     code = (
-        "import torch; from cemb import HashedEmbedding; table = HashedEmbedding(10, 4, 20, device='cuda'); "
+        "import torch; from cemb import HashedEmbedding; "
+        "table = HashedEmbedding(10, 4, pool_size=20, device='cuda'); "
         f"ids = torch.tensor([3, 10], device='cuda'); {call}; torch.cuda.synchronize()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

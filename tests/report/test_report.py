@@ -254,7 +254,6 @@ def _bench_record(table, middle, **fields):
         "embedding_dim": 100,
         "batch_size": 100,
         "sparse_gradients": False,
-        "touched_only": True,
         "pool_size": None,
         "block_size": 1,
         "thp_mem_alloc_enable": "0",

@@ -237,34 +237,27 @@ def test_a_small_benchmark_runs(monkeypatch):
     large = [f"hashed, pool 256, block {block}, one pass" for block in (1, 4)]
     assert sorted(labels) == sorted(["full-fused, one pass", *small, *large])
     (record,) = (r for r in speeds if r["label"] == labels[0] and r["thp_mem_alloc_enable"] == "0")
-    assert (record["total_ms"], record["backend"], record["touched_only"]) == (
-        record["step_ms"],
-        "numba",
-        True,
-    )
+    assert (record["total_ms"], record["backend"]) == (record["step_ms"], "numba")
 
 
-def test_large_pools_in_blocks_and_full_tables_have_a_step_in_one_pass():
-    def found(optimizer, **options):
-        return [c for c in bench.cases(optimizer, **options) if c.one_pass]
-
-    assert [(c.table, c.pool_size, c.block_size) for c in found("adam")] == [
-        ("full-fused", None, 1),
-        ("hashed", sizes.SMALL, 1),
-        ("hashed", sizes.SMALL, sizes.BLOCK),
-        ("hashed", sizes.LARGE, sizes.BLOCK),
-        ("hashed", sizes.SMALL, sizes.BLOCK),
-    ]
+def test_large_pools_and_full_tables_have_a_step_in_one_pass_alone_and_small_pools_both():
+    found = [(c.table, c.pool_size, c.block_size, c.one_pass) for c in bench.cases("adam") if c.label]
+    ours = [case for case in found if case[0] in ("full-fused", "hashed")]
+    small = [("hashed", sizes.SMALL, block) for block in (1, sizes.BLOCK, sizes.BLOCK)]
+    large = [("hashed", sizes.LARGE, block, True) for block in (1, sizes.BLOCK)]
+    both = [(*case, one_pass) for case in small for one_pass in (False, True)]
+    assert sorted(ours, key=str) == sorted([("full-fused", None, 1, True), *large, *both], key=str)
+    assert not any(case.one_pass for case in bench.cases("sgd", device="meta"))
 
 
-def test_a_step_in_one_pass_trains_the_tables_of_the_usual_one():
-    case = speed.SpeedCase("full-fused", "sgd", **SIZES)
-    usual = speed.Timed(case)
-    weight = usual._score.word_table.weight
-    one_pass = speed.Timed(dataclasses.replace(case, one_pass=True), usual)
+@pytest.mark.parametrize("table", ["full-fused", "full-fused-rowwise", "hashed"])
+def test_a_step_in_one_pass_has_one_phase(table):
+    case = speed.SpeedCase(table, "adagrad", one_pass=True, **SIZES)
+    step = speed.Timed(case)
+    weight = step._score.word_table.weight
     before = weight.detach().clone()
     clock = timing.Clock()
-    one_pass(clock)
+    step(clock)
     assert set(clock.phases_ms) == {"step"}
     assert not torch.equal(weight, before)
     for table, device in (("full", "cpu"), ("hashed-reference", "cpu")):

@@ -10,8 +10,8 @@ from cemb.tables import ReferenceHashedEmbedding
     "make",
     [
         lambda: FullEmbedding(63, 100),
-        lambda: HashedEmbedding(63, 100, 500, block_size=7),
-        lambda: ReferenceHashedEmbedding(63, 100, 500, signed=True),
+        lambda: HashedEmbedding(63, 100, pool_size=500, block_size=7),
+        lambda: ReferenceHashedEmbedding(63, 100, pool_size=500, signed=True),
     ],
 )
 def test_a_table_is_an_embedding(make):
@@ -32,26 +32,28 @@ def test_a_table_is_an_embedding(make):
     assert torch.equal(other(ids), out)
 
 
-def test_state_holds_the_pool_alone():
-    assert list(HashedEmbedding(63, 100, 500).state_dict()) == ["weight"]
+def test_state_holds_the_pool_and_what_it_is_hashed_by():
+    state = HashedEmbedding(63, 100, pool_size=500, hash_seed=7, signed=True).state_dict()
+    assert list(state) == ["weight", "_extra_state"]
+    assert state["_extra_state"].tolist() == [1, 63, 100, 500, 1, 7, 1, 0]
 
 
 def test_compression_ratio():
-    table = HashedEmbedding(1000, 100, 500)
+    table = HashedEmbedding(1000, 100, pool_size=500)
     assert table.compression_ratio == 200
     with pytest.raises(AttributeError):
         table.compression_ratio = 3
 
 
 def test_extra_repr_names_what_differs_from_the_default():
-    assert repr(HashedEmbedding(63, 100, 500)) == "HashedEmbedding(63, 100, pool_size=500)"
-    table = HashedEmbedding(63, 100, 500, block_size=4, signed=True, table_offset=9, hash_seed=2)
+    assert repr(HashedEmbedding(63, 100, pool_size=500)) == "HashedEmbedding(63, 100, pool_size=500)"
+    table = HashedEmbedding(63, 100, pool_size=500, block_size=4, signed=True, table_offset=9, hash_seed=2)
     expected = "63, 100, pool_size=500, block_size=4, hash_seed=2, signed=True, table_offset=9"
     assert table.extra_repr() == expected
 
 
 def test_a_shared_pool_collects_both_gradients_and_offsets_keep_tables_apart():
-    words = HashedEmbedding(1000, 16, 4000)
+    words = HashedEmbedding(1000, 16, pool_size=4000)
     contexts = HashedEmbedding(1000, 16, weight=words.weight, table_offset=1000)
     same = HashedEmbedding(1000, 16, weight=words.weight)
     ids = torch.arange(50)
@@ -63,18 +65,23 @@ def test_a_shared_pool_collects_both_gradients_and_offsets_keep_tables_apart():
 
 
 def test_a_table_of_a_billion_rows_costs_its_pool():
-    table = HashedEmbedding(10**9, 100, 1000, block_size=25)
+    table = HashedEmbedding(10**9, 100, pool_size=1000, block_size=25)
     assert not torch.equal(table(torch.tensor(10**9 - 1)), table(torch.tensor(10**9 - 1 - 2**28)))
 
 
 def test_dtype_and_device():
-    assert HashedEmbedding(10, 4, 8, dtype=torch.bfloat16)(torch.tensor([1])).dtype == torch.bfloat16
-    assert HashedEmbedding(10, 4, 8).double()(torch.tensor([1])).dtype == torch.float64
-    assert HashedEmbedding(10, 4, 8, device="meta")(torch.tensor([1], device="meta")).shape == (1, 4)
+    assert (
+        HashedEmbedding(10, 4, pool_size=8, dtype=torch.bfloat16)(torch.tensor([1])).dtype == torch.bfloat16
+    )
+    assert HashedEmbedding(10, 4, pool_size=8).double()(torch.tensor([1])).dtype == torch.float64
+    assert HashedEmbedding(10, 4, pool_size=8, device="meta")(torch.tensor([1], device="meta")).shape == (
+        1,
+        4,
+    )
 
 
 def test_compiles_without_graph_breaks():
-    table = HashedEmbedding(63, 100, 500, block_size=7, signed=True)
+    table = HashedEmbedding(63, 100, pool_size=500, block_size=7, signed=True)
     ids = torch.tensor([1, 5, 62])
     compiled = torch.compile(table, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), table(ids))
@@ -85,7 +92,7 @@ def test_compiles_without_graph_breaks():
 
 
 def test_gradients_accumulate():
-    table = HashedEmbedding(63, 8, 50)
+    table = HashedEmbedding(63, 8, pool_size=50)
     for ids in ([1, 2], [3]):
         table(torch.tensor(ids)).sum().backward()
     assert table.weight.grad.sum() == 3 * 8
@@ -94,7 +101,7 @@ def test_gradients_accumulate():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give pool_size, or an existing pool"),
+        ({}, "give one of pool_size, compression_ratio, and an existing pool as weight, got none"),
         ({"weight": torch.zeros(5)}, "must be a 1-dimensional Parameter, got Tensor"),
         ({"weight": nn.Parameter(torch.zeros(5, 2))}, r"Parameter of shape \[5, 2\]"),
         (

@@ -222,7 +222,7 @@ def test_weighted_batches_of_all_cells_have_the_loss_of_all_cells(random_matrix)
     ((pairs, values, weights),) = batches
     scores = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     dense = (scores - torch.from_numpy(random_matrix.toarray())).square().sum() / num_words
-    loss = all_cells_loss(scores[tuple(pairs.T)], values, weights)
+    loss = all_cells_loss(values, weights)(scores[tuple(pairs.T)])
     assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
     hits = values[stored:] != 0
     assert hits.sum() == stored
@@ -245,7 +245,7 @@ def test_weighted_batches_expect_the_loss_of_all_cells(negative_share, is_unifor
         seed=1,
     )
     losses = np.array(
-        [[all_cells_loss(scores[tuple(p.T)], v, w).item() for p, v, w in batches] for _ in range(600)]
+        [[all_cells_loss(v, w)(scores[tuple(p.T)]).item() for p, v, w in batches] for _ in range(600)]
     )
     assert losses.shape == (600, len(batches))
     # Each batch of an epoch by itself, also the last, which is smaller.

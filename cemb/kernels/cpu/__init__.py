@@ -1,25 +1,14 @@
 """The CPU's kernels, in Numba: cached on disk, launched on as many threads as torch uses.
 
-Kernels and what they inline take arrays and numbers only; the functions below them without an underscore,
-which take a `cemb.hashing.Spec`, are for the library.
+Kernels and what they inline take arrays, numbers and structs of them; the functions that take a
+`cemb.hashing.Spec` are for the library.
 """
 
-from cemb.kernels.cpu import (
-    buckets,
-    conflicts,
-    dropout,
-    lookup,
-    pairs,
-    rules,
-    sparse_product,
-    threads,
-    updates,
-)
+from cemb.kernels.cpu import locate, lookup, pairs, rules, sparse_product, threads, updates, vectors
+from cemb.kernels.cpu.threads import release_memory
 
 __all__ = [
-    "buckets",
-    "conflicts",
-    "dropout",
+    "locate",
     "lookup",
     "pairs",
     "release_memory",
@@ -27,10 +16,5 @@ __all__ = [
     "sparse_product",
     "threads",
     "updates",
+    "vectors",
 ]
-
-
-def release_memory() -> None:
-    """Free the workspaces that are kept from call to call."""
-    threads.release_memory()
-    dropout.release_memory()

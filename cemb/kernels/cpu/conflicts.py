@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
 
 from cemb.hashing import Spec
 from cemb.kernels.cpu.locate import S32, TILE, find_tile, row_of, tile_workspace
+from cemb.kernels.cpu.threads import inlined, jit, scratch
 
 _SAMPLES = 256  # blocks per thread whose starts decide where slices are cut
 
 
 class Workspace(NamedTuple):
-    """Workspace for the blocks of a batch, kept from step to step. Pages never written take no memory.
+    """Workspace for the blocks of a batch.
 
     Thread t has the slice of the pool from ``cuts[t]`` to ``cuts[t + 1]``, in units: values, or rows of a
     full table. It sums the conflicting blocks ``keys[t, 0, :counts[t]]``, sorted. The upper 32 bits of an
@@ -37,37 +37,21 @@ class Workspace(NamedTuple):
 
     @classmethod
     def of(cls, num_pairs: int, spec: Spec, dtype: np.dtype[Any], num_threads: int) -> "Workspace":
+        """In scratch memory. Raises ValueError for more pairs than 31 bits number the blocks of."""
+        if (2 * num_pairs) << (spec.num_blocks - 1).bit_length() > 2**31:
+            raise ValueError(f"{num_pairs} pairs of {spec.num_blocks} blocks are too many for one gradient")
         blocks = 2 * num_pairs * spec.num_blocks
         return cls(
-            np.empty(blocks * spec.block_size, dtype),
-            np.empty((num_pairs, 2, spec.num_blocks), np.int32),
-            np.empty((num_threads, 2, blocks), np.uint64),
-            np.empty(blocks, np.uint64),
+            scratch("terms", (blocks * spec.block_size,), dtype),
+            scratch("ranks", (num_pairs, 2, spec.num_blocks), np.int32),
+            scratch("keys", (num_threads, 2, blocks), np.uint64),
+            scratch("entries", (blocks,), np.uint64),
             np.zeros(num_threads + 1, np.int64),
             np.zeros(num_threads, np.int64),
         )
 
-    @classmethod
-    def fitting(
-        cls, workspace: "Workspace | None", num_pairs: int, spec: Spec, dtype: np.dtype[Any], num_threads: int
-    ) -> "Workspace":
-        """`workspace`, which must be of the same table, if it is large enough; else a new one.
 
-        Raises ValueError for more pairs than 31 bits number the blocks of.
-        """
-        if (2 * num_pairs) << (spec.num_blocks - 1).bit_length() > 2**31:
-            raise ValueError(f"{num_pairs} pairs of {spec.num_blocks} blocks are too many for one gradient")
-        if (
-            workspace is not None
-            and len(workspace.counts) == num_threads
-            and len(workspace.ranks) >= num_pairs
-            and workspace.terms.dtype == dtype
-        ):
-            return workspace
-        return cls.of(num_pairs, spec, dtype, num_threads)
-
-
-@njit(inline="always")
+@inlined
 def _sort(keys, spare, count, num_bits, high_bits):
     """Stable sort of uint64 ``keys[:count]`` by the `num_bits` above the lower 32; returns `keys` or `spare`.
 
@@ -102,7 +86,7 @@ def _sort(keys, spare, count, num_bits, high_bits):
     return keys
 
 
-@njit(inline="always")
+@inlined
 def bit_length(count):
     """Bits of the integers below `count`."""
     bits = 0
@@ -111,17 +95,17 @@ def bit_length(count):
     return bits
 
 
-@njit(inline="always")
+@inlined
 def chunk_bounds(n, t, num_threads):
     """Bounds of a thread's chunk: whole tiles, so that entries have one order for any number of threads."""
     tiles = (n + TILE - 1) // TILE
     return min(tiles * t // num_threads * TILE, n), min(tiles * (t + 1) // num_threads * TILE, n)
 
 
-@njit(nogil=True, error_model="numpy")
-def _list_chunk(t, pairs, entries, ranks, num_threads, table):
+@jit()
+def list_chunk(t, num_threads, pairs, workspace, table):
     """Write the entries of the blocks of the thread's pairs, and set their ranks to -1."""
-    blocks = table.num_blocks
+    ranks, entries, blocks = workspace.ranks, workspace.entries, table.num_blocks
     block_bits = bit_length(blocks)
     keys, places, signs = tile_workspace(table)
     begin, end = chunk_bounds(pairs.shape[0], t, num_threads)
@@ -141,44 +125,47 @@ def _list_chunk(t, pairs, entries, ranks, num_threads, table):
                     x += 1
 
 
-@njit(inline="always")
+@inlined
 def decode(entry, block_bits):
     """Pair, side and block of an entry or a key."""
     code = np.int64(entry & np.uint64(0xFFFFFFFF))
     return code >> (block_bits + 1), (code >> block_bits) & 1, code & ((1 << block_bits) - 1)
 
 
-@njit(nogil=True)
-def _cut(cuts, entries, units):
+@jit()
+def cut(workspace, units):
     """Cut the pool of so many `units` into slices that about as many blocks start in."""
+    cuts, entries = workspace.cuts, workspace.entries
     num_threads = cuts.shape[0] - 1
     # Odd, so that samples are of both sides and all blocks.
     stride = max(1, entries.shape[0] // (_SAMPLES * num_threads)) | 1
-    samples = np.sort(entries[::stride] >> S32)
+    samples = entries[::stride].copy()
+    samples = _sort(samples, np.empty_like(samples), samples.shape[0], 32, 32) >> S32
     cuts[0], cuts[num_threads] = 0, units
     for t in range(1, num_threads):
         cuts[t] = samples[samples.shape[0] * t // num_threads] if samples.shape[0] > 0 else units
 
 
-@njit(inline="always")
+@inlined
 def _reach(table):
     """Units of a block behind its first one."""
     return np.int64(0 if table.num_starts == 0 else table.block_size - 1)
 
 
-@njit(inline="always")
+@inlined
 def first_listed(low_unit, table):
     """First unit whose blocks a slice looks at: those reaching in may conflict with one before them."""
     return max(low_unit - 2 * _reach(table), 0)
 
 
-@njit(nogil=True, error_model="numpy")
-def _sort_chunk(t, entries, take_all, ranks, keys, cuts, counts, table):
+@jit()
+def sort_chunk(t, workspace, table):
     """Sort the blocks that reach into the thread's slice of the pool; writes conflicting ones to `keys`.
 
-    Writes all if `take_all`. A short last block counts as a whole one: summing one more is cheaper than
-    finding out how long each is.
+    Their ranks become 0. A short last block counts as a whole one: summing one more is cheaper than finding
+    out how long each is.
     """
+    _, ranks, keys, entries, cuts, counts = workspace
     low_unit, high_unit = cuts[t], cuts[t + 1]
     reach, lowest = _reach(table), first_listed(low_unit, table)
     ordered, spare = keys[t, 0], keys[t, 1]
@@ -201,7 +188,7 @@ def _sort_chunk(t, entries, take_all, ranks, keys, cuts, counts, table):
         start = np.int64(entry >> S32) + lowest
         end = start + reach + 1
         next_start = np.int64(ordered[x + 1] >> S32) + lowest if x + 1 < count else end
-        if take_all | (start < before_end) | (next_start < end):
+        if (start < before_end) | (next_start < end):
             if start >= low_unit and start < high_unit:
                 i, side, b = decode(entry, block_bits)
                 ranks[i, side, b] = 0
@@ -209,16 +196,3 @@ def _sort_chunk(t, entries, take_all, ranks, keys, cuts, counts, table):
             found += np.int64((start < high_unit) & (end > low_unit))
         before_end = end
     counts[t] = found
-
-
-@njit(parallel=True, cache=True, nogil=True)
-def find_conflicts(pairs, take_all, ranks, keys, entries, cuts, counts, units, table):
-    """Fill all of a `Workspace` but its terms; ranks become 0 where a block conflicts, or if `take_all`."""
-    # Arrays come one by one: inside a `prange`, Numba drops what is written to arrays in a tuple.
-    num_threads = counts.shape[0]
-    entries = entries[: 2 * pairs.shape[0] * table.num_blocks]  # a workspace may be larger
-    for t in prange(num_threads):
-        _list_chunk(np.int64(t), pairs, entries, ranks, num_threads, table)
-    _cut(cuts, entries, units)
-    for t in prange(num_threads):
-        _sort_chunk(np.int64(t), entries, take_all, ranks, keys, cuts, counts, table)

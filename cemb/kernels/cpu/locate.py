@@ -9,12 +9,12 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from cemb import hashing
 from cemb.hashing import Spec
 from cemb.kernels.cpu import simd
 from cemb.kernels.cpu.simd import LANES
+from cemb.kernels.cpu.threads import inlined
 
 _MULTIPLIER_1 = np.uint64(hashing.MULTIPLIER_1)
 _MULTIPLIER_2 = np.uint64(hashing.MULTIPLIER_2)
@@ -27,6 +27,11 @@ _STEPS = np.array(
 )
 FIRST = LANES  # of the places in `place_workspace`; those before are overwritten by whole vectors
 TILE = 32  # pairs that are located together
+# Pairs ahead that are prefetched: of blocks in a cache that cores share, and of blocks in memory.
+PREFETCH_NEAR, PREFETCH_FAR = 1, 6
+# Up to this pool size each thread adds into a pool of its own (16 MiB in float32, near the last-level
+# cache); above it, clearing and summing private pools costs more than locating every block once per thread.
+PRIVATE_POOL_LIMIT = 2**22
 RING = 2 * TILE - 1  # wraps a slot of `tile_workspace`, which holds two tiles
 
 
@@ -41,6 +46,7 @@ class Geometry(NamedTuple):
     sign_mask: np.uint64  # 1 if the table is signed, else 0
     word_offset: np.int64  # added to the row numbers of words, or of ids that come alone
     context_offset: np.int64  # added to those of contexts
+    distance: int  # pairs ahead that are prefetched
 
     @classmethod
     @functools.lru_cache(maxsize=64)  # making one takes a noticeable part of a small step
@@ -54,10 +60,11 @@ class Geometry(NamedTuple):
             np.uint64(spec.signed),
             np.uint64(spec.table_offset).astype(np.int64),  # sums wrap, as those of the hash do
             np.uint64(context_offset).astype(np.int64),
+            PREFETCH_NEAR if spec.pool_size <= PRIVATE_POOL_LIMIT else PREFETCH_FAR,
         )
 
 
-@njit(inline="always")
+@inlined
 def mix(x):
     """`cemb.hashing.mix` of a uint64."""
     x = (x ^ (x >> _S30)) * _MULTIPLIER_1
@@ -65,13 +72,13 @@ def mix(x):
     return x ^ (x >> _S31)
 
 
-@njit(inline="always")
+@inlined
 def row_of(table, pairs, i, side):
     """Row number of the word (side 0) or context (side 1) of pair i, the table's offset included."""
     return pairs[i, side] + (table.context_offset if side else table.word_offset)
 
 
-@njit(inline="always")
+@inlined
 def key_of(table, row):
     """The key of a row."""
     if table.num_starts == 0:
@@ -79,13 +86,13 @@ def key_of(table, row):
     return np.uint64(row) * np.uint64(table.num_blocks) + table.salt
 
 
-@njit(inline="always")
+@inlined
 def block_start(table, h):
     """The place of the first value of a block of hash `h`."""
     return np.int64(((h >> S32) * np.uint64(table.num_starts)) >> S32)
 
 
-@njit(inline="always")
+@inlined
 def locate_block(table, key, b):
     """The place of the first value of block `b` of a row, and its sign, both int64."""
     if table.num_starts == 0:
@@ -94,25 +101,25 @@ def locate_block(table, key, b):
     return block_start(table, h), np.int64(1) - np.int64((h & table.sign_mask) << ONE)
 
 
-@njit(inline="always")
+@inlined
 def block_length(table, b):
     """Values of block `b`, which is short if it is the last and block_size does not divide dim."""
     return min(table.block_size, table.dim - b * table.block_size)
 
 
-@njit(inline="always")
+@inlined
 def is_single(table):
     """`cemb.hashing.HashSpec.is_single`, of a `Geometry`."""
     return table.block_size == 1 and table.num_starts != 0
 
 
-@njit(inline="always")
+@inlined
 def place_workspace(dim):
     """Workspace for the places of a pair's values at block size 1, uint32 ``[2, FIRST + dim + padding]``."""
     return np.empty((2, dim + 2 * LANES), np.uint32)
 
 
-@njit(inline="always")
+@inlined
 def find_places(places, key, table):
     """Write the places of a row's values at block size 1 to ``places[FIRST : FIRST + dim]``.
 
@@ -132,7 +139,7 @@ def find_places(places, key, table):
         group, at = group + np.uint64(LANES), at + LANES
 
 
-@njit(inline="always")
+@inlined
 def find_row(places, signs, key, table):
     """`find_places`, and the signs ``[dim]`` of the values, in a signed table."""
     find_places(places, key, table)
@@ -141,7 +148,7 @@ def find_row(places, signs, key, table):
             signs[j] = np.int64(1) - np.int64((mix(key + np.uint64(j)) & ONE) << ONE)
 
 
-@njit(inline="always")
+@inlined
 def _hash_tile(keys, b, places, signs, table):
     """Places and signs ``[TILE]`` of block `b` of the rows with `keys` ``[TILE]``, in vector registers."""
     if table.num_starts == 0:
@@ -154,7 +161,7 @@ def _hash_tile(keys, b, places, signs, table):
             signs[i] = np.int64(1) - np.int64((h & table.sign_mask) << ONE)
 
 
-@njit(inline="always")
+@inlined
 def tile_workspace(table):
     """Keys, uint64 ``[side, TILE]``; places and signs of blocks, int64 ``[side, block, 2 * TILE]``.
 
@@ -167,7 +174,7 @@ def tile_workspace(table):
     )
 
 
-@njit(inline="always")
+@inlined
 def find_tile(table, pairs, low, high, keys, places, signs, slot):
     """Write places and signs of all blocks of the pairs from `low` to `high` to slots from `slot` on."""
     for i in range(low, high):

@@ -1,16 +1,28 @@
-"""What optimizers do with a gradient, on the lanes of `cemb.kernels.cpu.simd`: weights and states are loaded
-once, stepped in vector registers, and stored once.
+"""What optimizers do with a gradient. To add one, write a rule here, and its class in `cemb.optim`.
+
+A rule is a `NamedTuple` of numbers with a `step`, the formula on vectors of 16 values, from which code is
+made: weights and states are loaded once, stepped in vector registers, and stored once. Kernels are compiled
+for one rule: with all in a loop, registers would spill.
 """
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
-from llvmlite import ir
+import numpy as np
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from cemb.kernels.cpu import simd
+from cemb.kernels.cpu.simd import SIDES, Segments, factor_type
 
-# A type for each rule, so that kernels are compiled for one: with all in a loop, registers would spill.
+_Vectors = tuple[Any, ...]
+
+
+class Add(NamedTuple):
+    """``weight += g``: sums gradients."""
+
+    def step(self, g: Any, weight: Any) -> _Vectors:
+        return (weight + g,)
 
 
 class SGD(NamedTuple):
@@ -18,16 +30,23 @@ class SGD(NamedTuple):
 
     rate: float
 
+    def step(self, g: Any, weight: Any) -> _Vectors:
+        return (weight - g * self.rate,)
+
 
 class Adagrad(NamedTuple):
-    """``sum += g²; weight -= rate · g / (√sum + eps)``."""
+    """``total += g²; weight -= rate · g / (√total + eps)`` (Duchi et al., JMLR 2011)."""
 
     rate: float
     eps: float
 
+    def step(self, g: Any, weight: Any, total: Any) -> _Vectors:
+        total = total + g * g
+        return weight - g / (total.sqrt() + self.eps) * self.rate, total
+
 
 class Adam(NamedTuple):
-    """``mean`` and ``square`` move by ``1 − beta`` of the way to g and g².
+    """``mean`` and ``square`` move by ``1 − beta`` of the way to g and g² (Kingma and Ba, ICLR 2015).
 
     Then ``weight -= rate · mean / (√square + eps)``.
     """
@@ -37,162 +56,205 @@ class Adam(NamedTuple):
     beta1: float
     beta2: float
 
+    def step(self, g: Any, weight: Any, mean: Any, square: Any) -> _Vectors:
+        mean = mean + (g - mean) * (1 - self.beta1)
+        square = square + (g * g - square) * (1 - self.beta2)
+        return weight - mean / (square.sqrt() + self.eps) * self.rate, mean, square
+
 
 class RowwiseAdagrad(NamedTuple):
-    """As `Adagrad`, but that ``sum`` grows by the mean of g² over a row, see `cemb.kernels.cpu.rowwise`."""
+    """As `Adagrad`, but ``total``, one a row of a full table, grows by the mean of g² over the row.
+
+    A row's whole gradient must be known before any of its values changes.
+    """
 
     rate: float
     eps: float
 
 
-Rule = SGD | Adagrad | Adam | RowwiseAdagrad
-
-_NUM_STATES = {SGD: 0, Adagrad: 1, Adam: 2}  # of those that step each value by itself
+Rule = Add | SGD | Adagrad | Adam | RowwiseAdagrad
 
 
-@intrinsic
-def num_states(typing, rule):
-    """How many states a rule has for each weight; known when a kernel is compiled."""
+class Stepped(NamedTuple):
+    """What a rule steps: arrays of one shape, weights or sums ``[n]``, and states where the rule has them."""
 
-    def generate(context, builder, signature, arguments):
-        return context.get_constant(types.intp, _NUM_STATES[rule.instance_class])
-
-    return types.intp(rule), generate
+    weight: Any
+    first_state: Any
+    second_state: Any
 
 
-def _stepped(builder, rule_type, rule, gradient, weight, states):
-    """The weight and the states after a step, as code; all but the rule are vectors of `LANES`."""
-    add, subtract, multiply = builder.fadd, builder.fsub, builder.fmul
-
-    def towards(state, value, beta):
-        one = ir.Constant(weight.type, [1.0] * simd.LANES)
-        return add(state, multiply(subtract(one, beta), subtract(value, state)))
-
-    kind = rule_type.instance_class
-    constants = [
-        simd.splat(builder, builder.extract_value(rule, n), weight.type) for n in range(len(kind._fields))
-    ]
-    if kind is SGD:
-        (rate,) = constants
-        return [subtract(weight, multiply(rate, gradient))]
-    square = multiply(gradient, gradient)
-    if kind is Adagrad:
-        rate, eps = constants
-        states, direction = [add(states[0], square)], gradient
-    else:
-        rate, eps, beta1, beta2 = constants
-        states = [towards(states[0], gradient, beta1), towards(states[1], square, beta2)]
-        direction = states[0]
-    root = simd.sqrt(builder, states[-1])
-    return [subtract(weight, multiply(rate, builder.fdiv(direction, add(root, eps)))), *states]
+def num_states(rule: Any) -> int:
+    """How many states a rule has for each weight; row-wise Adagrad has one for each row."""
+    if rule is RowwiseAdagrad:
+        return 1
+    return len(inspect.signature(rule.step).parameters) - 3  # without itself, the gradient and the weight
 
 
-def _stepped_arrays(rule_type, types, arrays):
-    """Numba type and generated value of each array that a rule steps, of the weights and two states."""
-    return list(zip(types, arrays, strict=True))[: 1 + _NUM_STATES[rule_type.instance_class]]
+def _arrays(builder: Any, rule_type: Any, stepped_type: Any, stepped: Any) -> list[tuple[Any, Any]]:
+    """Numba type and generated value of each array that a rule steps."""
+    count = 1 + num_states(rule_type.instance_class)
+    return [(stepped_type.types[n], builder.extract_value(stepped, n)) for n in range(count)]
+
+
+def _formula(code: Segments, rule_type: Any, rule: Any) -> Any:
+    """The rule with its numbers as vectors."""
+    numbers = (code.splat(code.builder.extract_value(rule, n)) for n in range(len(rule_type.types)))
+    return rule_type.instance_class(*numbers)
 
 
 @intrinsic
-def update(typing, rule, weight, first_state, second_state, i, gradient, j, mask):
-    """Step ``i + l`` of weights and states ``[n]`` by ``gradient[j + l]``, for the lanes l of `mask`."""
+def update(typing, rule, stepped, i, gradient, j, length):
+    """Step a segment from `i` on by ``gradient[j : j + length]``."""
 
     def generate(context, builder, signature, arguments):
-        rule_type, *array_types, _, gradient_type, _, _ = signature.args
-        rule, *arrays, i, gradient, j, mask = arguments
-        stepped = _stepped_arrays(rule_type, array_types, arrays)
+        rule_type, stepped_type, _, gradient_type, _, _ = signature.args
+        rule, stepped, i, gradient, j, length = arguments
+        code = Segments(context, builder)
+        arrays, formula = _arrays(builder, rule_type, stepped_type, stepped), _formula(code, rule_type, rule)
 
-        def on(bits):
-            g = simd.load(context, builder, gradient_type, gradient, j, bits)
-            before = [simd.load(context, builder, *array, i, bits) for array in stepped]
-            after = _stepped(builder, rule_type, rule, g, before[0], before[1:])
-            for array, value in zip(stepped, after, strict=True):
-                simd.store(context, builder, *array, i, bits, value)
+        def vectors(starts, inside):
+            after = []
+            for x in starts:
+                at = builder.add(i, x)
+                before = [code.load(*array, at, inside) for array in arrays]
+                g = code.load(gradient_type, gradient, builder.add(j, x), inside)
+                after.append((at, formula.step(g, *before)))
+            for at, values in after:
+                for array, value in zip(arrays, values, strict=True):
+                    code.store(*array, at, inside, value)
 
-        simd.on_lanes(context, builder, mask, on)
+        code.each(length, vectors)
 
     ints = types.intp
-    return types.void(rule, weight, first_state, second_state, ints, gradient, ints, ints), generate
-
-
-def _exchange(context, builder, signature, arguments, vectors, bits):
-    """Code of `exchange` for `vectors`, each an offset from `i` and `j` (None for 0) and its selected lanes.
-
-    `signature` and `arguments` are those of `exchange` up to `j_term`.
-    """
-    rule_type, *array_types, _, _, _, terms_type, _, _ = signature
-    rule, *arrays, i, j, factor, terms, i_term, j_term = arguments
-    stepped = _stepped_arrays(rule_type, array_types, arrays)
-    sides = [[simd.offset_by(builder, side, step) for step, _ in vectors] for side in (i, j)]
-    weights = [[simd.load(context, builder, *stepped[0], at, bits) for at in side] for side in sides]
-
-    def gradient(other, selected):
-        product = builder.fmul(simd.splat(builder, factor, other.type), other)
-        return builder.select(selected, product, ir.Constant(other.type, [0.0] * simd.LANES))
-
-    for side, term in enumerate((i_term, j_term)):
-        others = weights[1 - side]
-        gradients = [gradient(other, selected) for other, (_, selected) in zip(others, vectors, strict=True)]
-        is_free = builder.icmp_signed("<", term, ir.Constant(term.type, 0))
-        with builder.if_else(is_free, likely=True) as (free, conflicting):
-            with free:
-                after = []
-                for at, own, g in zip(sides[side], weights[side], gradients, strict=True):
-                    states = [simd.load(context, builder, *array, at, bits) for array in stepped[1:]]
-                    after.append((at, _stepped(builder, rule_type, rule, g, own, states)))
-                for at, values in after:
-                    for array, value in zip(stepped, values, strict=True):
-                        simd.store(context, builder, *array, at, bits, value)
-            with conflicting:
-                for (step, _), g in zip(vectors, gradients, strict=True):
-                    at = simd.offset_by(builder, term, step)
-                    simd.store(context, builder, terms_type, terms, at, bits, g)
+    return types.void(rule, stepped, ints, gradient, ints, ints), generate
 
 
 @intrinsic
-def exchange(
-    typing, rule, weight, first_state, second_state, i, j, factor, terms, i_term, j_term, selected, mask
-):
+def _exchange(typing, rule, stepped, weight, sides, factor, mask, length, terms):
+    """`exchange`, whatever the rule makes of single values."""
+
+    def generate(context, builder, signature, arguments):
+        rule_type, stepped_type, weight_type, _, _, mask_type, _, terms_type = signature.args
+        rule, stepped, weight, sides, factor, mask, length, terms = arguments
+        code = Segments(context, builder)
+        arrays, formula = _arrays(builder, rule_type, stepped_type, stepped), _formula(code, rule_type, rule)
+        here, ahead = code.sides(sides)
+        scale = code.splat(factor)
+        steps_weight = rule_type.instance_class is not Add
+        read = arrays if steps_weight else [(weight_type, weight), *arrays]
+        code.prefetch_sides(read, ahead, [code.last_read(length)])
+
+        def vectors(starts, inside):
+            places = [[builder.add(side, x) for x in starts] for side in here]
+            code.prefetch_sides(read, ahead, starts)
+
+            def load(side):
+                return [code.load(weight_type, weight, at, inside) for at in places[side]]
+
+            weights = [load(0), load(1)] if steps_weight else None  # of before the step
+            selected = [code.bits(mask_type, mask, x) for x in starts]
+            for side in range(2):
+                others = weights[1 - side] if steps_weight else load(1 - side)
+                gradients = [code.where(s, scale * w) for s, w in zip(selected, others, strict=True)]
+
+                def step(side=side, gradients=gradients):
+                    after = []
+                    for n, (at, g) in enumerate(zip(places[side], gradients, strict=True)):
+                        known = [weights[side][n]] if steps_weight else []
+                        before = [*known, *(code.load(*a, at, inside) for a in arrays[len(known) :])]
+                        after.append((at, formula.step(g, *before)))
+                    for at, values in after:
+                        for array, value in zip(arrays, values, strict=True):
+                            code.store(*array, at, inside, value)
+
+                out, term = builder.extract_value(terms, 0), builder.extract_value(terms, 1 + side)
+                is_free = builder.icmp_signed("<", term, term.type(0))
+                with builder.if_else(is_free, likely=True) as (free, conflicting):
+                    with free:
+                        step()
+                    with conflicting:
+                        for x, g in zip(starts, gradients, strict=True):
+                            code.store(terms_type[0], out, builder.add(term, x), inside, g)
+
+        code.each(length, vectors)
+
+    return types.void(rule, stepped, weight, SIDES, factor_type(weight), mask, types.intp, terms), generate
+
+
+def exchange(rule, stepped, weight, sides, factor, mask, length, terms):
     """Step two segments, each with the other's weights times a factor as its gradient.
 
-    For the lanes l of `mask`, ``i + l`` are stepped by ``factor * weight[j + l] if l in selected else 0``,
-    and ``j + l`` by the weights at i. A side whose place in `terms` is not negative conflicts: its gradient
-    is stored there instead. Segments that are stepped must not overlap.
+    Args:
+        rule, stepped: as for `update`; `stepped` has the weights themselves, or sums to `Add` to.
+        weight: what gradients are made of.
+        sides: where the two segments start, and two segments that are prefetched.
+        factor: of the gradients.
+        mask: words of a bit mask and a position in it: gradients are 0 unless bits from there on are set.
+        length: of the segments. Those whose weights are stepped must not overlap.
+        terms: an array, and for each side a place in it. A side whose place is not negative conflicts: its
+            gradient is stored there instead. A last place has room for the segments of the others.
     """
-
-    def generate(context, builder, signature, arguments):
-        *places, selected, mask = arguments
-        vectors = [(None, simd.select_bits(context, builder, selected))]
-        simd.on_lanes(
-            context,
-            builder,
-            mask,
-            lambda bits: _exchange(context, builder, signature.args[:-2], places, vectors, bits),
-        )
-
-    ints, sides = types.intp, _exchange_types(rule, weight, first_state, second_state, terms)
-    return types.void(*sides, ints, ints), generate
+    raise NotImplementedError("for use in kernels only")
 
 
-@intrinsic
-def exchange_two(
-    typing, rule, weight, first_state, second_state, i, j, factor, terms, i_term, j_term, selected, step,
-    next_selected,
-):  # fmt: skip
-    """`exchange` for all lanes, of two vectors, the second `step` behind; shared lanes are stepped once."""
+@overload(exchange, inline="always", strict=False)
+def _exchange_for(rule, stepped, weight, sides, factor, mask, length, terms):
+    def by_value(rule, stepped, weight, sides, factor, mask, length, terms):
+        _exchange(rule, stepped, weight, sides, factor, mask, length, terms)
 
-    def generate(context, builder, signature, arguments):
-        *places, selected, step, next_selected = arguments
-        selected, next_selected = (
-            simd.select_bits(context, builder, mask) for mask in (selected, next_selected)
-        )
-        vectors = [(None, selected), (step, next_selected)]
-        _exchange(context, builder, signature.args[:-3], places, vectors, None)
+    def by_row(rule, stepped, weight, sides, factor, mask, length, terms):
+        out, word_term, context_term, spare = terms
+        simd.prefetch(stepped.first_state, sides[2] // length)
+        simd.prefetch(stepped.first_state, sides[3] // length)
+        word = word_term if word_term >= 0 else spare
+        context = context_term if context_term >= 0 else spare + (length if word_term < 0 else 0)
+        _exchange(SGD(factor), stepped, weight, sides, factor, mask, length, (out, word, context, spare))
+        if word_term < 0:
+            update_segment(rule, stepped, sides[0], out, word, length, length)
+        if context_term < 0:
+            update_segment(rule, stepped, sides[1], out, context, length, length)
 
-    ints, sides = types.intp, _exchange_types(rule, weight, first_state, second_state, terms)
-    return types.void(*sides, ints, ints, ints), generate
+    return by_row if rule.instance_class is RowwiseAdagrad else by_value
 
 
-def _exchange_types(rule, weight, first_state, second_state, terms):
-    """Types of the arguments of `exchange` up to `j_term`."""
-    ints, number = types.intp, simd.factor_type(weight)
-    return rule, weight, first_state, second_state, ints, ints, number, terms, ints, ints
+def update_segment(rule, stepped, i, gradient, j, length, dim):
+    """`update` of a segment, which for a rule by rows has whole rows of `dim` values."""
+    raise NotImplementedError("for use in kernels only")
+
+
+@overload(update_segment, strict=False)
+def _update_segment(rule, stepped, i, gradient, j, length, dim):
+    def by_value(rule, stepped, i, gradient, j, length, dim):
+        update(rule, stepped, i, gradient, j, length)
+
+    def by_row(rule, stepped, i, gradient, j, length, dim):
+        for first in range(0, length, dim):
+            row, squares = (i + first) // dim, gradient.dtype.type(0)
+            for value in gradient[j + first : j + first + dim]:
+                squares += value * value
+            stepped.first_state[row] += squares / gradient.dtype.type(dim)
+            rate = rule.rate / (np.sqrt(stepped.first_state[row]) + rule.eps)
+            update(SGD(rate), stepped, i + first, gradient, j + first, dim)
+
+    return by_row if rule.instance_class is RowwiseAdagrad else by_value
+
+
+def prefetch(rule, stepped, start, length, dim):
+    """Prefetch a segment of what a rule steps."""
+    raise NotImplementedError("for use in kernels only")
+
+
+@overload(prefetch, strict=False)
+def _prefetch(rule, stepped, start, length, dim):
+    count = 0 if rule.instance_class is RowwiseAdagrad else num_states(rule.instance_class)
+
+    def impl(rule, stepped, start, length, dim):
+        simd.prefetch_segment(stepped[0], start, length)
+        if count > 0:
+            simd.prefetch_segment(stepped[1], start, length)
+        else:
+            simd.prefetch(stepped[1], start // dim)  # a row's state, if it has one
+        if count > 1:
+            simd.prefetch_segment(stepped[2], start, length)
+
+    return impl

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
-from numba import njit, prange
+from numba import prange
 
 from cemb.kernels.cpu import simd
 from cemb.kernels.cpu.simd import LANES
-from cemb.kernels.cpu.threads import launch
+from cemb.kernels.cpu.threads import jit, launch, parallel
 
 
 class Blocks(NamedTuple):
@@ -79,37 +79,50 @@ def num_panels(dim: int) -> int:
     return -(-dim // LANES)
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _product(dense, out, factor, sums, bounds, segments, blocks):
-    """Lay `dense` out in panels, multiply, and write the sums to `out`; see `product`."""
+@jit()
+def _lay_out_chunk(t, num_threads, dense, factor):
+    """Lay the thread's rows of `dense` out in the panels of `factor`."""
     num_columns, dim = dense.shape
+    for i in range(num_columns * t // num_threads, num_columns * (t + 1) // num_threads):
+        for p in range(factor.shape[0]):
+            for k in range(LANES):
+                j = p * LANES + k
+                factor[p, i * LANES + k] = dense[i, j] if j < dim else 0
+
+
+@jit()
+def _multiply_chunk(bounds, segments, blocks, workspace, out):
+    """Write the rows from ``bounds[0]`` to ``bounds[1]`` of the product, of `segments` ``[2, blocks]``."""
+    factor, sums = workspace
+    for p in range(factor.shape[0]):
+        totals = sums[p]
+        totals[bounds[0] * LANES : bounds[1] * LANES] = 0
+        for b in range(segments.shape[1]):
+            rows = factor[p][b * blocks.block_columns * LANES :]
+            for s in range(segments[0, b], segments[1, b]):
+                simd.add_gathered(
+                    totals,
+                    np.int64(blocks.rows[s]) * LANES,
+                    rows,
+                    blocks.columns,
+                    blocks.values,
+                    blocks.starts[s],
+                    blocks.starts[s + 1],
+                )
+    for i in range(bounds[0], bounds[1]):
+        for p in range(factor.shape[0]):
+            for k in range(min(LANES, out.shape[1] - p * LANES)):
+                out[i, p * LANES + k] = sums[p, i * LANES + k]
+
+
+@parallel
+def _product(dense, out, workspace, bounds, segments, blocks):
+    """`product`, a chunk of the rows a thread."""
     num_threads = bounds.shape[0] - 1
     for t in prange(num_threads):
-        for i in range(num_columns * t // num_threads, num_columns * (t + 1) // num_threads):
-            for p in range(factor.shape[0]):
-                for k in range(LANES):
-                    j = p * LANES + k
-                    factor[p, i * LANES + k] = dense[i, j] if j < dim else 0
+        _lay_out_chunk(np.int64(t), num_threads, dense, workspace.factor)
     for t in prange(num_threads):
-        for p in range(factor.shape[0]):
-            totals = sums[p]
-            totals[bounds[t] * LANES : bounds[t + 1] * LANES] = 0
-            for b in range(segments.shape[1]):
-                rows = factor[p][b * blocks.block_columns * LANES :]
-                for s in range(segments[t, b], segments[t + 1, b]):
-                    simd.add_gathered(
-                        totals,
-                        np.int64(blocks.rows[s]) * LANES,
-                        rows,
-                        blocks.columns,
-                        blocks.values,
-                        blocks.starts[s],
-                        blocks.starts[s + 1],
-                    )
-        for i in range(bounds[t], bounds[t + 1]):
-            for p in range(factor.shape[0]):
-                for k in range(min(LANES, dim - p * LANES)):
-                    out[i, p * LANES + k] = sums[p, i * LANES + k]
+        _multiply_chunk(bounds[t : t + 2], segments[t : t + 2], blocks, workspace, out)
 
 
 def product(blocks: Blocks, dense: npt.NDArray[Any], workspace: Workspace, out: npt.NDArray[Any]) -> None:
@@ -118,4 +131,4 @@ def product(blocks: Blocks, dense: npt.NDArray[Any], workspace: Workspace, out: 
     Sums of a row are always in the same order, so the result is the same for any number of threads.
     """
     with launch() as num_threads:
-        _product(dense, out, *workspace, *blocks.chunks(num_threads), blocks)
+        _product(dense, out, workspace, *blocks.chunks(num_threads), blocks)
