@@ -80,11 +80,9 @@ class PairStepOptimizer(torch.optim.Optimizer):
 
         Args:
             parameter: of this optimizer, float32 or float64 on the CPU: a pool ``[pool_size]`` or a full
-            table
-                ``[rows, dim]``.
+                table ``[rows, dim]``.
             pairs: row numbers ``[n, 2]``, int32 or int64; they and `spec`, `context_offset` and `dropout` are
-            as
-                for `cemb.ops.pair_scores`.
+                as for `cemb.ops.pair_scores`.
             loss: a `SquaredError`; or a function from the scores ``[n]`` to a scalar, which autograd
                 differentiates: other parameters that it depends on get their gradients, for a step of their
                 own.
@@ -95,8 +93,8 @@ class PairStepOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: `parameter` is not of this optimizer or cannot be stepped so; its group has an option
-            that
-                such a step does not have, such as weight decay; `SquaredError` is not of ``[n]``.
+                that such a step does not have, such as weight decay; `SquaredError` is not of ``[n]``; the
+                loss is no scalar, or depends on `parameter` beside the scores.
             RuntimeError: `parameter` has a gradient that no step has used.
             IndexError, TypeError, ValueError: as `cemb.ops.pair_scores`.
         """
@@ -116,6 +114,9 @@ class PairStepOptimizer(torch.optim.Optimizer):
                 if value.numel() != 1:
                     raise ValueError(f"the loss must be a scalar, got shape {list(value.shape)}")
                 value.backward()
+            if parameter.grad is not None:
+                parameter.grad = None
+                raise ValueError("the loss depends on the parameter beside the scores: use autograd and step")
             if leaf.grad is None:
                 raise ValueError("the loss does not depend on the scores")
             found.append(value.detach())
@@ -210,8 +211,8 @@ class Adagrad(PairStepOptimizer, torch.optim.Adagrad):
 
     state_names = ("sum",)
 
-    def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-2, **options: Any) -> None:
-        super().__init__(params, lr, **options)
+    def __init__(self, params: Iterable[Any], *arguments: Any, **options: Any) -> None:
+        super().__init__(params, *arguments, **options)
         for state in self.state.values():  # torch has made them already
             state["sum"] = advise_huge_pages(torch.empty_like(state["sum"])).copy_(state["sum"])
 

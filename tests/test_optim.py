@@ -401,8 +401,10 @@ def test_a_pair_step_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"the loss must be a scalar, got shape \[2\]"):
         optimizer.pair_step(weight, pairs, lambda scores: scores, spec)
     with pytest.raises(ValueError, match="the loss does not depend on the scores"):
-        optimizer.pair_step(weight, pairs, lambda scores: weight.sum() + 0 * wanted.targets.sum(), spec)
-    weight.grad = None
+        optimizer.pair_step(weight, pairs, lambda scores: torch.ones((), requires_grad=True), spec)
+    with pytest.raises(ValueError, match="the loss depends on the parameter beside the scores: use autograd"):
+        optimizer.pair_step(weight, pairs, lambda scores: scores.sum() + weight.sum(), spec)
+    assert weight.grad is None
     ops.pair_scores(weight, pairs, spec).sum().backward()
     with pytest.raises(RuntimeError, match="a gradient that no step has used: step or zero_grad first"):
         optimizer.pair_step(weight, pairs, wanted, spec)

@@ -283,9 +283,9 @@ class HashedEmbeddingBag(HashedEmbedding):
     """A drop-in for `nn.EmbeddingBag` over a pool: sums, means or maxima of the rows of bags of ids.
 
     Args:
-        mode: ``"sum"``, ``"mean"`` or ``"max"``. include_last_offset: offsets end with the number of ids, as
-        in `nn.EmbeddingBag`. arguments, options: of `HashedEmbedding`, by name but for the first two. Rows of
-        `padding_idx` do not count.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        include_last_offset: offsets end with the number of ids, as in `nn.EmbeddingBag`.
+        options: other arguments of `HashedEmbedding`, by name. Rows of `padding_idx` do not count.
 
     Raises ValueError as that does, and for another mode.
     """
