@@ -124,7 +124,7 @@ def speed_phases(speed: pd.DataFrame) -> Figure:
     figure, axes = _figure(size=(7, 0.9 + 0.42 * len(speed)))
     left = np.zeros(len(speed))
     for phase, colour in PHASE_COLOURS.items():
-        width = speed[f"{phase}_ms"].to_numpy()
+        width = speed[f"{phase}_ms"].fillna(0).to_numpy()  # steps in one call have one phase
         axes.barh(names, width, left=left, color=colour, label=phase, height=0.65)
         left += width
     for y, total in enumerate(left):

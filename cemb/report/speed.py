@@ -106,7 +106,7 @@ def beside_original(found: list[Record]) -> pd.DataFrame:
                 "2021 ÷ full": "" if is_full else f"{original_ratio(old.optimizer, pool_size):.2f}",
                 "total (ms)": f"{ours['total_ms']:,.1f}",
                 "÷ full": "" if is_full else str(time_ratio(ours, full)),
-                **{phase: f"{ours[f'{phase}_ms']:,.1f}" for phase in PHASES},
+                **_phases(ours),
             }
         )
     return pd.DataFrame(rows)
@@ -130,6 +130,12 @@ def answer_frame(found: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _phases(record: Record) -> dict[str, str]:
+    """Medians by phase; a step in one call has one."""
+    times = {phase: record.get(f"{phase}_ms") for phase in PHASES}
+    return {phase: "" if pd.isna(time) else f"{time:,.1f}" for phase, time in times.items()}
+
+
 def speed_table(found: list[Record]) -> pd.DataFrame:
     """Every speed record: medians by phase, and the quartiles of the total."""
     rows = frame(found, "speed")
@@ -139,7 +145,7 @@ def speed_table(found: list[Record]) -> pd.DataFrame:
             "table": [labels.timed(r) + contended_mark(r) for r in rows.to_dict("records")],
             "total (ms)": rows.total_ms.map("{:,.1f}".format),
             "quartiles": rows.total_ms_repeats.map(quartiles_text),
-            **{phase: rows[f"{phase}_ms"].map("{:,.1f}".format) for phase in PHASES},
+            **{phase: [_phases(r)[phase] for r in rows.to_dict("records")] for phase in PHASES},
         }
     )
 

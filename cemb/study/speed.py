@@ -396,8 +396,8 @@ def original_csv(speed_records: Iterable[records.Record]) -> str:
                 "FullEmbTableModel" if record["table"] == "full" else "CompressedEmbTableModel",
                 record["batch_size"],
                 "" if record["pool_size"] is None else record["pool_size"],
-                record["forward_ms"],
-                record["gradient_ms"],
+                record.get("forward_ms", ""),  # steps in one call have one phase
+                record.get("gradient_ms", ""),
                 record["step_ms"],
                 f"{record['parameters_mib']:.1f}MB",
                 _CSV_OPTIMIZERS[record["optimizer"]],

@@ -185,6 +185,10 @@ def test_csv_has_the_originals_columns():
     cases = [speed.SpeedCase("hashed", "adagrad", 64, num_embeddings=50, embedding_dim=4, batch_size=8)]
     text = speed.original_csv(speed.measure_cases(cases, repeats=1))
     (row,) = csv.DictReader(io.StringIO(text))
+    in_one_call = speed.measure_cases([dataclasses.replace(cases[0], one_pass=True)], repeats=1)
+    (other,) = csv.DictReader(io.StringIO(speed.original_csv(in_one_call)))
+    assert other["forward_pass_ms"] == other["gradient_computation_ms"] == ""
+    assert float(other["backward_pass_ms"]) > 0
     assert list(row) == [
         "Model",
         "batch_size",
