@@ -10,7 +10,7 @@ import numpy as np
 from cemb.kernels.cpu import simd
 from cemb.kernels.cpu.locate import mix
 from cemb.kernels.cpu.simd import LANES
-from cemb.kernels.cpu.threads import inlined
+from cemb.kernels.cpu.threads import inlined, jit
 
 
 @inlined
@@ -31,7 +31,7 @@ def hash_workspace(dim):
     return np.empty(4 * (mask_width(dim) - 2), np.uint64)
 
 
-@inlined
+@jit()
 def draw_rows(dropout_mask, count, hashes, first, batch, dim):
     """Draw the masks of `count` pairs from number `first` on, ``[count * mask_width(dim)]``.
 

@@ -14,7 +14,7 @@ from cemb import hashing
 from cemb.hashing import Spec
 from cemb.kernels.cpu import simd
 from cemb.kernels.cpu.simd import LANES
-from cemb.kernels.cpu.threads import inlined
+from cemb.kernels.cpu.threads import inlined, jit
 
 _MULTIPLIER_1 = np.uint64(hashing.MULTIPLIER_1)
 _MULTIPLIER_2 = np.uint64(hashing.MULTIPLIER_2)
@@ -119,7 +119,7 @@ def place_workspace(dim):
     return np.empty((2, dim + 2 * LANES), np.uint32)
 
 
-@inlined
+@jit()
 def find_places(places, key, table):
     """Write the places of a row's values at block size 1 to ``places[FIRST : FIRST + dim]``.
 
@@ -161,7 +161,7 @@ def _hash_tile(keys, b, places, signs, table):
             signs[i] = np.int64(1) - np.int64((h & table.sign_mask) << ONE)
 
 
-@inlined
+@jit()
 def tile_workspace(table):
     """Keys, uint64 ``[side, TILE]``; places and signs of blocks, int64 ``[side, block, 2 * TILE]``.
 
@@ -174,7 +174,7 @@ def tile_workspace(table):
     )
 
 
-@inlined
+@jit()
 def find_tile(table, pairs, low, high, keys, places, signs, slot):
     """Write places and signs of all blocks of the pairs from `low` to `high` to slots from `slot` on."""
     for i in range(low, high):

@@ -37,7 +37,7 @@ from cemb.kernels.cpu.locate import (
     row_of,
     tile_workspace,
 )
-from cemb.kernels.cpu.threads import FASTMATH, inlined, jit, launch, parallel
+from cemb.kernels.cpu.threads import FASTMATH, jit, launch, parallel
 
 
 class Batch(NamedTuple):
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
         return cls(pairs, slopes, targets, weights, scale, np.uint64(dropout.salt), dropout.threshold)
 
 
-@inlined
+@jit()
 def differentiate(scores, slopes, batch, first):
     """Write the derivatives of the weighted squared errors of the pairs from `first` on, return their sum.
 
@@ -89,7 +89,7 @@ def _sum_rows(terms, sums):
         sums[i] = total
 
 
-@inlined
+@jit()
 def _score_tile(weight, scores, terms, mask, scale, tile, table):
     """Write the scores ``[n <= TILE]`` of a tile of pairs; `terms` ``[TILE, dim]`` is a workspace.
 
@@ -108,7 +108,7 @@ def _score_tile(weight, scores, terms, mask, scale, tile, table):
     _sum_rows(terms, scores)
 
 
-@inlined
+@jit()
 def pair_workspace(dim, like):
     """Workspace of one pair at block size 1: mask, hashes, ones, factors, places, and its two rows."""
     mask, hashes = np.empty(mask_width(dim), np.uint16), hash_workspace(dim)
@@ -116,7 +116,7 @@ def pair_workspace(dim, like):
     return mask, hashes, np.ones(dim, like.dtype), np.empty(dim, like.dtype), place_workspace(dim), rows
 
 
-@inlined
+@jit()
 def find_pair(workspace, batch, i, factor, table):
     """Find the places of pair i, and factors ``[dim]``: `factor`, signed, or 0 by dropout; returns both."""
     mask, hashes, ones, factors, places, _ = workspace
