@@ -10,26 +10,15 @@ from cemb.hashing import Spec
 from cemb.kernels.cpu import locate, simd
 from cemb.kernels.cpu.locate import (
     FIRST,
-    ONE,
     Geometry,
     block_length,
-    find_places,
+    find_row,
     is_single,
     key_of,
     locate_block,
-    mix,
     place_workspace,
 )
-from cemb.kernels.cpu.threads import inlined, jit, launch, parallel, scratch
-
-
-@inlined
-def _find_row(places, signs, key, table):
-    """`find_places`, and the signs ``[dim]`` of the values, in a signed table."""
-    find_places(places, key, table)
-    if table.sign_mask:
-        for j in range(table.dim):
-            signs[j] = np.int64(1) - np.int64((mix(key + np.uint64(j)) & ONE) << ONE)
+from cemb.kernels.cpu.threads import jit, launch, parallel, scratch
 
 
 @jit()
@@ -40,7 +29,7 @@ def _lookup_chunk(t, num_threads, weight, ids, out, table):
     for i in range(n * t // num_threads, n * (t + 1) // num_threads):
         key = key_of(table, ids[i] + table.word_offset)
         if is_single(table):
-            _find_row(places, signs, key, table)
+            find_row(places, signs, key, table)
             for j in range(table.dim):
                 out[i, j] = signs[j] * simd.value_at(weight, np.int64(places[FIRST + j]))
             continue
@@ -65,7 +54,7 @@ def _scatter_chunk(pool, low, high, grad, ids, table):
     for i in range(ids.shape[0]):
         key = key_of(table, ids[i] + table.word_offset)
         if is_single(table):
-            _find_row(places, signs, key, table)
+            find_row(places, signs, key, table)
             count = 0
             for j in range(table.dim):
                 inside[count] = j
