@@ -73,6 +73,12 @@ def own_results(tmp_path, monkeypatch):
     monkeypatch.setenv("CEMB_RESULTS", str(tmp_path / "results"))
 
 
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch):
+    """Disks take a tenth of a second for each folder; what a failing machine keeps is not tested here."""
+    monkeypatch.setattr("cemb.files._flush", lambda path: None)
+
+
 @pytest.fixture(scope="session")
 def smoke():
     """Environment of the smoke study, which is run if it is not up to date: all notebooks, small."""

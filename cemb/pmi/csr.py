@@ -7,18 +7,22 @@ it), ``data.npy`` and ``manifest.json``, which is written last.
 import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from cemb.files import write_atomic
+from cemb import files
+from cemb.pmi.npy import NpyWriter, StoredArray
 
-VERSION = 1
+VERSION = 2
 _WIDE_FROM = 2**31
+_CHECKED_CELLS = 2**18  # at once
+_FIELDS = {"shape": list, "num_cells": int, "index_dtype": str, "data_dtype": str}
+_REMEDY = "remove it, and make it again"
 _FULL = {
     errno.ENOSPC: "no space is left",
     errno.EDQUOT: "the quota is used up",
@@ -41,43 +45,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _header(file: BinaryIO, size: int, dtype: np.dtype[Any]) -> int:
-    # numpy leaves room in it for the size to grow, so it can be written again over itself.
-    description = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": (size,),
-    }
-    np.lib.format.write_array_header_1_0(file, description)
-    return file.tell()
-
-
-class NpyWriter:
-    """A one-dimensional .npy file of a length that is not known beforehand."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any] | type[np.generic]):
-        self.dtype, self.size = np.dtype(dtype), 0
-        self._file = path.open("wb")
-        self._start = _header(self._file, 0, self.dtype)
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        values = np.ascontiguousarray(values, self.dtype)
-        self._file.write(values.data)
-        self.size += len(values)
-
-    def finish(self) -> None:
-        self._file.seek(0)
-        if _header(self._file, self.size, self.dtype) != self._start:
-            raise RuntimeError("the header of a .npy file has grown")
-        self._file.close()
-
-    def abandon(self) -> None:
-        with suppress(OSError):  # a full disk, which whoever abandons it has heard of
-            self._file.close()
-
-
 class CsrWriter:
-    """Writes a matrix into an existing folder, rows in order; a context, which closes its files.
+    """Writes a matrix into a folder of `files.atomic_directory`, rows in order; closes its files at the end.
 
     Args:
         max_cells: bound on the number of cells; says how wide indices must be.
@@ -124,62 +93,69 @@ class CsrWriter:
             "version": VERSION,
             "shape": [self._indptr.size - 1, self._num_columns],
             "num_cells": self.num_cells,
+            "index_dtype": self._indices.dtype.name,
             "data_dtype": self._data.dtype.name,
             **manifest,
         }
-        write_atomic(self._folder / "manifest.json", json.dumps(fields, indent=1) + "\n")
+        text = json.dumps(fields, indent=1) + "\n"
+        (self._folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 class CsrFolder:
-    """A matrix in a folder.
+    """A matrix in a folder, whose files are checked against their sums, and its cells for their places.
 
     Raises:
         FileNotFoundError: there is no manifest, as in a folder whose writing was stopped.
-        ValueError: the files are not those that the manifest tells of.
+        DamagedError: the files are not those that were written, or no matrix: the row pointers do not rise
+            from 0 to the number of cells, or columns do not rise within a row, or are out of range.
+        ValueError: the folder has another version of the format.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.manifest = files.read_manifest(self.folder, VERSION, _FIELDS, _REMEDY)
+        shape, self.num_cells = self.manifest["shape"], self.manifest["num_cells"]
         try:
-            self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{str(self.folder)!r} holds no matrix: it has no manifest.json, which is written last"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(self.folder / 'manifest.json')!r} is not JSON: {error}") from None
-        if self.manifest.get("version") != VERSION or "num_cells" not in self.manifest:
-            raise ValueError(
-                f"{str(self.folder)!r} holds no matrix of version {VERSION}: its manifest has version "
-                f"{self.manifest.get('version')!r}"
-            )
-        self.shape: tuple[int, int] = tuple(self.manifest["shape"])
-        self.num_cells: int = self.manifest["num_cells"]
-        self._headers: dict[str, tuple[int, np.dtype[Any]]] = {}
-        sizes = {"indptr": self.shape[0] + 1, "indices": self.num_cells, "data": self.num_cells}
-        for name, size in sizes.items():
-            path = self.folder / f"{name}.npy"
-            with path.open("rb") as file:
-                np.lib.format.read_magic(file)
-                (found,), _, dtype = np.lib.format.read_array_header_1_0(file)
-                self._headers[name] = file.tell(), dtype
-            held = (path.stat().st_size - self._headers[name][0]) // dtype.itemsize
-            if not found == held == size:
-                raise ValueError(
-                    f"{str(path)!r} is damaged: the manifest tells of {size:,} values, its header of "
-                    f"{found:,}, and it holds {held:,}"
+            if [*map(type, shape)] != [int, int]:
+                raise ValueError(f"shape of manifest.json is {shape}, which should be two integers")
+            index_dtype, dtype = (np.dtype(self.manifest[name]) for name in ("index_dtype", "data_dtype"))
+            if index_dtype not in (np.int32, np.int64) or dtype.kind not in "iuf":
+                raise ValueError(f"manifest.json tells of columns {index_dtype} and values {dtype}")
+            self.shape: tuple[int, int] = tuple(shape)
+            self._files = {
+                name: StoredArray.of_npy(self.folder / f"{name}.npy", dtype, size)
+                for name, dtype, size in (
+                    ("indptr", np.dtype(np.int64), self.shape[0] + 1),
+                    ("indices", index_dtype, self.num_cells),
+                    ("data", dtype, self.num_cells),
                 )
+            }
+            self._check_cells()
+        except (ValueError, TypeError) as error:
+            raise files.damaged(self.folder, str(error), _REMEDY) from None
+
+    def _check_cells(self) -> None:
+        indptr = self.read("indptr", 0, self.shape[0] + 1)
+        if indptr[0] != 0 or indptr[-1] != self.num_cells or (np.diff(indptr) < 0).any():
+            raise ValueError(f"indptr.npy does not rise from 0 to {self.num_cells:,}")
+        before = np.empty(0, np.int64)
+        for first in range(0, self.num_cells, _CHECKED_CELLS):
+            columns = self.read("indices", first, min(first + _CHECKED_CELLS, self.num_cells))
+            if columns.min() < 0 or columns.max() >= self.shape[1]:
+                raise ValueError(f"indices.npy has columns outside [0, {self.shape[1]:,})")
+            # Where a column is not above the one before it, a row begins.
+            falls = np.flatnonzero(np.diff(np.append(before, columns)) <= 0) + first + 1 - len(before)
+            if (indptr[np.searchsorted(indptr, falls)] != falls).any():
+                raise ValueError("indices.npy has columns that do not rise within a row")
+            before = columns[-1:]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self._headers["data"][1]
+        return np.dtype(self._files["data"].dtype)
 
     def read(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
         """Values ``[first:last]`` of ``"indptr"``, ``"indices"`` or ``"data"``, in memory of their own."""
-        start, dtype = self._headers[name]
-        return np.fromfile(
-            self.folder / f"{name}.npy", dtype, last - first, offset=start + first * dtype.itemsize
-        )
+        return self._files[name].read(first, last)
 
     def blocks(self, max_cells: int) -> Iterator[tuple[int, sp.csr_array]]:
         """Blocks of whole rows of at most `max_cells` cells, or of one row, each with its first row."""
@@ -195,8 +171,7 @@ class CsrFolder:
 
         Writing to it changes the mapping, never the files.
         """
-        paths = (self.folder / f"{name}.npy" for name in ("indices", "data"))
-        indices, data = (np.asarray(np.load(path, mmap_mode="c")) for path in paths)
+        indices, data = (np.asarray(self._files[name].map("c")) for name in ("indices", "data"))
         indptr = self.read("indptr", 0, self.shape[0] + 1).astype(indices.dtype)
         return sp.csr_array((data, indices, indptr), shape=self.shape, copy=False)
 

@@ -11,6 +11,7 @@ Tokens outside the vocabulary are removed before windows are laid, as word2vec d
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import unicodedata
@@ -25,8 +26,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from cemb import files
-from cemb.pmi import corpora, readers, tokenizer
+from cemb.pmi import corpora, npy, readers, tokenizer
 from cemb.pmi.csr import disk_errors
+from cemb.pmi.npy import StoredArray
 from cemb.pmi.threads import in_order
 
 BORDERS = {"document": tokenizer.DOCUMENTS, "line": tokenizer.LINES, "sentence": tokenizer.SENTENCES}
@@ -42,7 +44,15 @@ _SENTENCE_END = re.compile(
     | [。！？]""",
     re.VERBOSE,
 )
-_VERSION = 1
+_VERSION = 2
+_FIELDS = {
+    "num_tokens": int,
+    "num_words": int,
+    "shard_sizes": list,
+    "borders": str | None,
+    "fingerprint": str,
+}
+_REMEDY = "remove it, and encode the corpus again"
 _BLOCK_BYTES = 8 << 20
 # Runs that are not ASCII are remembered up to this; text without spaces hardly repeats one.
 _MAX_REMEMBERED_BYTES = 64 << 20
@@ -105,8 +115,7 @@ class EncodedCorpus:
 
     def shard(self, i: int) -> npt.NDArray[np.int32]:
         """Ids of one shard, int32 ``[shard_sizes[i]]``, mapped from disk, to be read only."""
-        ids: npt.NDArray[np.int32] = np.load(self.folder / _shard_name(i), mmap_mode="r")
-        return ids
+        return StoredArray.of_npy(self.folder / _shard_name(i), np.int32, self.shard_sizes[i]).map()
 
     def shards(self) -> list[npt.NDArray[np.int32]]:
         """Ids of all shards in order, each as `shard` gives it."""
@@ -114,52 +123,35 @@ class EncodedCorpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> "EncodedCorpus":
-        """The corpus that `encode` put into a folder; reads its words, and maps its ids when asked.
+        """The corpus that `encode` put into a folder; its files are checked against their sums.
 
-        FileNotFoundError if there is none, ValueError naming the file that does not fit.
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedError: its files are not those that were written, or do not fit one another.
+            ValueError: it has another version of the format.
         """
         folder = Path(folder)
+        manifest = files.read_manifest(folder, _VERSION, _FIELDS, _REMEDY)
+        sizes = manifest["shard_sizes"]
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{folder} is no encoded corpus: it has no manifest.json; python -m cemb encode makes one"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"{folder / 'manifest.json'} is not JSON: {error}") from None
-        if manifest.get("version") != _VERSION:
-            raise ValueError(
-                f"{folder} has version {manifest.get('version')} of the format, and this reads {_VERSION}; "
-                "encode the corpus again"
+            words = (folder / "words.txt").read_text(encoding="utf-8").split("\n")[:-1]
+            counts = StoredArray.of_npy(folder / "word_counts.npy", np.int64, manifest["num_words"]).read(
+                0, manifest["num_words"]
             )
-        words = (folder / "words.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        found = cls(
-            folder,
-            words,
-            np.load(folder / "word_counts.npy"),
-            manifest["num_tokens"],
-            tuple(manifest["shard_sizes"]),
-            manifest["borders"],
-            manifest["fingerprint"],
-        )
-        if not len(words) == len(found.word_counts) == manifest["num_words"]:
-            raise ValueError(
-                f"{folder} is damaged: {len(words)} words in words.txt and {len(found.word_counts)} counts, "
-                f"where the manifest says {manifest['num_words']}"
-            )
-        for i, size in enumerate(found.shard_sizes):
-            path = folder / _shard_name(i)
-            try:
-                shard = found.shard(i)
-            except FileNotFoundError:
-                raise ValueError(f"{folder} is damaged: {path.name} is missing") from None
-            except (ValueError, EOFError) as error:
-                raise ValueError(f"{folder} is damaged: {path.name} cannot be read: {error}") from None
-            if shard.shape != (size,) or shard.dtype != np.int32:
+            if len(words) != len(counts):
+                raise ValueError(f"{len(words):,} words in words.txt and {len(counts):,} in word_counts.npy")
+            num_borders = sum(size if type(size) is int else -math.inf for size in sizes) - counts.sum()
+            if num_borders < 0 or (num_borders and manifest["borders"] is None):
                 raise ValueError(
-                    f"{folder} is damaged: {path.name} holds {shard.dtype} {shard.shape}, where the manifest "
-                    f"says int32 ({size},)"
+                    f"shard_sizes of manifest.json are {sizes}, for {counts.sum():,} ids of words"
                 )
+            found = cls(
+                folder, words, counts, manifest["num_tokens"], tuple(sizes), manifest["borders"],
+                manifest["fingerprint"],
+            )  # fmt: skip
+            found.shards()
+        except (OSError, ValueError) as error:
+            raise files.damaged(folder, str(error), _REMEDY) from None
         return found
 
 
@@ -221,7 +213,7 @@ def encode(
         digest = hashlib.sha256("\n".join(words).encode())
         shard_sizes = _write_shards(work, numbering.parts, final, shard_tokens, digest)
         (work / "words.txt").write_text("".join(word + "\n" for word in words), encoding="utf-8")
-        np.save(work / "word_counts.npy", counts)
+        npy.save(work / "word_counts.npy", counts)
         manifest = {
             "format": "cemb encoded corpus",
             "version": _VERSION,
@@ -237,7 +229,8 @@ def encode(
             "sources": [{"name": source.name, "num_bytes": source.num_bytes} for source in sources],
             "fingerprint": f"sha256:{digest.hexdigest()}",
         }
-        files.write_atomic(work / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
+        text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
+        (work / "manifest.json").write_text(text, encoding="utf-8")
     return EncodedCorpus.open(folder)
 
 
@@ -437,9 +430,7 @@ def _write_shards(
 
     def write() -> None:
         ids = shard[:filled]
-        with (work / _shard_name(len(sizes))).open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
-            file.write(ids.data)  # numpy's own writing hides why the system refuses
+        npy.save(work / _shard_name(len(sizes)), ids)
         digest.update(ids.data)
         sizes.append(filled)
 

@@ -25,11 +25,12 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ import numpy.typing as npt
 from numba import njit
 from tqdm import tqdm
 
-from cemb.files import atomic_directory, exclusive, write_atomic
+from cemb import files
+from cemb.pmi import npy
 from cemb.pmi.cooccurrence import (
     BORDER,
     DistanceWeighting,
@@ -52,6 +54,7 @@ from cemb.pmi.cooccurrence import (
     total_dtype,
 )
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors, row_blocks
+from cemb.pmi.npy import StoredArray
 
 DEFAULT_MEMORY = "2GiB"
 # More would show progress too rarely, and memory that is used again is faster than new memory.
@@ -78,25 +81,6 @@ def parse_memory(text: str | int) -> int:
 
 
 @dataclass(frozen=True)
-class _File:
-    """One-dimensional values in a file, as every worker sees them."""
-
-    path: str
-    offset: int  # bytes
-    size: int
-    dtype: str
-
-    def read(self, first: int, last: int) -> npt.NDArray[Any]:
-        dtype = np.dtype(self.dtype)
-        found = np.fromfile(self.path, dtype, last - first, offset=self.offset + first * dtype.itemsize)
-        if len(found) != last - first:
-            raise ValueError(
-                f"{self.path!r} is shorter than it was: {self.size:,} ids were there when counting began"
-            )
-        return found
-
-
-@dataclass(frozen=True)
 class _Memory:
     values: npt.NDArray[Any]
 
@@ -112,9 +96,9 @@ class _Memory:
 class _Stream:
     """All ids, one shard after another, after subsampling if there is any."""
 
-    shards: tuple[_File | _Memory, ...]
+    shards: tuple[StoredArray | _Memory, ...]
     vocab_size: int
-    thresholds: _File | None = None  # of `keep_thresholds`
+    thresholds: StoredArray | None = None  # of `keep_thresholds`
     seed: int = 0
 
     @cached_property
@@ -158,6 +142,30 @@ class _Stream:
             reach *= 4
 
 
+def _is_done(folder: str) -> bool:
+    """Whether a task's folder is there and whole; one that is damaged is removed, to be made again."""
+    if not Path(folder).is_dir():
+        return False
+    try:
+        files.verify(Path(folder), "it is made again")
+    except files.DamagedError:
+        shutil.rmtree(folder)
+        return False
+    return True
+
+
+@contextmanager
+def _published(folder: str) -> Iterator[Path]:
+    """A task's folder to fill; one that another worker made meanwhile is as good."""
+    path = Path(folder)
+    with disk_errors(path), suppress(FileExistsError), files.atomic_directory(path, durable=False) as work:
+        yield work
+
+
+def _write(path: Path, values: npt.NDArray[Any]) -> None:
+    path.write_bytes(values.data)  # numpy's own writing hides why the system refuses
+
+
 @dataclass(frozen=True)
 class _CountTask:
     """Count the tokens ``[first, last)`` of a stream into the run `folder`."""
@@ -178,7 +186,7 @@ class _CountTask:
 
     def __call__(self) -> int:
         """Returns the number of tokens that were done."""
-        if Path(self.folder).is_dir():
+        if _is_done(self.folder):
             return self.last - self.first
         margin, vocab_size = self.windows.window_size, self.stream.vocab_size
         padded = np.empty(self.last - self.first + 2 * margin, np.int32)
@@ -197,13 +205,13 @@ class _CountTask:
         capacity = max(vocab_size, _CHUNK)
         columns, values = np.empty(capacity, np.int32), np.empty(capacity, dtype)
         row_cells, row, done = np.zeros(vocab_size, np.uint32), Row(vocab_size, dtype), 0
-        with disk_errors(Path(self.folder)), atomic_directory(Path(self.folder)) as work:
+        with _published(self.folder) as work:
             with (work / "columns").open("wb") as column_file, (work / "values").open("wb") as value_file:
                 while done < vocab_size:
                     done, found = index.count_rows(done, vocab_size, row, row_cells, columns, values)
                     column_file.write(columns[:found].data)
                     value_file.write(values[:found].data)
-            row_cells.tofile(work / "row_cells")
+            _write(work / "row_cells", row_cells)
         return self.last - self.first
 
 
@@ -255,14 +263,14 @@ class _MergeTask:
         row = Row.num_bytes(vocab_size, np.dtype(np.int64)) + vocab_size * (4 + 8)
         return _SLACK + row + num_rows * (8 + 8 * num_runs) + num_cells * (4 + dtype.itemsize + 4 + 8)
 
-    def _file(self, run: str, name: str) -> _File:
+    def _file(self, run: str, name: str) -> StoredArray:
         dtype = {"row_cells": "uint32", "columns": "int32", "values": self.dtype}[name]
         path = Path(run) / name
-        return _File(str(path), 0, path.stat().st_size // np.dtype(dtype).itemsize, dtype)
+        return StoredArray(str(path), 0, path.stat().st_size // np.dtype(dtype).itemsize, dtype)
 
     def __call__(self) -> int:
         """Returns the number of cells that were done."""
-        if Path(self.folder).is_dir():
+        if _is_done(self.folder):
             return self.num_cells
         row = Row(self.vocab_size, np.dtype(np.int64))
         cells = np.zeros(self.last - self.first, np.int64)
@@ -274,10 +282,10 @@ class _MergeTask:
             cells[0] = len(out[0])
         else:
             out = self._merge_block(row, row_cells, cells)
-        with disk_errors(Path(self.folder)), atomic_directory(Path(self.folder)) as work:
-            cells.tofile(work / "row_cells")
-            out[0].tofile(work / "columns")
-            out[1].tofile(work / "values")
+        with _published(self.folder) as work:
+            _write(work / "row_cells", cells)
+            _write(work / "columns", out[0])
+            _write(work / "values", out[1])
         return self.num_cells
 
     def _merge_block(
@@ -330,11 +338,23 @@ def _run(tasks: Sequence[Callable[[], int]], executor: Executor, progress: tqdm,
         wait(futures)
 
 
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would go on with its task otherwise."""
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def process_executor(workers: int | None = None) -> Iterator[tuple[Executor, int]]:
     """An executor of processes of this machine, by default as many as it has processors, and their number."""
     workers = (os.cpu_count() or 1) if workers is None else workers
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
         yield pool, workers
 
 
@@ -383,11 +403,28 @@ def _identify(shards: Sequence[npt.NDArray[Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file_of(shard: npt.NDArray[Any]) -> _File | None:
+def _file_of(shard: npt.NDArray[Any]) -> StoredArray | None:
     """The file under an array that `numpy.load` mapped, if it is all of one."""
     if not isinstance(shard, np.memmap) or isinstance(shard.base, np.ndarray) or shard.filename is None:
         return None
-    return _File(str(Path(shard.filename).resolve()), shard.offset, len(shard), shard.dtype.str)
+    return StoredArray(str(Path(shard.filename).resolve()), shard.offset, len(shard), shard.dtype.str)
+
+
+def check_memory(
+    memory: int,
+    vocab_size: int,
+    num_tokens: int,
+    workers: int | None = None,
+    dtype: npt.DTypeLike = np.uint32,
+) -> None:
+    """ValueError unless so many bytes let `workers`, by default the processors there are, count at once."""
+    workers = workers or os.cpu_count() or 1
+    needed = workers * _CountTask.num_bytes(min(_CHUNK, num_tokens), vocab_size, np.dtype(dtype))
+    if memory < needed:
+        raise ValueError(
+            f"memory={memory / 2**20:,.0f} MiB is too little for a vocabulary of {vocab_size:,} on "
+            f"{workers} workers: {-(-needed // 2**20):,} MiB are needed, or fewer workers"
+        )
 
 
 def _plan(
@@ -397,12 +434,7 @@ def _plan(
     for dtype in (np.dtype(np.uint32), np.dtype(np.uint64)):
         spare = memory // workers - _CountTask.num_bytes(0, vocab_size, dtype)
         size = min(LARGEST_TASK, max(spare, 0) // 8, -(-num_tokens // workers))
-        needed = workers * _CountTask.num_bytes(min(_CHUNK, num_tokens), vocab_size, dtype)
-        if memory < needed:
-            raise ValueError(
-                f"memory={memory / 2**20:,.0f} MiB is too little for a vocabulary of {vocab_size:,} on "
-                f"{workers} workers: {-(-needed // 2**20):,} MiB are needed, or fewer workers"
-            )
+        check_memory(memory, vocab_size, num_tokens, workers, dtype)
         if total_dtype(windows.largest_total(size)) == dtype:
             return max(size, 1), dtype
     return max(size, 1), dtype
@@ -472,37 +504,34 @@ def count(
         "num_tokens": num_tokens,
         "stream": _identify([*shards, *([] if subsample_threshold is None else [np.asarray(word_counts)])]),
     }
-    if out.exists():
-        found = CooccurrenceCounts(out)
-        _check_same(out, found.manifest, options)
-        shutil.rmtree(partial, ignore_errors=True)
-        return found
-    with exclusive(partial, wait=False):
-        _count(
-            shards, word_counts, partial, options, windows, size, memory // workers, dtype, workers, executor
-        )
-        (partial / "result").rename(out)
-        shutil.rmtree(partial)
-    return CooccurrenceCounts(out)
+    if not out.exists():
+        with files.exclusive(partial, wait=False):
+            if not out.exists():
+                sizes = {"task_tokens": size, "task_memory": memory // workers, "dtype": dtype.name}
+                _count(shards, word_counts, out, partial, options, sizes, workers, executor)
+            shutil.rmtree(partial)
+    found = CooccurrenceCounts(out)
+    _check_same(out, found.manifest, options)
+    shutil.rmtree(partial, ignore_errors=True)
+    return found
 
 
 def _count(
     shards: Sequence[npt.NDArray[Any]],
     word_counts: npt.NDArray[Any] | None,
+    out: Path,
     partial: Path,
     options: dict[str, Any],
-    windows: Windows,
-    size: int,
-    memory: int,
-    dtype: np.dtype[Any],
+    sizes: dict[str, Any],
     workers: int,
     executor: Executor | None,
 ) -> None:
-    """Count into ``partial/result``; `memory` is that of one task."""
+    """Count into `out`; `sizes` are those of a task: tokens, bytes of memory, and the type of its totals."""
+    windows = Windows(options["window_size"], options["distance_weighting"], options["symmetric"])
     with disk_errors(partial):
-        plan = _begin(partial, options, {"task_tokens": size, "task_memory": memory, "dtype": dtype.name})
+        plan = _begin(partial, options, sizes)
         stream = _open_stream(partial, plan, shards, word_counts, executor is not None)
-    size, dtype = plan["task_tokens"], np.dtype(plan["dtype"])
+    size, dtype, memory = plan["task_tokens"], np.dtype(plan["dtype"]), sizes["task_memory"]
     again = f"what is finished stays in {str(partial)!r}: run it again to go on"
     firsts = range(0, stream.num_tokens, size)
     tasks = [
@@ -526,8 +555,8 @@ def _count(
         cells = sum(task.num_cells for task in merges)
         with tqdm(total=cells, desc="merging", unit=" cells", unit_scale=True) as progress:
             _run(merges, pool, progress, again)
-    with disk_errors(partial):
-        _assemble(partial, merges, stream.vocab_size, {**options, "denominator": windows.denominator})
+    with disk_errors(out), files.atomic_directory(out) as work:
+        _assemble(work, merges, stream.vocab_size, {**options, "denominator": windows.denominator})
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -541,9 +570,9 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
 
 def _begin(partial: Path, options: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     """The plan of unfinished work: what was begun goes on as planned, unless its tasks are now too large."""
-    path = partial / "plan.json"
-    if path.exists():
-        plan: dict[str, Any] = json.loads(path.read_text())
+    folder = partial / "plan"
+    if _is_done(str(folder)):
+        plan: dict[str, Any] = files.read_json(folder / "plan.json")
         _check_same(partial, plan, options)
         if plan["task_memory"] > sizes["task_memory"]:
             raise ValueError(
@@ -551,11 +580,18 @@ def _begin(partial: Path, options: dict[str, Any], sizes: dict[str, Any]) -> dic
                 f"{sizes['task_memory'] / 2**20:,.0f} MiB are less; give as much, or remove it"
             )
     else:
+        # Without its plan, nothing says what was finished.
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         plan = {**options, **sizes}
-        write_atomic(path, json.dumps(plan, indent=1))
-    for left in (*partial.glob(".*"), partial / "result"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+        with _published(str(folder)) as work:
+            (work / "plan.json").write_text(json.dumps(plan, indent=1))
     return plan
+
+
+def _saved(path: Path, values: npt.NDArray[Any]) -> StoredArray:
+    npy.save(path, values)
+    return StoredArray.of_npy(path.resolve(), values.dtype, len(values))
 
 
 def _open_stream(
@@ -569,16 +605,13 @@ def _open_stream(
     seen = []
     for i, shard in enumerate(shards):
         if (file := _file_of(shard)) is None and elsewhere:
-            path = partial / f"ids-{i:05d}.npy"
-            np.save(path, shard)
-            file = _file_of(np.load(path, mmap_mode="r"))
+            file = _saved(partial / f"ids-{i:05d}.npy", np.asarray(shard))
         seen.append(file or _Memory(np.asarray(shard)))
     thresholds = None
     if plan["subsample_threshold"] is not None:
         assert word_counts is not None
-        path = partial / "thresholds.npy"
-        np.save(path, keep_thresholds(word_counts, plan["subsample_threshold"]))
-        thresholds = _file_of(np.load(path, mmap_mode="r"))
+        kept = keep_thresholds(word_counts, plan["subsample_threshold"])
+        thresholds = _saved(partial / "thresholds.npy", kept)
     return _Stream(tuple(seen), plan["vocab_size"], thresholds, plan["seed"] or 0)
 
 
@@ -614,10 +647,8 @@ def _plan_merge(
     ]  # fmt: skip
 
 
-def _assemble(partial: Path, merges: list[_MergeTask], vocab_size: int, manifest: dict[str, Any]) -> None:
+def _assemble(folder: Path, merges: list[_MergeTask], vocab_size: int, manifest: dict[str, Any]) -> None:
     """Put the blocks after one another."""
-    folder = partial / "result"
-    folder.mkdir()
     num_cells = sum((Path(task.folder) / "columns").stat().st_size for task in merges) // 4
     total = 0
     with CsrWriter(folder, vocab_size, np.int64, num_cells) as writer:

@@ -6,10 +6,13 @@ The optimum is kept too since the truncated SVD takes longer than all the rest.
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +24,12 @@ from cemb.pmi.cooccurrence import DistanceWeighting
 from cemb.pmi.corpora import CorpusName
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
 from cemb.pmi.matrix import write_pmi
-from cemb.pmi.out_of_core import DEFAULT_MEMORY, count, parse_memory
+from cemb.pmi.out_of_core import DEFAULT_MEMORY, CooccurrenceCounts, check_memory, count, parse_memory
 from cemb.study import records
 from cemb.study.identity import Code
 from cemb.train.objective import Optimum, optimum
 
+_Stage = TypeVar("_Stage")
 _TEXT_OPTIONS = (
     "text_field",
     "borders",
@@ -121,23 +125,24 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEM
     """The data set of a configuration, from results/local/data or built anew and put there.
 
     What is kept is found by the configuration, the corpus's content and the meaning of the code that builds
-    it, so a changed constant or version is built again. A build that was stopped goes on from the tokens,
-    counts or matrix it had finished. Raises what its stages raise for a corpus that cannot be used, and
-    leaves nothing behind then.
+    it, so a changed constant or version is built again. A build that was stopped, or
+    that lacked memory or disk, goes on from the tokens, counts or matrix it had finished. Raises what its
+    stages raise for a corpus that cannot be used, and leaves nothing behind then; DamagedError for a data set
+    whose files are not those that were written; RuntimeError if the corpus changes meanwhile.
 
     Args:
         memory: bytes, or a size such as 512MiB, that counting and PMI take at most; reading needs some for
             each distinct word, or for each event, besides, and the optimum some for each word.
     """
     config, memory = config or PmiConfig(), parse_memory(memory)
+    options = asdict(config)
     if config.events is None:
-        options, fingerprint = asdict(config), corpora.fingerprint(config.corpus, config.text_field)
+        check_memory(memory, config.max_vocab or 1, 0)
     else:
-        options = {name: value for name, value in asdict(config).items() if name not in _TEXT_OPTIONS}
-        fingerprint = events.fingerprint(config.corpus)
+        options = {name: value for name, value in options.items() if name not in _TEXT_OPTIONS}
     identity = {
         **options,
-        "corpus_fingerprint": fingerprint,
+        "corpus_fingerprint": _fingerprint(config),
         "code_hash": Code.of_folder(records.PACKAGE).reach(_BUILDS).hash,
         **{name: value for name, value in records.environment().items() if name.endswith("_version")},
     }
@@ -150,10 +155,35 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEM
                 if not path.exists():
                     _build(config, identity, partial, path, memory)
                 shutil.rmtree(partial)
-            except (ValueError, FileNotFoundError):  # would be raised again
-                shutil.rmtree(partial)
-                raise
-    return _read(path)
+            finally:
+                with suppress(OSError):  # it is gone, or holds what was finished
+                    partial.rmdir()
+    return read(path)
+
+
+def _fingerprint(config: PmiConfig) -> str:
+    if config.events is None:
+        return corpora.fingerprint(config.corpus, config.text_field)
+    return events.fingerprint(config.corpus)
+
+
+def _kept(folder: Path, read: Callable[[Path], _Stage]) -> _Stage | None:
+    """What an earlier build finished; None if there is nothing, or if it is damaged, and then removed."""
+    if not folder.exists():
+        return None
+    try:
+        return read(folder)
+    except files.DamagedError as error:
+        print(f"cemb: {error}; it is made again", file=sys.stderr)
+        shutil.rmtree(folder)
+        return None
+
+
+def _check_unchanged(config: PmiConfig, identity: records.Record, read: Path) -> None:
+    """RuntimeError if the corpus is no longer what it was when its content was looked at; removes `read`."""
+    if _fingerprint(config) != identity["corpus_fingerprint"]:
+        shutil.rmtree(read)
+        raise RuntimeError(f"the corpus {config.corpus!r} changed while it was read; run it again")
 
 
 @dataclass(frozen=True)
@@ -166,9 +196,19 @@ class _Counted:
     sizes: records.Record  # fields of the record
 
 
-def _count_text(config: PmiConfig, partial: Path, memory: int, done: Callable[[str], None]) -> _Counted:
-    if not (partial / "corpus").exists():
-        encode.encode(
+def _check_rank(config: PmiConfig, shape: tuple[int, ...], partial: Path) -> None:
+    """ValueError, before counting, if the corpus is too small for the rank; leaves nothing then."""
+    if config.rank >= min(shape):
+        shutil.rmtree(partial)
+        raise ValueError(f"rank must lie in [1, {min(shape)}) for a matrix {shape}, got {config.rank}")
+
+
+def _count_text(
+    config: PmiConfig, identity: records.Record, partial: Path, memory: int, done: Callable[[str], None]
+) -> _Counted:
+    encoded = _kept(partial / "corpus", encode.EncodedCorpus.open)
+    if encoded is None:
+        encoded = encode.encode(
             config.corpus,
             partial / "corpus",
             min_count=config.min_count,
@@ -176,9 +216,10 @@ def _count_text(config: PmiConfig, partial: Path, memory: int, done: Callable[[s
             text_field=config.text_field,
             borders=config.borders,
         )
-    encoded = encode.EncodedCorpus.open(partial / "corpus")
+        _check_unchanged(config, identity, partial / "corpus")
+    _check_rank(config, 2 * (len(encoded.words),), partial)
     done("encode")
-    counts = count(
+    counts = _kept(partial / "counts", CooccurrenceCounts) or count(
         encoded.shards(),
         partial / "counts",
         vocab_size=len(encoded.words),
@@ -197,20 +238,25 @@ def _count_text(config: PmiConfig, partial: Path, memory: int, done: Callable[[s
     return _Counted(counts, encoded.words, encoded.word_counts, encoded.words, encoded.word_counts, sizes)
 
 
-def _count_events(config: PmiConfig, partial: Path, memory: int, done: Callable[[str], None]) -> _Counted:
+def _count_events(
+    config: PmiConfig, identity: records.Record, partial: Path, done: Callable[[str], None]
+) -> _Counted:
     assert config.events is not None
     folder = partial / "counts"
-    if not folder.exists():
-        counts, users, items = events.read_events(config.corpus, config.events)
+    counts = _kept(folder, CsrFolder)
+    if counts is None:
+        cells, users, items = events.read_events(config.corpus, config.events)
         with (
             disk_errors(folder),
             files.atomic_directory(folder) as work,
-            CsrWriter(work, counts.shape[1], np.int64, counts.nnz) as writer,
+            CsrWriter(work, cells.shape[1], np.int64, cells.nnz) as writer,
         ):
             _write_names(work / "names.json", users, items)
-            writer.append(np.diff(counts.indptr), counts.indices, counts.data)
+            writer.append(np.diff(cells.indptr), cells.indices, cells.data)
             writer.finish(kind="counts", events=config.events)
-    counts = CsrFolder(folder)
+        counts = CsrFolder(folder)
+        _check_unchanged(config, identity, folder)
+    _check_rank(config, counts.shape, partial)
     users, items = _read_names(folder / "names.json")
     matrix = counts.matrix()
     done("count")
@@ -224,7 +270,7 @@ def _write_names(path: Path, words: list[str], contexts: list[str]) -> None:
 
 
 def _read_names(path: Path) -> tuple[list[str], list[str]]:
-    words, contexts = json.loads(path.read_text(encoding="utf-8"))
+    words, contexts = files.read_json(path)
     return words, contexts
 
 
@@ -238,17 +284,25 @@ def _build(config: PmiConfig, identity: records.Record, partial: Path, path: Pat
         seconds[f"{stage}_s"] = round(now - lap, 3)
         lap = now
 
-    counted = (_count_text if config.events is None else _count_events)(config, partial, memory, done)
-    if not (partial / "matrix").exists():
-        write_pmi(
-            counted.matrix,
-            partial / "matrix",
-            context_smoothing=config.context_smoothing,
-            num_negative=config.num_negative,
-            top_k=config.top_k,
-            memory=memory,
-        )
-    matrix = CsrFolder(partial / "matrix").matrix()
+    if config.events is None:
+        counted = _count_text(config, identity, partial, memory, done)
+    else:
+        counted = _count_events(config, identity, partial, done)
+    stored = _kept(partial / "matrix", CsrFolder)
+    if stored is None:
+        try:
+            stored = write_pmi(
+                counted.matrix,
+                partial / "matrix",
+                context_smoothing=config.context_smoothing,
+                num_negative=config.num_negative,
+                top_k=config.top_k,
+                memory=memory,
+            )
+        except ValueError:  # of these counts and options, so it would be raised again
+            shutil.rmtree(partial)
+            raise
+    matrix = stored.matrix()
     done("pmi")
     best = optimum(matrix, config.rank)
     done("optimum")
@@ -268,7 +322,7 @@ def _build(config: PmiConfig, identity: records.Record, partial: Path, path: Pat
         **seconds,
         **records.provenance(),
     }
-    with files.atomic_directory(path) as work:
+    with disk_errors(path), files.atomic_directory(path) as work:
         np.savez(work / "optimum.npz", left=best.left, singular_values=best.singular_values, right=best.right)
         np.savez(work / "counts.npz", words=counted.word_counts, contexts=counted.context_counts)
         _write_names(work / "names.json", counted.words, counted.contexts)
@@ -276,7 +330,8 @@ def _build(config: PmiConfig, identity: records.Record, partial: Path, path: Pat
         (partial / "matrix").rename(work / "matrix")
 
 
-def _read(path: Path) -> PmiDataset:
+def read(path: Path) -> PmiDataset:
+    files.verify(path, "remove it, and it is built again")
     summary = records.read(path / "records.jsonl")[0]
     with np.load(path / "optimum.npz") as stored:
         best = Optimum(**stored, squared_norm=summary["squared_norm"])

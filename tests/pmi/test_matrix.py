@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits
 
+from cemb.files import atomic_directory
 from cemb.pmi import csr
 from cemb.pmi import matrix as pmi_matrix_module
 from cemb.pmi.csr import CsrFolder
@@ -91,8 +92,10 @@ def test_histogram_counts_every_value(random_matrix):
 
 
 def _folder(path, counts):
-    path.mkdir()
-    with csr.CsrWriter(path, counts.shape[1], counts.dtype, counts.nnz) as writer:
+    with (
+        atomic_directory(path) as work,
+        csr.CsrWriter(work, counts.shape[1], counts.dtype, counts.nnz) as writer,
+    ):
         writer.append(np.diff(counts.indptr), counts.indices, counts.data)
         writer.finish(kind="counts")
     return CsrFolder(path)

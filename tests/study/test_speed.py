@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cemb import cli, files
+from cemb import cli
 from cemb.report import speed as report_speed
 from cemb.report import stats
 from cemb.study import records, speed, timing
@@ -367,31 +367,6 @@ def test_records_are_strict_json():
     assert records.to_json({"score": float("nan"), "n": 1}) == '{"score": null, "n": 1}'
     with pytest.raises(ValueError, match="not JSON compliant"):
         records.to_json({"loss": float("inf")})
-
-
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    target = tmp_path / "records.jsonl"
-    records.write([{"a": 1}], target)
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fdopen", full)
-    with pytest.raises(OSError, match="No space left"):
-        records.write([{"a": 2}], target)
-    monkeypatch.undo()
-    assert records.read(target) == [{"a": 1}]
-    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
-
-
-def test_an_interrupted_directory_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), files.atomic_directory(tmp_path / "out") as work:
-        (work / "half").write_text("half")
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-    with files.atomic_directory(tmp_path / "out") as work:
-        (work / "whole").write_text("whole")
-    assert (tmp_path / "out" / "whole").read_text() == "whole"
 
 
 def test_sources_are_parsed_from_several_threads_while_garbage_is_collected():
