@@ -1,0 +1,178 @@
+"""Commands that are killed or starved: run again, they give what they give undisturbed, and tidy up."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, long, zipf_text
+from test_damage import content_of_corpus, content_of_data_set, content_of_matrix
+
+CEMB = [sys.executable, "-m", "cemb"]
+
+
+def _data_set(folder):
+    (found,) = (folder / "results" / "local" / "data").glob("pmi-*")
+    words, counts, left, values, summary = content_of_data_set(found)
+    kept = {name: value for name, value in summary.items() if not name.endswith(("_s", "utc_time"))}
+    return words, counts, left, values, kept
+
+
+def _model(folder):
+    return {name: values.tolist() for name, values in torch.load(folder / "model.pt").items()}
+
+
+# Of each command its arguments, and what it made.
+COMMANDS = {
+    "encode": (
+        "encode text.txt --out corpus --shard-tokens 50000",
+        lambda at: content_of_corpus(at / "corpus"),
+    ),
+    "count": ("count corpus --out counts --memory 200MiB", lambda at: content_of_matrix(at / "counts")),
+    "count in processes": (
+        "count corpus --out counts --memory 400MiB --processes --workers 2",
+        lambda at: content_of_matrix(at / "counts"),
+    ),
+    "pmi": ("pmi --corpus text.txt --rank 8", _data_set),
+    "train": (
+        "train --corpus text.txt --rank 8 --pool-size 4096 --num-steps 40 --save model.pt",
+        _model,
+    ),
+}
+
+
+def start(name, folder, before="", **options):
+    """A command, after the shell's settings `before`, in a process group of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CEMB_RESULTS": str(folder / "results")}
+    shell = f'{before}\nexec "$@"'
+    command = ["sh", "-c", shell, "sh", *CEMB, *COMMANDS[name][0].split()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def finish(process):
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out.decode(), error.decode()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What each command makes, and the seconds it takes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "text.txt").write_text(zipf_text(400_000, 3000))
+    found = {}
+    for name, (_, content) in COMMANDS.items():
+        shutil.rmtree(folder / "counts", ignore_errors=True)
+        began = time.monotonic()
+        status, _, error = finish(start(name, folder))
+        assert status == 0, error
+        found[name] = content(folder), time.monotonic() - began
+    return folder, found
+
+
+def ready(name, undisturbed, folder):
+    """A folder in which a command may start."""
+    os.link(undisturbed[0] / "text.txt", folder / "text.txt")
+    if name.startswith("count"):
+        (folder / "corpus").symlink_to(undisturbed[0] / "corpus")
+
+
+def check_same_and_tidy(name, undisturbed, folder):
+    """Run a command again, and compare."""
+    status, _, error = finish(start(name, folder))
+    # It may have been done when it was disturbed.
+    assert status == 0 or (name == "encode" and "exists already" in error), error
+    assert COMMANDS[name][1](folder) == undisturbed[1][name][0]
+    assert not [str(path) for path in folder.rglob("*") if path.name.endswith((".cemb-tmp", ".partial"))]
+
+
+def _descendants(group):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(path.parent.name)
+    return found
+
+
+def gone(group, seconds=5):
+    """Whether all processes of a group end within some seconds."""
+    until = time.monotonic() + seconds
+    while _descendants(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not _descendants(group)
+
+
+@pytest.mark.parametrize("seed", [0, *long(*range(1, 15))])
+@pytest.mark.parametrize("name", ["encode", "pmi", *long("count", "count in processes", "train")])
+def test_a_killed_command_does_its_work_when_it_is_run_again(undisturbed, tmp_path, name, seed):
+    ready(name, undisturbed, tmp_path)
+    rng = np.random.default_rng([seed, *name.encode()])
+    process = start(name, tmp_path)
+    # Imports take the first part.
+    time.sleep(undisturbed[1][name][1] * rng.uniform(0.3, 1))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert gone(process.pid)
+    check_same_and_tidy(name, undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pmi", *long("encode", "count", "count in processes", "train")])
+def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path, name):
+    """Files above 64 KiB are refused, as by a disk that is full at some time."""
+    ready(name, undisturbed, tmp_path)
+    status, _, error = finish(start(name, tmp_path, before="ulimit -f 128; trap '' XFSZ"))
+    assert status == 2, error
+    assert error.splitlines()[-1].startswith("cemb: "), error
+    assert "a file is too large while writing" in error
+    assert "Traceback" not in error
+    check_same_and_tidy(name, undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pmi", *long("encode", "count")])
+def test_few_open_files_are_enough(undisturbed, tmp_path, name):
+    ready(name, undisturbed, tmp_path)
+    status, _, error = finish(start(name, tmp_path, before="ulimit -n 64"))
+    assert status == 0, error
+    assert COMMANDS[name][1](tmp_path) == undisturbed[1][name][0]
+
+
+@pytest.mark.parametrize("name", ["pmi", *long("encode", "count", "count in processes", "train")])
+def test_of_two_at_once_each_is_whole_or_refused(undisturbed, tmp_path, name):
+    ready(name, undisturbed, tmp_path)
+    both = [start(name, tmp_path) for _ in range(2)]
+    ended = [finish(process) for process in both]
+    assert any(status == 0 for status, *_ in ended), ended
+    for status, _, error in ended:
+        assert status == 0 or "exists already" in error or "another process is at work" in error, error
+    assert COMMANDS[name][1](tmp_path) == undisturbed[1][name][0]
+    assert not [str(path) for path in tmp_path.rglob("*") if path.name.endswith((".cemb-tmp", ".partial"))]
+
+
+def test_two_encodings_of_one_name_are_not_mixed_up(undisturbed, tmp_path):
+    ready("encode", undisturbed, tmp_path)
+    (tmp_path / "other.txt").write_text(zipf_text(400_000, 3000, seed=1))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(
+            [*CEMB, "encode", name, "--out", "corpus"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name in ("text.txt", "other.txt")
+    ]
+    ended = dict(zip(("text.txt", "other.txt"), map(finish, both), strict=True))
+    (winner,) = [name for name, (status, *_) in ended.items() if status == 0]
+    assert f'"corpus": [\n  "{winner}"\n ]' in (tmp_path / "corpus" / "manifest.json").read_text()
+    assert all(status == 0 or "corpus' exists already" in error for status, _, error in ended.values())
