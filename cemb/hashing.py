@@ -17,6 +17,8 @@ other implementation is tested against it, bit for bit.
 
 from dataclasses import dataclass
 
+from cemb.checks import check_integers, check_reals
+
 HASH_VERSION = 1
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -49,10 +51,12 @@ class HashSpec:
     table_offset: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_embeddings", "embedding_dim", "pool_size", "block_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        sizes = ("num_embeddings", "embedding_dim", "pool_size", "block_size")
+        check_integers(1, **{name: getattr(self, name) for name in sizes})
+        check_integers(0, table_offset=self.table_offset)
+        check_integers(0, 2**63 - 1, hash_seed=self.hash_seed)
+        if self.signed not in (True, False):
+            raise ValueError(f"signed must be True or False, got {self.signed!r}")
         if self.block_size > self.embedding_dim:
             raise ValueError(
                 f"block_size must be at most embedding_dim={self.embedding_dim}, got {self.block_size}: "
@@ -68,10 +72,6 @@ class HashSpec:
                 f"pool_size must be below 2^32, got {self.pool_size}: "
                 "hash version 1 scales 32 bits of the hash to the pool"
             )
-        if not 0 <= self.hash_seed < 2**63:
-            raise ValueError(f"hash_seed must lie in [0, 2^63), got {self.hash_seed}")
-        if self.table_offset < 0:
-            raise ValueError(f"table_offset must not be negative, got {self.table_offset}")
         if (self.num_embeddings + self.table_offset) * self.num_blocks >= 2**63:
             raise ValueError(
                 f"(num_embeddings + table_offset) * blocks must be below 2^63, got "
@@ -116,7 +116,7 @@ class HashSpec:
 class FullSpec:
     """A table that is not compressed, as kernels see it: row i is the i-th segment of `embedding_dim` values.
 
-    It has the fields of a `HashSpec` with one block a row and no hash.
+    It has the fields of a `HashSpec` with one block a row and no hash. ValueError for impossible sizes.
     """
 
     num_embeddings: int
@@ -125,6 +125,10 @@ class FullSpec:
     table_offset = hash_seed = salt = num_starts = 0
     signed = is_single = False
     num_blocks = 1
+
+    def __post_init__(self) -> None:
+        check_integers(1, embedding_dim=self.embedding_dim)
+        check_integers(0, 2**32, num_embeddings=self.num_embeddings)  # kernels number rows in 32 bits
 
     @property
     def block_size(self) -> int:
@@ -151,11 +155,14 @@ class PairDropout:
     then scaled by 1/(1 − p)². So one mask a pair stands for two, exactly in distribution up to the rounding
     of that probability to 16 bits. One hash serves four components: with q = ceil(d/4), component j of pair i
     is kept if 16-bit part j mod 4, least significant first, of ``mix(i·q + j div 4 + mix(seed + GOLDEN))``
-    reaches `threshold`.
+    reaches `threshold`. Raises ValueError for a share outside [0, 1).
     """
 
     p: float
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_reals("[0, 1)", dropout=self.p)
 
     @property
     def threshold(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cemb import ops, optim
+from cemb.checks import check_integers, check_reals
 from cemb.hashing import HashSpec
 from cemb.reference import check_ids
 from cemb.tables import (
@@ -70,12 +71,12 @@ class PairModel(nn.Module):
         super().__init__()
         if first_context and context_table is not None:
             raise ValueError("first_context is for one shared table, and context_table was given too")
-        if not 0 <= first_context < cast(int, word_table.num_embeddings):
+        check_integers(0, first_context=first_context)
+        if not first_context < cast(int, word_table.num_embeddings):
             raise ValueError(f"first_context must be a row of the table, got {first_context}")
         if bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {bias!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        check_reals("[0, 1)", dropout=dropout)
         self.word_table = word_table
         self.context_table = word_table if context_table is None else context_table
         if self.word_table.embedding_dim != self.context_table.embedding_dim:

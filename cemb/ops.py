@@ -10,6 +10,7 @@ block size (0 for a full table), hash seed, signed, table offset, and zeros, who
 the columns.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,19 @@ def encode(spec: Spec) -> Tensor:
 
 
 def _decode(table: Tensor) -> Spec:
-    num_embeddings, embedding_dim, pool_size, block_size, hash_seed, signed, offset = table[:7].tolist()
+    return _spec(*table[:7].tolist())
+
+
+@functools.lru_cache(maxsize=64)  # making one takes a noticeable part of a small lookup
+def _spec(
+    num_embeddings: int,
+    embedding_dim: int,
+    pool_size: int,
+    block_size: int,
+    hash_seed: int,
+    signed: int,
+    offset: int,
+) -> Spec:
     if block_size == 0:
         return FullSpec(num_embeddings, embedding_dim)
     return HashSpec(num_embeddings, embedding_dim, pool_size, block_size, hash_seed, bool(signed), offset)
@@ -182,22 +195,30 @@ def _hashed_lookup(weight: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     _check_shape(weight, spec)
     kind = backend(weight.device, weight.dtype)
     if kind == "torch":
-        return reference.hashed_lookup(weight, ids, spec)
+        return reference.hashed_lookup(weight.reshape(-1), ids, spec)
     flat = ids.reshape(-1).long().contiguous()
     if kind == "triton":
         _cuda().check_ids(flat, spec.num_embeddings)
         out = weight.new_empty((*ids.shape, spec.embedding_dim))
-        _cuda().lookup(weight.contiguous(), flat, spec, out.view(flat.numel(), spec.embedding_dim))
+        _cuda().lookup(
+            weight.reshape(-1).contiguous(), flat, spec, out.view(flat.numel(), spec.embedding_dim)
+        )
         return out
     reference.check_ids(flat, spec.num_embeddings)
     out = weight.new_empty((*ids.shape, spec.embedding_dim), dtype=_wide(weight.dtype))
-    cpu.lookup.lookup(array(weight), array(flat), spec, array(out.view(flat.numel(), spec.embedding_dim)))
+    values, rows = weight.reshape(-1), out.view(flat.numel(), spec.embedding_dim)
+    cpu.lookup.lookup(array(values), array(flat), spec, array(rows))
     return out.to(weight.dtype)
 
 
 @torch.library.custom_op("cemb::hashed_scatter", mutates_args=())
 def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Tensor) -> Tensor:
     spec = _decode(table)
+    if pool_size != spec.pool_size or grad.shape != (*ids.shape, spec.embedding_dim):
+        raise ValueError(
+            f"grad must have shape {[*ids.shape, spec.embedding_dim]} and pool_size be {spec.pool_size}, "
+            f"got {list(grad.shape)} and {pool_size}"
+        )
     flat_ids = ids.reshape(-1).long().contiguous()
     flat_grad = grad.reshape(flat_ids.numel(), spec.embedding_dim).contiguous()
     kind = backend(grad.device, grad.dtype)
@@ -205,6 +226,7 @@ def _hashed_scatter(grad: Tensor, ids: Tensor, pool_size: int, table: Tensor) ->
         indices, signs = reference.locate(flat_ids, spec)
         values = flat_grad if signs is None else flat_grad * signs
         return grad.new_zeros(pool_size).index_add_(0, indices.reshape(-1), values.reshape(-1))
+    _check_full_ids(flat_ids, spec, kind)
     if kind == "triton":
         deterministic = torch.are_deterministic_algorithms_enabled()
         pool: Tensor = _cuda().scatter(flat_grad, flat_ids, spec, deterministic)
@@ -277,6 +299,12 @@ def _check_shape(weight: Tensor, spec: Spec) -> None:
         )
 
 
+def _check_full_ids(ids: Tensor, spec: Spec, kind: str) -> None:
+    """Check ids again in the backward pass where one outside the table would be outside the memory, too."""
+    if isinstance(spec, FullSpec):
+        (_cuda() if kind == "triton" else reference).check_ids(ids, spec.num_embeddings)
+
+
 def lookup(weight: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     """`hashed_lookup` in a table that `encode` made."""
     _check(weight, ids, "ids")
@@ -347,6 +375,7 @@ def _pair_scores_backward(
     if kind == "torch":
         return reference.pair_scores_backward(grad, weight, pairs, spec, context_offset, drop)
     pairs = pairs.long().contiguous()
+    _check_full_ids(pairs, spec, kind)
     if kind == "triton":
         deterministic = torch.are_deterministic_algorithms_enabled()
         arguments = (grad.contiguous(), weight.contiguous(), pairs, spec, context_offset, drop, seed)

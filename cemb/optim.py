@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from cemb import ops, reference
+from cemb.checks import check_reals
 from cemb.hashing import HashSpec, PairDropout, Spec
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu import rules, updates
 from cemb.kernels.cpu.pairs import Batch
 from cemb.memory import advise_huge_pages
@@ -92,9 +94,10 @@ class PairStepOptimizer(torch.optim.Optimizer):
             which the `plan` is ``private`` for a given one.
 
         Raises:
-            ValueError: `parameter` is not of this optimizer or cannot be stepped so; its group has an option
-                that such a step does not have, such as weight decay; `SquaredError` is not of ``[n]``; the
-                loss is no scalar, or depends on `parameter` beside the scores.
+            ValueError: `parameter` is not of this optimizer or cannot be stepped so; its state is not of its
+                size, as one that was loaded, or of before its data were replaced; its group has an option
+                that such a step does not have, such as weight decay, or one out of range; `SquaredError` is
+                not of ``[n]``; the loss is no scalar, or depends on `parameter` beside the scores.
             RuntimeError: `parameter` has a gradient that no step has used.
             IndexError, TypeError, ValueError: as `cemb.ops.pair_scores`.
         """
@@ -160,16 +163,27 @@ class PairStepOptimizer(torch.optim.Optimizer):
         unknown = [f"{name}={group[name]!r}" for name in _OTHER_OPTIONS if group.get(name)]
         if unknown:
             raise ValueError(f"pair_step has no {', '.join(unknown)}; use autograd and step")
+        _check_options(group)
         return group
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The parameter's state, made as torch makes it, large ones on huge pages."""
+        """The parameter's state, made where there is none."""
         state: dict[str, Any] = self.state[parameter]
         if self.state_names and not state:
-            state["step"] = torch.tensor(0.0)
-            for name in self.state_names:
-                state[name] = advise_huge_pages(torch.empty_like(parameter)).zero_()
+            state.update(self._new_state(parameter, group))
+        for name in self.state_names:
+            if name not in state:
+                raise ValueError(f"the parameter's state has no {name!r}, but {[*state]}: {_FOREIGN}")
+            _check_state(name, state[name], parameter, self._state_shape(parameter))
         return state
+
+    def _state_shape(self, parameter: Tensor) -> torch.Size:
+        return parameter.shape
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A state as torch makes it, large tensors on huge pages."""
+        zeros = {name: advise_huge_pages(torch.empty_like(parameter)).zero_() for name in self.state_names}
+        return {"step": torch.tensor(0.0), **zeros}
 
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
         raise NotImplementedError
@@ -187,6 +201,30 @@ _OTHER_OPTIONS = (
     "capturable",
     "differentiable",
 )
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError for a rate or another number that no step can be made with.
+
+    torch checks those that an optimizer is made with, and neither NaN nor a group's own.
+    """
+    names = ("lr", "eps", "initial_accumulator_value")
+    check_reals("[0, inf)", **{name: float(group[name]) for name in names if name in group})
+    if "betas" in group:
+        beta1, beta2 = map(float, group["betas"])
+        check_reals("[0, 1)", beta1=beta1, beta2=beta2)
+
+
+_FOREIGN = "it is of another optimizer or parameter; without it in optimizer.state, a new one is made"
+
+
+def _check_state(name: str, state: Tensor, parameter: Tensor, shape: torch.Size) -> None:
+    if state.device != parameter.device:
+        raise ValueError(f"{name!r} must be on {parameter.device}, got {state.device}: {_FOREIGN}")
+    try:
+        check_array(f"{name!r} of a parameter {list(parameter.shape)}", state, shape, parameter.dtype)
+    except ValueError as error:
+        raise ValueError(f"{error}: {_FOREIGN}") from None
 
 
 def _labels(loss: SquaredError, parameter: Tensor, n: int) -> dict[str, npt.NDArray[Any]]:
@@ -216,11 +254,9 @@ class Adagrad(PairStepOptimizer, torch.optim.Adagrad):
         for state in self.state.values():  # torch has made them already
             state["sum"] = advise_huge_pages(torch.empty_like(state["sum"])).copy_(state["sum"])
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        is_new = not self.state[parameter]
-        state = super()._state_of(parameter, group)
-        if is_new:  # of a group that was added later, which torch gives none
-            state["sum"].fill_(group["initial_accumulator_value"])
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state = super()._new_state(parameter, group)  # of a group that was added later: torch gives it none
+        state["sum"].fill_(group["initial_accumulator_value"])
         return state
 
     def _rule(self, group: dict[str, Any], step: int) -> rules.Rule:
@@ -286,9 +322,7 @@ class RowwiseAdagrad(PairStepOptimizer):
         eps: float = 1e-10,
     ) -> None:
         defaults = {"lr": lr, "initial_accumulator_value": initial_accumulator_value, "eps": eps}
-        for name, value in defaults.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must not be negative, got {value}")
+        _check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -310,11 +344,12 @@ class RowwiseAdagrad(PairStepOptimizer):
             )
         return super()._check_parameter(parameter, spec)
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            state["sum"] = parameter.new_full((len(parameter),), group["initial_accumulator_value"])
-        return state
+    def _state_shape(self, parameter: Tensor) -> torch.Size:
+        return parameter.shape[:1]
+
+    def _new_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        sums = parameter.new_full(self._state_shape(parameter), group["initial_accumulator_value"])
+        return {"sum": sums}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cemb import reference
-from cemb.hashing import GOLDEN, HashSpec, mix
+from cemb.hashing import GOLDEN, FullSpec, HashSpec, PairDropout, mix
 
 # The published outputs of splitmix64 seeded with 0: its state steps by GOLDEN, and `mix` is its output.
 SPLITMIX64_SEED_0 = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC)
@@ -99,15 +99,44 @@ def test_offset_continues_the_rows():
         ({"block_size": 128}, "block_size must be at most embedding_dim=100, got 128"),
         ({"block_size": 25, "pool_size": 24}, "pool_size must be at least block_size=25, got 24"),
         ({"pool_size": 2**32}, r"pool_size must be below 2\^32, got 4294967296"),
-        ({"hash_seed": -1}, "hash_seed must lie in .*, got -1"),
-        ({"table_offset": -1}, "table_offset must not be negative, got -1"),
+        ({"hash_seed": -1}, "hash_seed must be at least 0, got -1"),
+        ({"hash_seed": 2**63}, "hash_seed must be at most 9223372036854775807, got 9223372036854775808"),
+        ({"table_offset": -1}, "table_offset must be at least 0, got -1"),
         ({"num_embeddings": 2**60}, r"must be below 2\^63"),
+        ({"num_embeddings": 2**63 - 5, "embedding_dim": 1, "table_offset": 5}, r"must be below 2\^63"),
+        ({"num_embeddings": 2**61, "embedding_dim": 7, "block_size": 2}, r"must be below 2\^63"),
+        ({"pool_size": 8.5}, "pool_size must be an integer, got 8.5"),
+        ({"pool_size": float("nan")}, "pool_size must be an integer, got nan"),
+        ({"block_size": True}, "block_size must be an integer, got True"),
+        ({"block_size": 2.5}, "block_size must be an integer, got 2.5"),
+        ({"signed": 2}, "signed must be True or False, got 2"),
     ],
 )
 def test_impossible_tables_are_refused(change, message):
     sizes = {"num_embeddings": 63, "embedding_dim": 100, "pool_size": 1000}
     with pytest.raises(ValueError, match=message):
         HashSpec(**{**sizes, **change})
+
+
+def test_tables_at_the_limits_exist():
+    for sizes in ((2**63 - 6, 1, 1, 1, 2**63 - 1, False, 5), (2**61 - 1, 7, 2**32 - 1, 2)):
+        spec = HashSpec(*sizes)
+        place, _ = spec.locate(spec.num_embeddings - 1, spec.embedding_dim - 1)
+        assert 0 <= place < spec.pool_size
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FullSpec(2**32 + 1, 4), "num_embeddings must be at most 4294967296, got 4294967297"),
+        (lambda: FullSpec(5, 0), "embedding_dim must be at least 1, got 0"),
+        (lambda: PairDropout(1.0), r"dropout must lie in \[0, 1\), got 1.0"),
+        (lambda: PairDropout(float("nan")), r"dropout must lie in \[0, 1\), got nan"),
+    ],
+)
+def test_what_else_kernels_take_is_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_entries_outside_the_table_are_refused():

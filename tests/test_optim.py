@@ -232,7 +232,7 @@ def test_rowwise_adagrad_refuses_a_pool():
     with pytest.raises(ValueError, match="a pool has no rows"):
         optimizer.add_param_group({"params": [pool]})
     assert len(optimizer.param_groups) == 1
-    with pytest.raises(ValueError, match="lr must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"lr must lie in \[0, inf\), got -1"):
         optim.RowwiseAdagrad([nn.Parameter(torch.ones(3, 4))], lr=-1)
 
 
@@ -369,7 +369,17 @@ def test_scratch_memory_is_kept_until_it_is_released():
     assert np.shares_memory(first, threads.scratch("of a test", (6,), np.float32))
     assert not np.shares_memory(first, threads.scratch("of a test", (6,), np.float64))
     assert not np.shares_memory(first, threads.scratch("of another", (6,), np.float32))
-    assert threads.scratch("of a test", (100,), np.float64).shape == (100,)
+    for shape, dtype in (
+        ((100,), np.float64),
+        ((2, 3, 4), np.float64),
+        ((0, 4), np.int32),
+        ((7,), np.uint64),
+    ):
+        found = threads.scratch("of a test", shape, dtype)
+        assert (found.shape, found.dtype, found.flags.c_contiguous) == (shape, np.dtype(dtype), True)
+        found.fill(1)
+        again = threads.scratch("of a test", shape, dtype)
+        assert again.size == 0 or np.shares_memory(found, again)
     threads.release_memory()
     assert not threads._scratch.__dict__
 
@@ -428,6 +438,94 @@ def test_a_graph_of_before_the_step_cannot_be_used_after_it():
         loss.backward()
 
 
+STATEFUL = {
+    optim.Adagrad: HashSpec(50, 10, 400, block_size=5),
+    optim.Adam: HashSpec(50, 10, 400),
+    optim.LazyAdam: HashSpec(50, 10, 400, block_size=5),
+    optim.RowwiseAdagrad: FullSpec(50, 10),
+}
+
+
+def _stepped(make):
+    """An optimizer, its parameter with a state, and the other arguments of a step."""
+    spec = STATEFUL[make]
+    weight = _parameter(spec, torch.ones(spec.pool_size))
+    optimizer = make([weight])
+    arguments = torch.tensor([[0, 1]]), SquaredError(torch.zeros(1)), spec
+    optimizer.pair_step(weight, *arguments)
+    return optimizer, weight, arguments
+
+
+@pytest.mark.parametrize("make", STATEFUL)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state[: len(state) // 2],
+            r"must be contiguous torch.float64 \[\d+(, 10)?\], got torch.float64 \[",
+        ),
+        (lambda state: state.float(), r"got torch.float32 \["),
+        (lambda state: torch.stack((state, state), -1)[..., 0], "not contiguous"),
+        (lambda state: state.to("meta"), "must be on cpu, got meta"),
+    ],
+)
+def test_a_state_of_another_parameter_is_refused(make, change, message):
+    optimizer, weight, arguments = _stepped(make)
+    before = weight.detach().clone()
+    name = optimizer.state_names[-1]
+    optimizer.state[weight][name] = change(optimizer.state[weight][name])
+    with pytest.raises(
+        ValueError, match=f"'{name}' .*{message}.*without it in optimizer.state, a new one is"
+    ):
+        optimizer.pair_step(weight, *arguments)
+    assert torch.equal(weight, before)
+    del optimizer.state[weight]
+    optimizer.pair_step(weight, *arguments)
+
+
+def test_states_and_data_that_were_replaced_are_refused():
+    optimizer, weight, (pairs, loss, _) = _stepped(optim.Adagrad)
+    large = nn.Parameter(torch.ones(4000))
+    loaded = optim.Adagrad([large])
+    loaded.load_state_dict(optimizer.state_dict())
+    spec = HashSpec(50, 10, 4000, block_size=5)
+    message = (
+        r"'sum' of a parameter \[4000\] must be contiguous torch.float64 \[4000\], got torch.float64 \[400\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        loaded.pair_step(large, pairs, loss, spec)
+    weight.data = torch.ones(4000)
+    with pytest.raises(ValueError, match=message):
+        optimizer.pair_step(weight, pairs, loss, spec)
+    adam, weight, arguments = _stepped(optim.Adam)
+    other = optim.Adagrad([weight])
+    other.load_state_dict({**other.state_dict(), "state": adam.state_dict()["state"]})
+    with pytest.raises(ValueError, match=r"has no 'sum', but \['step', 'exp_avg', 'exp_avg_sq'\]"):
+        other.pair_step(weight, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (optim.SGD, {"lr": float("nan")}, r"lr must lie in \[0, inf\), got nan"),
+        (optim.Adagrad, {"eps": -1}, r"eps must lie in \[0, inf\), got -1"),
+        (optim.Adam, {"betas": (0.9, 1.0)}, r"beta2 must lie in \[0, 1\), got 1"),
+        (optim.LazyAdam, {"lr": float("inf")}, r"lr must lie in \[0, inf\), got inf"),
+        (optim.RowwiseAdagrad, {"initial_accumulator_value": -0.1}, "initial_accumulator_value must lie in"),
+    ],
+)
+def test_options_of_a_group_that_make_no_step_are_refused(make, options, message):
+    spec = STATEFUL.get(make, STATEFUL[optim.Adagrad])
+    weights = [_parameter(spec, torch.ones(spec.pool_size)) for _ in range(2)]
+    optimizer = make(weights[:1], 0.1)
+    optimizer.add_param_group({"params": weights[1:], **options})
+    arguments = torch.tensor([[0, 1]]), SquaredError(torch.zeros(1)), spec
+    optimizer.pair_step(weights[0], *arguments)
+    with pytest.raises(ValueError, match=message):
+        optimizer.pair_step(weights[1], *arguments)
+    assert (weights[1] == 1).all()
+
+
 def test_a_step_that_fails_is_not_counted():
     spec = HashSpec(5, 4, 30)
     weight = nn.Parameter(torch.ones(30))
@@ -452,6 +550,14 @@ def test_a_pair_step_is_of_one_parameter(make):
     assert torch.equal(weights[1], torch.ones(5, 4))
     optimizer.step()
     assert not torch.equal(weights[1], torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("spec", STATEFUL.values())
+def test_the_loss_of_a_single_pair_is_its_squared_error(spec):
+    weight = _parameter(spec, torch.full((spec.pool_size,), 0.5))
+    wanted = SquaredError(torch.ones(1))
+    loss = optim.Adagrad([weight]).pair_step(weight, torch.tensor([[0, 1]]), wanted, spec)
+    assert loss.item() == (10 * 0.5**2 - 1) ** 2 == wanted(torch.tensor([2.5])).item()
 
 
 def test_the_loss_of_a_pair_step_is_summed_in_double_precision():

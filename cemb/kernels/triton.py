@@ -1,6 +1,6 @@
 """Triton kernels: the hash is computed where it is used; neither indices nor vectors of pairs reach memory.
 
-Tensors are contiguous, on one device, and already validated by `cemb.ops`. Pools and vectors are float32,
+Tensors are contiguous and on one device; `cemb.ops` has checked their ids. Pools and vectors are float32,
 bfloat16 or float16; arithmetic is in float32. Gradients are summed in a pool of their own, in float32 (few
 GPUs add bfloat16 atomically) or, where `deterministic`, in fixed point. With ``TRITON_INTERPRET=1`` in the
 environment before Triton is imported, the kernels run on the CPU, slowly.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cemb import hashing
 from cemb.hashing import PairDropout, Spec
+from cemb.kernels.checks import check_array
 
 MULTIPLIER_1 = tl.constexpr(hashing.MULTIPLIER_1)
 MULTIPLIER_2 = tl.constexpr(hashing.MULTIPLIER_2)
@@ -27,6 +28,7 @@ TILE = 1024  # values of a program that looks up or scatters
 PAIR_TILE = 512  # values of a program that scores pairs
 PAIR_COLUMNS = 128  # of them, columns of one pair
 PAIR_WARPS = 2
+_FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 @triton.jit
@@ -243,9 +245,16 @@ def _check_kernel(ids: tl.tensor, n: tl.tensor, num_embeddings: tl.tensor, COUNT
 
 def check_ids(ids: Tensor, num_embeddings: int) -> None:
     """Trip a device assert if one of `ids`, int64 and contiguous, is out of range; in a single launch."""
+    check_array("ids", ids, ids.shape, torch.int64)
     if ids.numel():
         with torch.cuda.device_of(ids):
             _check_kernel[(triton.cdiv(ids.numel(), TILE),)](ids, ids.numel(), num_embeddings, COUNT=TILE)
+
+
+def _check_device(*tensors: Tensor | None) -> None:
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors must be on one device, got {', '.join(sorted(devices))}")
 
 
 def _int64(x: int) -> int:
@@ -331,6 +340,10 @@ def lookup(weight: Tensor, ids: Tensor, spec: Spec, out: Tensor) -> None:
 
     `out` is of weight's dtype. Nothing is rounded, so results are those of `cemb.reference`, bit for bit.
     """
+    check_array("weight", weight, (spec.pool_size,), *_FLOATS)
+    check_array("ids", ids, (len(ids),), torch.int64)
+    check_array("out", out, (len(ids), spec.embedding_dim), weight.dtype)
+    _check_device(weight, ids, out)
     if len(ids):
         _launch_rows(weight, ids, spec, out)
 
@@ -344,6 +357,9 @@ def scatter(grad: Tensor, ids: Tensor, spec: Spec, deterministic: bool) -> Tenso
     ``n * dim * m * 2^-60``, so each term errs by at most half of that (``m * 2^-33`` for 2^28 terms). It
     takes 16 more bytes per pool value; a value that is not finite makes the whole pool NaN.
     """
+    check_array("ids", ids, (len(ids),), torch.int64)
+    check_array("grad", grad, (len(ids), spec.embedding_dim), *_FLOATS)
+    _check_device(grad, ids)
     scale = _fixed_point_scale(_largest(grad), grad.numel()) if deterministic and len(ids) else None
     pool = _new_pool(spec, grad, scale)
     if len(ids):
@@ -404,6 +420,10 @@ def pair_scores(
     may be None where nothing is dropped. Sums are in float32, in an order that depends on shapes alone, so
     results are deterministic; `scores` is of weight's dtype.
     """
+    check_array("weight", weight, (spec.pool_size,), *_FLOATS)
+    check_array("pairs", pairs, (len(pairs), 2), torch.int64)
+    check_array("scores", scores, (len(pairs),), weight.dtype)
+    _check_device(weight, pairs, scores, _device_seed(dropout, seed))
     if len(pairs):
         _launch_pairs(weight, pairs, spec, context_offset, dropout, seed, scores)
 
@@ -423,6 +443,10 @@ def pair_scores_backward(
     Default and `deterministic` are those of `scatter`; here m is the product of the largest magnitudes in
     `grad` and in `weight` and of the dropout's scale, and there are ``2 * n * dim`` terms.
     """
+    check_array("weight", weight, (spec.pool_size,), *_FLOATS)
+    check_array("pairs", pairs, (len(pairs), 2), torch.int64)
+    check_array("grad", grad, (len(pairs),), *_FLOATS)
+    _check_device(weight, pairs, grad, _device_seed(dropout, seed))
     scale = None
     if deterministic and len(pairs):
         bound = _largest(grad) * _largest(weight) * dropout.scale
@@ -436,7 +460,12 @@ def pair_scores_backward(
 def _launch_vectors(
     vectors: Tensor, dropout: PairDropout, seed: Tensor | None, out: Tensor, grad: Tensor | None
 ) -> None:
-    n, _, dim = vectors.shape
+    n, dim = len(vectors), vectors.shape[-1]
+    check_array("vectors", vectors, (n, 2, dim), *_FLOATS)
+    if grad is not None:
+        check_array("grad", grad, (n,), *_FLOATS)
+    check_array("out", out, (n,) if grad is None else (n, 2, dim), vectors.dtype)
+    _check_device(vectors, out, grad, _device_seed(dropout, seed))
     columns = min(triton.next_power_of_2(dim), PAIR_COLUMNS)
     pairs = TILE // columns
     if n:

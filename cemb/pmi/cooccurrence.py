@@ -21,6 +21,9 @@ from numba import get_num_threads, njit, types
 from numba.extending import intrinsic
 
 from cemb import hashing
+from cemb.checks import check_integers
+from cemb.kernels.cache import cached
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu.simd import prefetch
 from cemb.pmi.csr import row_blocks
 from cemb.pmi.threads import in_order
@@ -29,9 +32,12 @@ DISTANCE_WEIGHTINGS = ("flat", "harmonic")
 DistanceWeighting: TypeAlias = Literal[*DISTANCE_WEIGHTINGS]  # type: ignore[valid-type]
 BORDER = -1  # in place of an id: windows do not cross it
 LARGEST_TOTAL = 2**63 - 1
+# Window sizes. The least common multiple of 1 … 43, of which harmonic weights are parts, is above the total.
+LARGEST_WINDOW = {"flat": 2**16, "harmonic": 42}
 
 # Columns that one byte of `Row.touched` stands for, as a power of two: 16 words of `Row.bits`.
 _TOUCHED_SHIFT = 10
+_WIDE_FROM = 2**31  # cells, whose places then take 64 bits
 _BLOCK_CELLS = 2**20  # more would leave the cache before they are copied
 _PREFETCH = 32  # positions ahead
 _ONE, _S6, _S27, _S30, _S31 = (np.uint64(value) for value in (1, 6, 27, 30, 31))
@@ -44,12 +50,12 @@ class Windows:
     """Which pairs of tokens count, and how much.
 
     Args:
-        window_size: tokens to each side.
+        window_size: tokens to each side, from 1 to `LARGEST_WINDOW`.
         distance_weighting: ``"flat"`` counts 1 per pair, ``"harmonic"`` 1/distance.
         symmetric: count contexts on both sides; otherwise only those that follow the word.
 
     Raises:
-        ValueError: an unknown weighting, or a window below 1.
+        ValueError: an unknown weighting, or a window out of range.
     """
 
     window_size: int = 5
@@ -62,8 +68,8 @@ class Windows:
                 f"distance_weighting must be one of {', '.join(DISTANCE_WEIGHTINGS)}, "
                 f"got {self.distance_weighting!r}"
             )
-        if self.window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
+        largest = LARGEST_WINDOW[self.distance_weighting]
+        check_integers(1, largest, window_size=self.window_size)
 
     @property
     def denominator(self) -> int:
@@ -110,7 +116,7 @@ def keep_thresholds(word_counts: npt.NDArray[Any], subsample_threshold: float) -
     return thresholds
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _subsample(
     token_ids: npt.NDArray[Any],
     first_position: int,
@@ -139,8 +145,11 @@ def subsample(
     """The tokens ``[kept]`` of a piece of a stream that subsampling keeps, int32; borders all stay.
 
     ``mix(position + mix(seed + GOLDEN))`` of `cemb.hashing` decides, position being that in the whole
-    stream, so that it does not matter how the stream is cut. `thresholds` are of `keep_thresholds`.
+    stream, so that it does not matter how the stream is cut. `thresholds` ``[words]`` are of
+    `keep_thresholds`. Raises ValueError for ids without one.
     """
+    check_ids(token_ids, len(thresholds))
+    check_array("thresholds", thresholds, (len(thresholds),), np.uint64)
     kept = np.empty(len(token_ids), np.int32)
     salt = np.uint64(hashing.mix(seed + hashing.GOLDEN))
     return kept[: _subsample(token_ids, first_position, thresholds, salt, kept)]
@@ -156,7 +165,7 @@ def _trailing_zeros(typing: Any, x: Any) -> tuple[Any, Callable[..., Any]]:
     return types.uint64(types.uint64), generate
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _index_positions(
     padded: npt.NDArray[np.uint32],
     first: int,
@@ -216,7 +225,7 @@ def _add(
     touched[column >> _S_TOUCHED] = 1
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def add_cells(
     totals: npt.NDArray[Any],
     bits: npt.NDArray[np.uint64],
@@ -229,7 +238,7 @@ def add_cells(
         _add(totals, bits, touched, np.uint64(columns[k]), values[k])
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def emit(
     totals: npt.NDArray[Any],
     bits: npt.NDArray[np.uint64],
@@ -258,7 +267,7 @@ def emit(
     return found
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _count_rows(
     padded: npt.NDArray[np.uint32],
     positions: npt.NDArray[np.uint32],
@@ -329,6 +338,8 @@ class PositionIndex:
         self, padded: npt.NDArray[np.int32], vocab_size: int, windows: Windows, dtype: np.dtype[Any]
     ):
         margin = windows.window_size
+        check_array("padded", padded, (len(padded),), np.int32)
+        check_ids(padded, vocab_size)
         inside = padded >= 0
         first, last = inside.argmax(), len(inside) - inside[::-1].argmax()
         self.has_borders = not inside[first:last].all()  # at the ends nothing lies beyond them
@@ -351,8 +362,16 @@ class PositionIndex:
     ) -> tuple[int, int]:
         """Count rows from `first` on, up to `last` or as many as `columns` surely holds.
 
-        Returns the row to go on with and the number of cells. `columns` must hold `vocab_size` cells.
+        Returns the row to go on with and the number of cells. `columns` must hold `vocab_size` cells, else
+        ValueError.
         """
+        vocab_size, dtype = len(self.row_ptr) - 1, self._weights.dtype
+        check_integers(0, vocab_size, first=first, last=last)
+        check_integers(vocab_size, num_columns=len(columns))
+        check_array("row.totals", row.totals, (vocab_size + 1,), dtype)
+        check_array("row_cells", row_cells, (vocab_size,), np.int64, np.uint32)
+        check_array("columns", columns, columns.shape, np.int32)
+        check_array("values", values, columns.shape, dtype)
         counted: tuple[int, int] = _count_rows(
             self._padded, self._positions, self.row_ptr, first, last,
             self._windows.window_size, self._weights, self._windows.symmetric, self.has_borders,
@@ -410,10 +429,11 @@ def count_cooccurrences(
         result may be too large for memory, `cemb.pmi.out_of_core.count` puts it on disk.
 
     Raises:
-        ValueError: an unknown weighting, a window below 1, or an id out of range.
+        ValueError: an unknown weighting, a window or an id out of range.
         OverflowError: totals that 64 bits might not hold.
     """
     windows = Windows(window_size, distance_weighting, symmetric)
+    check_integers(1, vocab_size=vocab_size)
     token_ids = np.asarray(token_ids)
     check_ids(token_ids, vocab_size)
     if subsample_threshold is not None:
@@ -450,5 +470,5 @@ def count_cooccurrences(
     data.resize(end, refcheck=False)
     indptr: npt.NDArray[Any] = np.zeros(vocab_size + 1, np.int64)
     np.cumsum(row_cells, out=indptr[1:])
-    indptr = indptr.astype(np.int32) if end < 2**31 else indptr
+    indptr = indptr.astype(np.int32) if end < _WIDE_FROM else indptr
     return sp.csr_array((data, indices, indptr), shape=(vocab_size, vocab_size))

@@ -1,6 +1,7 @@
 """Pointwise mutual information: from counts, and at random with a real matrix's values."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
-from numba import get_num_threads, njit
+from numba import get_num_threads
 from tqdm import tqdm
 
+from cemb.checks import check_integers, check_reals
 from cemb.files import atomic_directory
+from cemb.kernels.cache import cached
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
 from cemb.pmi.threads import in_order
 
@@ -28,12 +31,28 @@ class PmiOptions:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.context_smoothing <= 1:
-            raise ValueError(f"context_smoothing must lie in (0, 1], got {self.context_smoothing}")
-        if self.num_negative < 1:
-            raise ValueError(f"num_negative must be at least 1, got {self.num_negative}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        check_reals("(0, 1]", context_smoothing=self.context_smoothing)
+        check_integers(1, num_negative=self.num_negative, top_k=self.top_k)
+
+
+def canonical(matrix: sp.csr_array | sp.csc_array) -> sp.csr_array:
+    """A matrix in CSR with its columns sorted, each cell stored once, and none that is zero.
+
+    It is the same object if it is so already, and else a copy, in which cells that were listed twice are
+    summed. Raises ValueError for values that are not finite and indices outside the matrix.
+    """
+    matrix.check_format(full_check=True)
+    if matrix.nnz and not np.isfinite([matrix.data.min(), matrix.data.max()]).all():
+        raise ValueError(
+            f"a matrix must be finite, got values from {matrix.data.min()} to {matrix.data.max()}"
+        )
+    by_row = matrix if matrix.format == "csr" else sp.csr_array(matrix)
+    if by_row.has_canonical_format and by_row.data.all():
+        return by_row
+    by_row = by_row.copy()
+    by_row.sum_duplicates()
+    by_row.eliminate_zeros()
+    return by_row
 
 
 class _Sums:
@@ -63,7 +82,7 @@ class _Sums:
         return word_logs, context_logs, np.log(smoothed.sum()) - shift
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _keep_largest(
     columns: npt.NDArray[Any], values: npt.NDArray[np.float64], top_k: int, row_cells: npt.NDArray[np.int64]
 ) -> int:
@@ -134,20 +153,17 @@ def pmi_matrix(
     all counts makes no difference.
 
     Args:
-        counts: non-negative ``[words, contexts]``, integers or floats.
+        counts: non-negative ``[words, contexts]``, integers or floats; cells listed twice are summed.
         top_k: keep only so many cells of each row, the largest; of equal ones the first. None keeps all.
 
     Returns:
         float32 CSR of the same shape, computed in float64.
 
     Raises:
-        ValueError: options out of range, negative counts, or no cell left.
+        ValueError: options out of range, counts that are negative or not finite, or no cell left.
     """
     options = PmiOptions(context_smoothing, num_negative, positive, top_k)
-    counts = sp.csr_array(counts)
-    if (counts.data == 0).any():
-        counts = counts.copy()
-        counts.eliminate_zeros()
+    counts = canonical(sp.csr_array(counts))
     sums = _Sums(counts.shape, counts.dtype)
     sums.add(0, counts)
     _check_counted(counts.shape, sums)
@@ -176,10 +192,11 @@ def write_pmi(
         memory: bytes it may take, besides what it needs for each word and context.
 
     Raises:
-        ValueError: options out of range, or no cell left.
+        ValueError: options out of range, counts that are negative or not finite, or no cell left.
         OSError: the disk is full.
     """
     out = Path(out)
+    check_integers(0, memory=memory)
     options = PmiOptions(context_smoothing, num_negative, positive, top_k)
     if out.exists():
         raise FileExistsError(f"{str(out)!r} is there already; remove it or name another folder")
@@ -187,8 +204,12 @@ def write_pmi(
     # A block's cells take 12 bytes as read, and 24 on the way to PMI; one is read ahead for each thread.
     max_cells = min(max(memory // (48 * (threads + 1)), 2**12), 2**20)
     sums = _Sums(counts.shape, counts.dtype)
+
+    def blocks() -> Iterator[tuple[int, sp.csr_array]]:
+        return ((first, canonical(block)) for first, block in counts.blocks(max_cells))
+
     with tqdm(total=2 * counts.num_cells, desc="PMI", unit=" cells", unit_scale=True) as progress:
-        for first, block in counts.blocks(max_cells):
+        for first, block in blocks():
             sums.add(first, block)
             progress.update(block.nnz)
         _check_counted(counts.shape, sums)
@@ -204,7 +225,7 @@ def write_pmi(
             CsrWriter(work, counts.shape[1], np.float32, counts.num_cells) as writer,
             ThreadPoolExecutor(threads) as pool,
         ):
-            for size, rows in in_order(pool, convert, counts.blocks(max_cells), threads):
+            for size, rows in in_order(pool, convert, blocks(), threads):
                 writer.append(*rows)
                 progress.update(size)
             _check_found(writer.num_cells, num_negative)
@@ -214,6 +235,7 @@ def write_pmi(
 
 def value_histogram(matrix: sp.csr_array, num_bins: int = 64) -> dict[str, list[float]]:
     """Histogram of a matrix's stored values: ``edges`` ``[bins + 1]`` and ``shares`` ``[bins]`` of sum 1."""
+    check_integers(1, num_bins=num_bins)
     counts, edges = np.histogram(matrix.data, bins=num_bins)
     return {"edges": edges.tolist(), "shares": (counts / counts.sum()).tolist()}
 
@@ -246,11 +268,11 @@ def synthetic_pmi(
         float32 CSR ``[num_words, num_words]``, the same for the same seed. Memory peaks near 40 bytes a
         stored cell.
     """
-    if num_words < 2:
-        raise ValueError(f"num_words must be at least 2, got {num_words}")
+    check_integers(2, num_words=num_words)
+    check_reals("(0, 1]", density=density)
     num_pairs = round(density * num_words**2 / 2)
     possible = num_words * (num_words - 1) // 2
-    if not 0 < density <= 1 or not 1 <= num_pairs <= possible // 2:
+    if not 1 <= num_pairs <= possible // 2:
         raise ValueError(
             f"density={density} asks for {num_pairs} pairs of {num_words} words; "
             f"give one that asks for 1 to {possible // 2}, half of all pairs"

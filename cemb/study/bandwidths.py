@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
+from numba import prange
 
+from cemb.kernels.cache import cached
 from cemb.kernels.cpu.simd import prefetch_segment
 from cemb.kernels.cpu.threads import FASTMATH, launch
 
@@ -18,7 +19,7 @@ _REPEATS = 7
 # Loops run over slices, from 0: an index that might be negative keeps LLVM from using vectors.
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
+@cached(parallel=True, nogil=True, fastmath=FASTMATH)
 def _stream(array: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = array[array.shape[0] * t // threads : array.shape[0] * (t + 1) // threads]
@@ -28,7 +29,7 @@ def _stream(array: Any, threads: Any, sums: Any) -> None:
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
+@cached(parallel=True, nogil=True, fastmath=FASTMATH)
 def _rows(array: Any, starts: Any, length: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = starts[starts.shape[0] * t // threads : starts.shape[0] * (t + 1) // threads]
@@ -41,7 +42,7 @@ def _rows(array: Any, starts: Any, length: Any, threads: Any, sums: Any) -> None
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
+@cached(parallel=True, nogil=True, fastmath=FASTMATH)
 def _gather(array: Any, places: Any, threads: Any, sums: Any) -> None:
     for t in prange(threads):
         part = places[places.shape[0] * t // threads : places.shape[0] * (t + 1) // threads]
@@ -51,7 +52,7 @@ def _gather(array: Any, places: Any, threads: Any, sums: Any) -> None:
         sums[t] = total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
+@cached(parallel=True, nogil=True, fastmath=FASTMATH)
 def _add(pools: Any, places: Any, threads: Any) -> None:
     for t in prange(threads):
         part = places[places.shape[0] * t // threads : places.shape[0] * (t + 1) // threads]

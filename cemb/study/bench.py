@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cemb.checks import check_integers
 from cemb.study import records, rivals, speed, timing
 from cemb.study.sizes import BLOCK, GPU_BLOCK, HUGE_TABLE, LARGE, OPTIMIZERS, SMALL, Optimizer
 
@@ -129,7 +130,8 @@ def run(
         threads: of torch and the kernels; None: as many as torch takes by itself.
         sizes: other fields of the cases.
     """
-    threads = threads or torch.get_num_threads()
+    check_integers(1, repeats=repeats, rounds=rounds, threads=threads)
+    threads = torch.get_num_threads() if threads is None else threads
     # All of them first, so that a case that cannot be is refused before any is measured.
     parts = {
         (optimizer, kind): cases(optimizer, kind, device, **sizes) for optimizer in optimizers for kind in ids

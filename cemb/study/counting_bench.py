@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
-from numba import get_num_threads, njit, prange
+from numba import get_num_threads, prange
 from tqdm import tqdm
 
+from cemb.checks import check_integers
+from cemb.kernels.cache import cached
 from cemb.pmi import encode, out_of_core
 from cemb.pmi.cooccurrence import count_cooccurrences
 from cemb.pmi.csr import CsrFolder
@@ -48,7 +50,7 @@ def zipf_ids(
     return ids
 
 
-@njit(cache=True)
+@cached()
 def _positions(ids: npt.NDArray[np.int32], row_ptr: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     positions = np.empty(ids.shape[0], np.int64)
     place = row_ptr.copy()
@@ -58,7 +60,7 @@ def _positions(ids: npt.NDArray[np.int32], row_ptr: npt.NDArray[np.int64]) -> np
     return positions
 
 
-@njit(parallel=True, cache=True)
+@cached(parallel=True)
 def _row_wise(
     ids: npt.NDArray[np.int32],
     positions: npt.NDArray[np.int64],
@@ -145,6 +147,7 @@ def run(
         text_mb: megabytes of text, at most, that PMI is made from.
         repeats: turns.
     """
+    check_integers(1, num_tokens=num_tokens, vocab_size=vocab_size, text_mb=text_mb, repeats=repeats)
     ids = zipf_ids(num_tokens, vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         folder, text = Path(scratch), Path(scratch) / "text.txt"
@@ -238,6 +241,7 @@ def measure_scaling(
         memory: bytes, or a size such as 512MiB, that counting and PMI may take.
         workers: tasks at once; None: one a core.
     """
+    check_integers(1, num_tokens=num_tokens, vocab_size=vocab_size, workers=workers)
     memory = out_of_core.parse_memory(memory)
     folder.mkdir(parents=True, exist_ok=True)
     shard_tokens = 2**22

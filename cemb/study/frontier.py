@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from cemb.checks import check_integers, check_reals
 from cemb.model import COMPRESSED_TABLES
 from cemb.study import records, timing
 from cemb.study.dataset import PmiConfig, PmiDataset, load_pmi
@@ -251,6 +252,15 @@ def limits(data: PmiDataset) -> list[dict[str, float]]:
     ]
 
 
+def _check_numbers(compression_ratios: Sequence[float], seeds: Sequence[int], num_steps: int) -> None:
+    """Raise ValueError for numbers out of range; what a method cannot do is a failure in its record."""
+    for ratio in compression_ratios:
+        check_reals("(0, inf)", compression_ratio=ratio)
+    for seed in seeds:
+        check_integers(0, 2**62 - 1, seed=seed)
+    check_integers(1, num_steps=num_steps)
+
+
 def measure(
     method: str,
     data: PmiDataset,
@@ -265,12 +275,12 @@ def measure(
 
     Where no such table fits or its training diverges, the record says why in ``failure``. Methods of
     `FIXED_RATIO` take no heed of the ratio; `num_steps` and `learning_rate` are for methods that train.
-    ValueError for an unknown method or a ratio that is not positive.
+    ValueError for an unknown method or a number out of range.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not compression_ratio > 0:
-        raise ValueError(f"compression_ratio must be positive, got {compression_ratio}")
+    _check_numbers([compression_ratio], [seed], num_steps)
+    check_reals("(0, inf)", learning_rate=learning_rate)
     asked = {"asked_ratio": None if method in FIXED_RATIO else compression_ratio}
     full = _full_bytes(data)
     try:
@@ -328,6 +338,10 @@ class Frontier:
     """Of full batches."""
     threads: int | None = None
     """Of torch and the kernels, by default as many as torch takes by itself."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self.compression_ratios, self.seeds, self.num_steps)
+        check_integers(1, threads=self.threads)
 
     def measure(self) -> Iterator[records.Record]:
         """The record of each method at each ratio, if it has any, with each seed, if it draws any."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cemb.checks import check_integers, check_reals
 from cemb.model import COMPRESSED_TABLES, TABLES, PairModel, build_compressed_model, build_model
 from cemb.pmi import encode
 from cemb.study import records, timing
@@ -98,6 +99,18 @@ class QualityCase:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_integers(
+            1,
+            pool_size=self.pool_size,
+            block_size=self.block_size,
+            num_steps=self.num_steps,
+            num_epochs=self.num_epochs,
+            batch_size=self.batch_size,
+        )
+        check_integers(0, 2**62 - 1, seed=self.seed)
+        check_reals("(0, inf)", compression_ratio=self.compression_ratio, learning_rate=self.learning_rate)
+        check_reals("[0, 1)", negative_share=self.negative_share)
+        check_reals("(-inf, inf)", negative_power=self.negative_power, weight_power=self.weight_power)
         is_full = self.table in ("full", "full-fused")
         if not is_full and (self.pool_size is None) == (self.compression_ratio is None):
             raise ValueError(
@@ -106,8 +119,6 @@ class QualityCase:
             )
         if self.weight_power and self.training != "full-batch":
             raise ValueError(f"weight_power is for full batches, got training={self.training!r}")
-        if self.compression_ratio is not None and not self.compression_ratio > 0:
-            raise ValueError(f"compression_ratio must be positive, got {self.compression_ratio}")
         if self.table in COMPRESSED_TABLES and self.pool_size is not None:
             raise ValueError(f"a {self.table} table has no pool; got pool_size={self.pool_size}")
         if is_full and not self.pool_size is self.compression_ratio is None:
@@ -203,6 +214,7 @@ def sgns_record(
     ValueError if the corpus's words are no longer those of `data`, or that is of events, ImportError without
     gensim.
     """
+    check_integers(1, num_negative=num_negative, num_epochs=num_epochs, num_workers=num_workers)
     from gensim.models import Word2Vec
     from gensim.models.word2vec import MAX_WORDS_IN_BATCH
 
@@ -418,6 +430,11 @@ class Trainings:
     threads: int | None = None
     """Of torch and the kernels, by default as many as torch takes by itself."""
 
+    def __post_init__(self) -> None:
+        check_integers(1, threads=self.threads)
+        for seed in self.seeds:
+            replace(self.case, seed=seed)  # refuses what it cannot be
+
     def measure(self, data: PmiDataset) -> Iterator[tuple[records.Record, PairModel | None]]:
         """What `measure_quality` returns, for each seed."""
         timing.set_threads(self.threads)
@@ -433,6 +450,9 @@ class Baselines:
     data: PmiConfig
     sgns_epochs: int = 0
     """Of word2vec on the same tokens, to compare with, which takes minutes; none by default."""
+
+    def __post_init__(self) -> None:
+        check_integers(0, sgns_epochs=self.sgns_epochs)
 
     def measure(self, data: PmiDataset) -> Iterator[records.Record]:
         """Records of three splits of the singular values, and of word2vec."""

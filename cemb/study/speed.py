@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from cemb import ops, optim
+from cemb.checks import check_integers, check_reals
 from cemb.hashing import FullSpec, HashSpec, Spec
 from cemb.kernels import cpu
 from cemb.memory import advise_huge_pages
@@ -53,6 +54,10 @@ class Task:
     device: str = "cpu"
     """As torch names it, such as cuda."""
 
+    def __post_init__(self) -> None:
+        check_integers(1, embedding_dim=self.embedding_dim, batch_size=self.batch_size)
+        check_reals("[0, 1)", dropout=self.dropout)
+
 
 @dataclass(frozen=True)
 class SpeedCase(Task):
@@ -75,6 +80,7 @@ class SpeedCase(Task):
     """Rows of the table."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pool_size is None and self.table.startswith("hashed"):
             object.__setattr__(self, "pool_size", sizes.SMALL)
         tables = (*TABLES, *rivals.NAMES)
@@ -86,9 +92,8 @@ class SpeedCase(Task):
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} was asked for, and torch sees no CUDA device")
-        for name in ("num_embeddings", "embedding_dim", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_integers(1, num_embeddings=self.num_embeddings, block_size=self.block_size)
+        way = self.plan.way  # refuses sizes that no table has
         has_one_pass = self.table in ("full-fused", "full-fused-rowwise", "hashed") and self.device == "cpu"
         if self.one_pass and not has_one_pass:
             raise ValueError(
@@ -96,7 +101,7 @@ class SpeedCase(Task):
                 f"{self.table!r} on {self.device!r}"
             )
         if self.one_pass is None:
-            object.__setattr__(self, "one_pass", has_one_pass and self.plan.way == "pair_step")
+            object.__setattr__(self, "one_pass", has_one_pass and way == "pair_step")
 
     @property
     def label(self) -> str:
@@ -270,8 +275,9 @@ def measure_cases(
         rounds: turns that the repeats are dealt out to.
 
     Raises:
-        ValueError: they are not of one device.
+        ValueError: they are not of one device; a number of steps is out of range.
     """
+    timing.check_turns(repeats, warmup, rounds)
     devices = {case.device for case in cases}
     if len(devices) != 1:
         raise ValueError(f"cases measured together must share a device, got {sorted(devices)}")
@@ -296,6 +302,10 @@ class SpeedStudy:
     """Timed steps of each table."""
     threads: int | None = None
     """Of torch and the kernels, by default as many as torch takes by itself."""
+
+    def __post_init__(self) -> None:
+        check_integers(1, repeats=self.repeats, threads=self.threads)
+        _ = self.cases  # which refuse what they cannot be
 
     @property
     def cases(self) -> list[SpeedCase]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cemb.checks import check_integers
 from cemb.study.records import CONTENDED_SHARE
 
 
@@ -37,6 +38,7 @@ class Clock:
 
 def set_threads(threads: int | None) -> None:
     """Have torch, and the kernels with it, use so many threads; None leaves it to torch."""
+    check_integers(1, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -66,6 +68,12 @@ def cpu_wait_share(wait_ms: float, total_ms: float) -> float:
     return wait_ms / (total_ms * torch.get_num_threads())
 
 
+def check_turns(repeats: int, warmup: int, rounds: int) -> None:
+    """Raise ValueError for numbers of steps that `interleave` cannot take."""
+    check_integers(1, repeats=repeats, rounds=rounds)
+    check_integers(0, warmup=warmup)
+
+
 def interleave(
     steps: Mapping[Hashable, Step],
     *,
@@ -84,8 +92,7 @@ def interleave(
         For each step, the milliseconds of each of its phases in order of measurement, their ``total``, and
         where the system tells, ``cpu_wait``, what all its threads waited for a processor.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    check_turns(repeats, warmup, rounds)
     rounds = min(rounds, repeats)
     times: dict[Hashable, dict[str, list[float]]] = {name: defaultdict(list) for name in steps}
     collecting = gc.isenabled()

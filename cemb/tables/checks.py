@@ -1,8 +1,10 @@
-"""What tables cost to store, and checks of their sizes."""
+"""What tables cost to store, and whether that is allowed."""
 
 import itertools
 
 from torch import nn
+
+from cemb.checks import check_integers
 
 
 def num_bytes(module: nn.Module) -> int:
@@ -11,14 +13,8 @@ def num_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def check_sizes(**sizes: float) -> None:
-    """Raise ValueError, naming the first of `sizes` that is below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
 def check_budget(max_bytes: int, least: int) -> None:
     """Raise ValueError if `max_bytes` is below `least`, the bytes of the smallest table of its kind."""
+    check_integers(0, max_bytes=max_bytes)
     if max_bytes < least:
         raise ValueError(f"max_bytes must be at least {least}, the least for such a table, got {max_bytes}")

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cemb import reference
+from cemb.checks import check_integers
 from cemb.hashing import HashSpec
-from cemb.tables.checks import check_budget, check_sizes
+from cemb.tables.checks import check_budget
 from cemb.tables.kmeans import k_means, nearest
 
 _CODES = (torch.uint8, torch.int16, torch.int32)
@@ -50,12 +51,14 @@ class ClusteredEmbedding(nn.Module):
         init_std: float = 0.1,
     ):
         super().__init__()
-        check_sizes(
+        check_integers(
+            1,
             num_embeddings=num_embeddings,
             embedding_dim=embedding_dim,
             num_clusters=num_clusters,
             num_columns=num_columns,
         )
+        check_integers(0, 2**62 - 1, hash_seed=hash_seed)
         if embedding_dim % num_columns:
             raise ValueError(f"num_columns must divide embedding_dim={embedding_dim}, got {num_columns}")
         self.num_embeddings, self.embedding_dim, self.init_std = num_embeddings, embedding_dim, init_std
@@ -85,6 +88,7 @@ class ClusteredEmbedding(nn.Module):
         values each, since finer groups lose less when they are clustered. Raises ValueError if one cluster
         in one group does not fit.
         """
+        check_integers(1, num_columns=num_columns)
         groups = [g for g in range(1, embedding_dim + 1) if embedding_dim % g == 0 and embedding_dim >= 4 * g]
         groups = [num_columns] if num_columns else groups or [1]
         fixed, per_cluster = torch.int64.itemsize, 2 * 4 * embedding_dim
@@ -131,6 +135,7 @@ class ClusteredEmbedding(nn.Module):
         no fewer than there are clusters. Deterministic for the table's state and a number of threads. An
         optimizer's moments for the table are about what was there before.
         """
+        check_integers(1, num_steps=num_steps, max_samples=max_samples)
         seed = int(self.hash_seed) + 1
         generator = torch.Generator().manual_seed(seed)
         vectors = self(torch.arange(self.num_embeddings, device=self.codes.device))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cemb import ops, reference
+from cemb.checks import check_reals
 from cemb.hashing import HASH_VERSION, HashSpec
 from cemb.memory import advise_huge_pages
 from cemb.ops import lookup
@@ -119,8 +120,7 @@ class HashedEmbedding(nn.Module):
                 raise ValueError("device and dtype are those of the given weight; leave them out")
             pool_size = weight.numel()
         if compression_ratio is not None:
-            if not compression_ratio > 0:
-                raise ValueError(f"compression_ratio must be positive, got {compression_ratio}")
+            check_reals("(0, inf)", compression_ratio=compression_ratio)
             pool_size = max(round(num_embeddings * embedding_dim / compression_ratio), block_size)
         assert pool_size is not None
         self.spec = HashSpec(

@@ -1,6 +1,7 @@
 """Frequent rows exact, rare ones hashed."""
 
-from cemb.tables.checks import check_budget, check_sizes
+from cemb.checks import check_integers, check_reals
+from cemb.tables.checks import check_budget
 from cemb.tables.full import FullEmbedding
 from cemb.tables.hashed import HashedEmbedding
 from cemb.tables.tiered import TieredEmbedding
@@ -27,8 +28,9 @@ class HybridEmbedding(TieredEmbedding):
         signed: bool = False,
         init_std: float = 0.1,
     ):
-        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        if not 0 <= num_exact < num_embeddings:
+        check_integers(1, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_integers(0, num_exact=num_exact)
+        if not num_exact < num_embeddings:
             raise ValueError(f"num_exact must lie in [0, {num_embeddings}), got {num_exact}")
         exact = [FullEmbedding(num_exact, embedding_dim, init_std=init_std)] if num_exact else []
         hashed = HashedEmbedding(
@@ -58,6 +60,8 @@ class HybridEmbedding(TieredEmbedding):
 
         Raises ValueError if the pool cannot hold a block.
         """
+        check_integers(1, block_size=block_size)
+        check_reals("[0, 1]", exact_share=exact_share)
         check_budget(max_bytes, 4 * block_size)
         num_values = max_bytes // 4
         num_exact = min(int(exact_share * num_values) // embedding_dim, num_embeddings - 1)

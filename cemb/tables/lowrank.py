@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cemb.checks import check_integers
 from cemb.reference import check_ids
-from cemb.tables.checks import check_budget, check_sizes
+from cemb.tables.checks import check_budget
 
 
 class LowRankEmbedding(nn.Module):
@@ -26,7 +27,7 @@ class LowRankEmbedding(nn.Module):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, *, init_std: float = 0.1):
         super().__init__()
-        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim, rank=rank)
+        check_integers(1, num_embeddings=num_embeddings, embedding_dim=embedding_dim, rank=rank)
         self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
         self.init_std = init_std
         self.rows = nn.Parameter(torch.empty(num_embeddings, rank))

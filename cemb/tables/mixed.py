@@ -3,7 +3,8 @@
 import itertools
 import math
 
-from cemb.tables.checks import check_budget, check_sizes
+from cemb.checks import check_integers, check_reals
+from cemb.tables.checks import check_budget
 from cemb.tables.full import FullEmbedding
 from cemb.tables.lowrank import LowRankEmbedding
 from cemb.tables.tiered import TieredEmbedding
@@ -58,7 +59,9 @@ class MixedDimensionEmbedding(TieredEmbedding):
         temperature: float = 0.3,
         init_std: float = 0.1,
     ):
-        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim, base_dim=base_dim)
+        check_integers(1, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_reals("[1, inf)", base_dim=base_dim)
+        check_reals("[0, inf)", temperature=temperature)
         layout = _layout(_tiers(num_embeddings, embedding_dim, temperature), embedding_dim, base_dim)
         super().__init__(
             [
@@ -83,6 +86,7 @@ class MixedDimensionEmbedding(TieredEmbedding):
 
         Raises ValueError if not even rows of length 1 fit.
         """
+        check_reals("[0, inf)", temperature=temperature)
         tiers = _tiers(num_embeddings, embedding_dim, temperature)
 
         def size(base_dim: float) -> int:

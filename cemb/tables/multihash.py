@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cemb import reference
+from cemb.checks import check_integers
 from cemb.hashing import HashSpec
-from cemb.tables.checks import check_budget, check_sizes
+from cemb.tables.checks import check_budget
 
 
 class MultiHashEmbedding(nn.Module):
@@ -32,7 +33,8 @@ class MultiHashEmbedding(nn.Module):
         init_std: float = 0.1,
     ):
         super().__init__()
-        check_sizes(
+        check_integers(
+            1,
             num_embeddings=num_embeddings,
             embedding_dim=embedding_dim,
             num_components=num_components,
@@ -52,6 +54,7 @@ class MultiHashEmbedding(nn.Module):
 
         Raises ValueError if the importance weights and one component do not fit.
         """
+        check_integers(1, num_hashes=num_hashes)
         weights = 4 * num_hashes * num_embeddings
         check_budget(max_bytes, weights + 4 * embedding_dim)
         num_components = min((max_bytes - weights) // (4 * embedding_dim), num_embeddings)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from cemb.checks import check_integers
 from cemb.reference import check_ids
 from cemb.tables.kmeans import k_means, nearest
 
@@ -67,8 +68,7 @@ class ProductQuantizedEmbedding(nn.Module):
 
         ValueError unless there are 1 to dim groups and at least 256 rows.
         """
-        if not 1 <= num_groups <= vectors.shape[1]:
-            raise ValueError(f"num_groups must lie in [1, {vectors.shape[1]}], got {num_groups}")
+        check_integers(1, vectors.shape[1], num_groups=num_groups)
         if len(vectors) < 256:
             raise ValueError(f"256 centroids need at least 256 rows, got {len(vectors)}")
         generator = torch.Generator().manual_seed(seed)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cemb.checks import check_integers
 from cemb.reference import check_ids
-from cemb.tables.checks import check_budget, check_sizes
+from cemb.tables.checks import check_budget
 
 
 class QuotientRemainderEmbedding(nn.Module):
@@ -26,7 +27,9 @@ class QuotientRemainderEmbedding(nn.Module):
         self, num_embeddings: int, embedding_dim: int, num_remainders: int, *, init_std: float = 0.1
     ):
         super().__init__()
-        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_remainders=num_remainders)
+        check_integers(
+            1, num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_remainders=num_remainders
+        )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.num_remainders, self.init_std = num_remainders, init_std
         self.quotients = nn.Parameter(torch.empty(-(-num_embeddings // num_remainders), embedding_dim))

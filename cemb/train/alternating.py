@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cemb.checks import check_integers
 from cemb.tables import RowQuantizedEmbedding, TransformCodedEmbedding, all_rows
 from cemb.tables.transform_coded import allocate_bits
 from cemb.train.objective import AllCellsLoss
@@ -79,6 +80,7 @@ def train_alternating(
         The two tables, and ``{"step", "loss", "seconds"}`` after each step: the all-cells error of the stored
         tables, and the time since the start.
     """
+    check_integers(1, rank=rank, num_steps=num_steps)
     _, num_contexts = objective.matrix.shape
     generator = torch.Generator().manual_seed(seed)
     contexts = torch.randn(num_contexts, rank, generator=generator)
@@ -116,6 +118,7 @@ def transform_code(
     After the first coding, each side is solved for again beside the coded other and coded again, `num_rounds`
     times, which takes back part of what rounding lost.
     """
+    check_integers(0, num_rounds=num_rounds)
     words, contexts, s = principal(words, contexts)
     word_bits, context_bits = allocate_bits([(words, s), (contexts, s)], max_bytes)
     word_table = TransformCodedEmbedding.from_vectors(words, s, word_bits)

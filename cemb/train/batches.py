@@ -8,11 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 import torch
-from numba import njit
 from torch import Tensor
 
+from cemb.checks import check_integers, check_reals
+from cemb.kernels.cache import cached
+from cemb.pmi.matrix import canonical
 
-@njit(cache=True, nogil=True)
+
+@cached(nogil=True)
 def _read_cells(indptr: Any, indices: Any, data: Any, rows: Any, columns: Any, out: Any) -> None:
     """Write what a CSR matrix of sorted columns holds at each row and column; zero where no cell is stored.
 
@@ -37,7 +40,7 @@ class PairBatches:
     cells drawn from the whole matrix, almost all of them zero.
 
     Args:
-        matrix: CSR ``[words, contexts]`` with sorted columns.
+        matrix: ``[words, contexts]``; what `cemb.pmi.matrix.canonical` makes of it counts.
         batch_size: pairs a batch; the last batch of an epoch may be smaller.
         negative_share: share of a batch that is negative samples, in [0, 1).
         context_shares: how likely negative samples have which context, positive ``[contexts]``; uniform if
@@ -49,7 +52,8 @@ class PairBatches:
         device: where batches go.
 
     Yields ``(pairs, targets)`` or ``(pairs, targets, sample_weights)``: int64 ``[n, 2]``, float32 ``[n]``.
-    ValueError for a `batch_size` or share that leaves no stored cell, or no negative sample where `weighted`.
+    ValueError for a `batch_size` or share that leaves no stored cell, or no negative sample where `weighted`,
+    and for a matrix that is not finite.
     """
 
     def __init__(
@@ -63,8 +67,8 @@ class PairBatches:
         seed: int = 0,
         device: torch.device | str | None = None,
     ):
-        if not 0 <= negative_share < 1:
-            raise ValueError(f"negative_share must lie in [0, 1), got {negative_share}")
+        check_integers(1, batch_size=batch_size)
+        check_reals("[0, 1)", negative_share=negative_share)
         self.num_negative = round(batch_size * negative_share)
         self.num_positive = batch_size - self.num_negative
         if self.num_positive < 1:
@@ -76,19 +80,17 @@ class PairBatches:
                 f"batch_size={batch_size} with negative_share={negative_share} leaves no negative sample, "
                 "without which weights cannot stand for cells that are not stored"
             )
+        matrix = canonical(matrix)
         if matrix.nnz == 0:
             raise ValueError("the matrix stores no cell")
-        if not matrix.has_sorted_indices:
-            raise ValueError(
-                "the matrix's columns are not sorted in each row; matrix.sort_indices() does that"
-            )
         self.matrix = matrix
         self.weighted = weighted
         num_contexts = matrix.shape[1]
         self.context_shares = (
             np.full(num_contexts, 1 / num_contexts) if context_shares is None else context_shares
         )
-        if len(self.context_shares) != num_contexts or not np.all(self.context_shares > 0):
+        shares = self.context_shares
+        if len(shares) != num_contexts or not np.all((shares > 0) & np.isfinite(shares)):
             raise ValueError(f"context_shares must be {num_contexts} positive numbers")
         self._sums = np.cumsum(self.context_shares)
         self.device = device

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from cemb.checks import check_integers, check_reals
+
 # Found by `python -m cemb rates` on the default corpus; where training diverges, `halve_until_stable` of
 # `cemb.train.loops` lowers them. The 2021 project's rates (0.01, 0.05, 0.001) are the speed study's.
 FULL_BATCH_LEARNING_RATES = {"sgd": 20.0, "adagrad": 0.07, "adam": 0.2, "lbfgs": 1.0}
@@ -36,6 +38,9 @@ def search_learning_rate(
     Goes from `start` in steps of `factor` until losses rise on both sides. Infinite and NaN losses are
     as bad as any. Raises RuntimeError if `max_trials` do not suffice.
     """
+    check_reals("(0, inf)", start=start)
+    check_reals("(1, inf)", factor=factor)
+    check_integers(1, max_trials=max_trials)
     found: dict[float, float] = {}
 
     def try_rate(rate: float) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from cemb.checks import check_reals
+
 if TYPE_CHECKING:  # evaluate imports torch, which takes seconds
     from cemb.train.objective import Optimum
 
@@ -19,8 +21,7 @@ def water_filling(variances: npt.NDArray[Any], bits: float) -> float:
     ``Σ min(θ, σ²)`` where θ is such that the mean of ``max(0, ½ log₂(σ²/θ))`` is `bits`.
     `variances` may be of any shape.
     """
-    if not bits >= 0:
-        raise ValueError(f"bits must not be negative, got {bits}")
+    check_reals("[0, inf)", bits=bits)
     falling = np.sort(variances[variances > 0].astype(np.float64).ravel())[::-1]
     logs = np.log2(falling)
     counts = np.arange(1, len(falling) + 1)
@@ -58,6 +59,5 @@ def hashed_gap(compression_ratio: float) -> float:
     best the mean of those that read it, and k of them keep a k-th of their energy. Poisson's distribution
     of k leaves ``1 − (1 − e^−c) / c``.
     """
-    if not compression_ratio > 0:
-        raise ValueError(f"compression_ratio must be positive, got {compression_ratio}")
+    check_reals("(0, inf)", compression_ratio=compression_ratio)
     return 1 + math.expm1(-compression_ratio) / compression_ratio

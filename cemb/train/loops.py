@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cemb import optim
+from cemb.checks import check_integers, check_reals
 from cemb.model import PairModel
 from cemb.train.batches import PairBatches
 from cemb.train.objective import AllCellsLoss, WeightedLoss
@@ -42,6 +43,7 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    check_reals("[0, inf)", learning_rate=learning_rate)
     parameters = list(parameters)
     if pair_steps:
         if name == "adam":
@@ -124,7 +126,10 @@ def train_full_batch(
 
     Raises:
         DivergenceError: the loss grew tenfold (not for L-BFGS, which may try such points) or is not finite.
+        ValueError: a rate that is negative or not finite, or fewer than one step.
     """
+    check_integers(1, num_steps=num_steps, evaluate_every=evaluate_every)
+    check_reals("[0, inf)", learning_rate=learning_rate)
     num_words = model.num_words
     history: list[dict[str, float]] = []
     tables = _reclustering(model)
@@ -170,7 +175,10 @@ def train_full_batch(
                 step_of.step()
                 step_of.zero_grad()
     with torch.no_grad():
-        note(num_steps, objective(*model.factors()).item())
+        last_loss = objective(*model.factors()).item()
+    if not math.isfinite(last_loss):
+        _check(last_loss, history[0]["loss"], num_steps, learning_rate)
+    note(num_steps, last_loss)
     return history
 
 
@@ -217,9 +225,11 @@ def train_mini_batches(
 
     Raises:
         DivergenceError: a batch's loss is ten times the first batch's or not finite.
+        ValueError: a rate that is negative or not finite, or fewer than one epoch.
 
     Tables that recluster do so after each report but the last.
     """
+    check_integers(1, num_epochs=num_epochs, reports_per_epoch=reports_per_epoch)
     pair_steps = model.has_pair_step and next(model.parameters()).device.type == "cpu"
     step_of = make_optimizer(
         optimizer,
@@ -277,6 +287,8 @@ def halve_until_stable(
 
     Returns the history and the rate that served. Raises the last DivergenceError after `max_halvings`.
     """
+    check_reals("[0, inf)", learning_rate=learning_rate)
+    check_integers(0, max_halvings=max_halvings)
     lowest = learning_rate / 2**max_halvings
     while True:
         try:

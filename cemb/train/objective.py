@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cemb.checks import check_integers, check_reals
 from cemb.kernels.cpu import sparse_product
 from cemb.kernels.cpu.simd import LANES
+from cemb.pmi.matrix import canonical
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,24 @@ class Optimum:
     def factors(
         self, singular_value_power: float = 0.5
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Word vectors U·S^p and context vectors V·S^(1−p)."""
+        """Word vectors U·S^p and context vectors V·S^(1−p), which are zero where a singular value is."""
+        check_reals("[0, inf)", singular_value_power=singular_value_power)
         scale = self.singular_values**singular_value_power
-        return self.left * scale, self.right * (self.singular_values / scale)
+        rest = np.divide(self.singular_values, scale, out=np.zeros_like(scale), where=scale > 0)
+        return self.left * scale, self.right * rest
 
 
 def optimum(matrix: sp.csr_array, rank: int) -> Optimum:
     """Truncated SVD by ARPACK from a fixed start, so the same on each run; tolerance 1e-4.
 
-    Raises ValueError unless ``1 <= rank < min(matrix.shape)``.
+    Raises ValueError unless ``1 <= rank < min(matrix.shape)``, and for a matrix that is zero or not finite.
     """
+    check_integers(1, rank=rank)
     if not 1 <= rank < min(matrix.shape):
         raise ValueError(f"rank must lie in [1, {min(matrix.shape)}) for a matrix {matrix.shape}, got {rank}")
+    matrix = canonical(matrix)
+    if matrix.nnz == 0:
+        raise ValueError(f"the best factorization of a matrix of zeros, {matrix.shape}, is not determined")
     start = np.ones(min(matrix.shape), dtype=np.float32)
     transposed = sp.csr_array(matrix.T)
     # ARPACK decides itself how many products it needs, so there is a count and no time left.
@@ -80,12 +88,16 @@ def optimum(matrix: sp.csr_array, rank: int) -> Optimum:
 class SparseMatrix:
     """A sparse matrix for products with tall dense ones: `cemb.kernels.cpu.sparse_product`, on a GPU torch.
 
-    On CPUs a product is the same for any number of threads.
+    On CPUs a product is the same for any number of threads. ValueError for a matrix whose indices lie outside
+    it, or that is not of float32 or float64.
     """
 
     BLOCK_COLUMNS = 4096
 
     def __init__(self, matrix: sp.csr_array | sp.csc_array, device: torch.device | str | None = None):
+        matrix.check_format(full_check=True)
+        if matrix.dtype not in (np.float32, np.float64):
+            raise ValueError(f"a matrix must be of float32 or float64, got {matrix.dtype}")
         self.shape = matrix.shape
         self._blocks: sparse_product.Blocks | None = None
         self._workspace: sparse_product.Workspace | None = None
@@ -161,10 +173,12 @@ class AllCellsLoss:
     """Squared error of ``U Cᵀ`` over every cell of a sparse matrix M, without a dense matrix.
 
     ``‖M − UCᵀ‖² = ‖M‖² − 2⟨U, MC⟩ + tr(UᵀU·CᵀC)``, exact, as is its gradient. Costs two sparse products a
-    call. The scalars are summed in float64.
+    call. The scalars are summed in float64. M is what `cemb.pmi.matrix.canonical` makes of a matrix, and must
+    be finite, else ValueError.
     """
 
     def __init__(self, matrix: sp.csr_array, device: torch.device | str | None = None):
+        matrix = canonical(matrix)
         self.matrix = SparseMatrix(matrix, device)
         self.transposed = SparseMatrix(matrix.T, device)
         self.squared_norm = float(np.square(matrix.data, dtype=np.float64).sum())
@@ -178,6 +192,7 @@ class AllCellsLoss:
 
 def frequency_weights(word_counts: npt.NDArray[Any], power: float) -> npt.NDArray[np.float64]:
     """Weights ``[words]`` in proportion to `word_counts` ``[words]`` to a `power`, of mean 1."""
+    check_reals("(-inf, inf)", power=power)
     weights: npt.NDArray[np.float64] = np.asarray(word_counts, dtype=np.float64) ** power
     weights /= weights.mean()
     return weights
@@ -208,6 +223,7 @@ class WeightedLoss:
                     + (f", {np.min(weights)} to {np.max(weights)}" if np.size(weights) else "")
                 )
             scales.append(np.sqrt(weights).astype(matrix.dtype))
+        matrix = canonical(matrix)
         self.matrix = sp.csr_array(sp.diags_array(scales[0]) @ matrix @ sp.diags_array(scales[1]))
         self.scales = [torch.from_numpy(scale[:, None]).to(device) for scale in scales]
         self._all_cells = AllCellsLoss(self.matrix, device)

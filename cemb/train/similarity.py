@@ -11,13 +11,25 @@ import numpy.typing as npt
 import scipy.sparse.linalg
 import scipy.special
 
+from cemb.checks import check_integers
+
+
+def _check_finite(vectors: npt.NDArray[Any]) -> None:
+    """Raise ValueError if a vector has no cosine."""
+    wrong = np.count_nonzero(~np.isfinite(vectors).all(axis=1))
+    if wrong:
+        raise ValueError(f"vectors must be finite, got {wrong:,} of {len(vectors):,} with NaN or infinity")
+
 
 def balanced(words: npt.NDArray[Any], contexts: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Word vectors ``U(CᵀC)^½`` ``[words, dim]``, whose dot products are those of the rows of ``UCᵀ``.
 
     They depend on ``UCᵀ`` alone, up to a rotation, and not on how U and C share it: UA and CA⁻ᵀ give the
     same cosines. Those of a truncated SVD are U·S. Computed in float64, returned in the type of `words`.
+    ValueError for factors that are not finite.
     """
+    _check_finite(words)
+    _check_finite(contexts)
     contexts = contexts.astype(np.float64)
     values, basis = np.linalg.eigh(contexts.T @ contexts)
     root = basis * np.sqrt(values.clip(min=0)) @ basis.T
@@ -26,7 +38,8 @@ def balanced(words: npt.NDArray[Any], contexts: npt.NDArray[Any]) -> npt.NDArray
 
 
 def normalized(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Rows scaled to length 1; zero rows stay zero."""
+    """Rows scaled to length 1; zero rows stay zero. ValueError for rows that are not finite."""
+    _check_finite(vectors)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
 
@@ -78,8 +91,12 @@ def similarity(
 
     Returns:
         ``score``, the 95% interval ``low`` and ``high`` over pairs resampled with a fixed seed, ``pairs``
-        evaluated and ``pairs_total``. Scores are NaN where fewer than 3 pairs are in the vocabulary.
+        evaluated and ``pairs_total``. Scores are NaN where fewer than 3 pairs are in the vocabulary, or all
+        cosines are the same.
+
+    Raises ValueError for vectors that are not finite.
     """
+    check_integers(1, num_bootstrap=num_bootstrap)
     index = {word: i for i, word in enumerate(words)}
     pairs = [line.casefold().split("\t") for line in _test_data(SIMILARITY_SETS[name])]
     known = [(index[a], index[b], float(s)) for a, b, s in pairs if a in index and b in index]
@@ -115,7 +132,10 @@ def analogies(
         the bootstrap 95% interval ``low`` and ``high`` of the former over resampled questions;
         ``questions`` evaluated of ``questions_total``. Shares are NaN if no question is covered.
         `max_questions` takes an even sample.
+
+    Raises ValueError for vectors that are not finite.
     """
+    check_integers(1, batch_size=batch_size, max_questions=max_questions)
     index = {word: i for i, word in enumerate(words)}
     questions = [line.casefold().split() for line in _test_data("questions-words.txt") if line[0] != ":"]
     known = np.array([[index[w] for w in q] for q in questions if all(w in index for w in q)])
@@ -148,6 +168,7 @@ def neighbours(
     vectors: npt.NDArray[Any], words: list[str], word: str, count: int = 10
 ) -> list[tuple[str, float]]:
     """The `count` words of highest cosine with `word`; KeyError if it is not in the vocabulary."""
+    check_integers(1, count=count)
     if word not in words:
         raise KeyError(f"{word!r} is not among the {len(words):,} words of the vocabulary")
     unit = normalized(vectors)

@@ -510,6 +510,60 @@ def test_speed_records_of_a_gpu():
         assert record["peak_mib"] >= 0
 
 
+ENTRY_SPEC = HashSpec(20, 6, 40, block_size=3)
+POOL, IDS, PAIRS, VECTORS = {"weight": (40,)}, {"ids": (7,)}, {"pairs": (7, 2)}, {"vectors": (7, 2, 6)}
+DROPOUT = PairDropout(0.5), torch.tensor(3, device=DEVICE)
+ENTRIES = {
+    "lookup": (
+        lambda weight, ids, out: kernels_triton.lookup(weight, ids, ENTRY_SPEC, out),
+        {**POOL, **IDS, "out": (7, 6)},
+    ),
+    "scatter": (
+        lambda grad, ids: kernels_triton.scatter(grad, ids, ENTRY_SPEC, False),
+        {"grad": (7, 6), **IDS},
+    ),
+    "pair scores": (
+        lambda weight, pairs, scores: kernels_triton.pair_scores(
+            weight, pairs, ENTRY_SPEC, 0, *DROPOUT, scores
+        ),
+        {**POOL, **PAIRS, "scores": (7,)},
+    ),
+    "pair gradients": (
+        lambda grad, weight, pairs: kernels_triton.pair_scores_backward(
+            grad, weight, pairs, ENTRY_SPEC, 0, *DROPOUT, False
+        ),
+        {"grad": (7,), **POOL, **PAIRS},
+    ),
+    "vector scores": (
+        lambda vectors, scores: kernels_triton.vector_scores(vectors, *DROPOUT, scores),
+        {**VECTORS, "scores": (7,)},
+    ),
+    "vector gradients": (
+        lambda grad, vectors, out: kernels_triton.vector_scores_backward(grad, vectors, *DROPOUT, out),
+        {"grad": (7,), **VECTORS, "out": (7, 2, 6)},
+    ),
+}
+WRONG = {
+    "larger": lambda x: x.new_zeros([size + 1 for size in x.shape]),
+    "of another dtype": lambda x: x.to(torch.int32),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "elsewhere": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"), [(entry, name) for entry, (_, shapes) in ENTRIES.items() for name in shapes]
+)
+@pytest.mark.parametrize("kind", WRONG)
+def test_kernels_take_tensors_of_one_shape_dtype_and_device(entry, name, kind):
+    call, shapes = ENTRIES[entry]
+    dtypes = {"ids": torch.int64, "pairs": torch.int64}
+    tensors = {key: torch.zeros(shape, dtype=dtypes.get(key), device=DEVICE) for key, shape in shapes.items()}
+    call(**tensors)
+    with pytest.raises(ValueError, match=r"must be contiguous .* got|must be on one device, got \w+, \w+"):
+        call(**{**tensors, name: WRONG[kind](tensors[name])})
+
+
 # Calls every function with a launch that compiles for a GPU, which need not be there, instead of running.
 COMPILE = """
 from types import SimpleNamespace

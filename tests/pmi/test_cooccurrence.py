@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cemb import hashing
-from cemb.pmi.cooccurrence import count_cooccurrences, keep_thresholds, subsample
+from cemb.pmi import cooccurrence
+from cemb.pmi.cooccurrence import (
+    LARGEST_WINDOW,
+    PositionIndex,
+    Row,
+    Windows,
+    count_cooccurrences,
+    keep_thresholds,
+    subsample,
+    total_dtype,
+)
 
 
 def scipy_counts(token_ids, vocab_size, window_size=5, weighting="flat", symmetric=True):
@@ -130,6 +140,14 @@ def test_subsampling_keeps_as_many_as_word2vec():
     [
         ({"distance_weighting": "steep"}, "must be one of flat, harmonic, got 'steep'"),
         ({"window_size": 0}, "window_size must be at least 1, got 0"),
+        ({"window_size": 2.5}, "window_size must be an integer, got 2.5"),
+        ({"window_size": 10**9}, "window_size must be at most 65536, got 1000000000"),
+        (
+            {"window_size": 30_000, "distance_weighting": "harmonic"},
+            "window_size must be at most 42, got 30000",
+        ),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"subsample_threshold": math.nan}, "subsample_threshold must be above 0, got nan"),
         ({"token_ids": np.array([1, 2**32 + 1])}, r"got ids from 1 to 4294967297"),
         ({"token_ids": np.array([1, -2])}, r"or be -1 for a border, got ids from -2 to 1"),
         ({"vocab_size": 2}, r"must lie in \[0, 2\), or be -1 for a border, got ids from 0 to 3"),
@@ -142,7 +160,90 @@ def test_bad_counting_is_refused(options, message):
 
 
 def test_totals_beyond_64_bits_are_refused():
-    with pytest.raises(OverflowError, match=r"window_size=50 and harmonic weights may exceed 2\^63"):
+    with pytest.raises(OverflowError, match=r"window_size=42 and harmonic weights may exceed 2\^63"):
         count_cooccurrences(
-            np.zeros(100, np.int32), vocab_size=1, window_size=50, distance_weighting="harmonic"
+            np.zeros(100, np.int32), vocab_size=1, window_size=42, distance_weighting="harmonic"
         )
+
+
+def test_the_largest_total_is_exact_to_the_last():
+    # A window of 3 gives each token 3, or 6 on both sides; harmonic ones 6/1 + 6/2 + 6/3 over 6.
+    for options, each in ((("flat", False), 3), (("flat", True), 6), (("harmonic", True), 22)):
+        windows = Windows(3, *options)
+        most = (2**63 - 1) // each
+        assert windows.largest_total(most) == most * each
+        with pytest.raises(OverflowError):
+            windows.largest_total(most + 1)
+    assert Windows(1, "flat", False).largest_total(2**63 - 1) == 2**63 - 1
+    assert [total_dtype(n) for n in (2**32 - 1, 2**32)] == [np.uint32, np.uint64]
+
+
+def test_no_larger_harmonic_window_has_weights_of_64_bits():
+    largest = LARGEST_WINDOW["harmonic"]
+    assert Windows(largest, "harmonic").denominator < 2**63 <= math.lcm(*range(1, largest + 2))
+
+
+def test_subsampling_keeps_a_token_whose_hash_is_the_threshold():
+    found = hashing.mix(3 + hashing.mix(hashing.GOLDEN))
+    for threshold, kept in ((found, [0]), (found - 1, [])):
+        thresholds = np.array([threshold], np.uint64)
+        assert subsample(np.zeros(1, np.int32), thresholds, first_position=3).tolist() == kept
+    # Where √t + t is 1, all tokens are kept; below it, a share.
+    golden = 0.38196601125010515
+    assert keep_thresholds(np.array([1]), golden).tolist() == [2**64 - 1]
+    assert keep_thresholds(np.array([1]), golden - 1e-9)[0] < 2**64 - 1
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_pointers_are_wide_from_a_number_of_cells_on(wide, monkeypatch):
+    tokens = np.array([0, 1, 2, 0], np.int32)
+    counts = count_cooccurrences(tokens, vocab_size=3)
+    monkeypatch.setattr(cooccurrence, "_WIDE_FROM", counts.nnz + (not wide))
+    again = count_cooccurrences(tokens, vocab_size=3)
+    assert again.indptr.dtype == (np.int64 if wide else np.int32)
+    assert_same_bits(again, counts)
+
+
+def _index():
+    return PositionIndex(np.array([-1, 0, 2, 1, -1], np.int32), 3, Windows(1), np.dtype(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: subsample(np.array([3]), np.zeros(3, np.uint64)),
+            r"must lie in \[0, 3\), .* ids from 3 to 3",
+        ),
+        (lambda: subsample(np.array([0]), np.zeros(3)), r"thresholds must be contiguous uint64 \[3\]"),
+        (
+            lambda: PositionIndex(np.array([-1, 3, -1], np.int32), 3, Windows(1), np.dtype(np.uint32)),
+            r"must lie in \[0, 3\), .* ids from -1 to 3",
+        ),
+        (
+            lambda: PositionIndex(np.array([-1, 0, -1]), 3, Windows(1), np.dtype(np.uint32)),
+            r"padded must be contiguous int32 \[3\], got int64 \[3\]",
+        ),
+        (lambda: _counted(columns=np.zeros(2, np.int32)), "num_columns must be at least 3, got 2"),
+        (lambda: _counted(columns=np.zeros(9, np.int64)), r"columns must be contiguous int32 \[9\]"),
+        (lambda: _counted(values=np.zeros(9, np.uint64)), r"values must be contiguous uint32 \[9\]"),
+        (lambda: _counted(row=Row(2, np.dtype(np.uint32))), r"row.totals must be contiguous uint32 \[4\]"),
+        (lambda: _counted(row_cells=np.zeros(2, np.int64)), r"row_cells must be contiguous .* \[3\]"),
+        (lambda: _counted(last=4), "last must be at most 3, got 4"),
+    ],
+)
+def test_kernels_take_arrays_that_hold_what_they_write(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def _counted(**other):
+    arguments = {
+        "first": 0,
+        "last": 3,
+        "row": Row(3, np.dtype(np.uint32)),
+        "row_cells": np.zeros(3, np.int64),
+        "columns": np.zeros(9, np.int32),
+        "values": np.zeros(9, np.uint32),
+    }
+    return _index().count_rows(**{**arguments, **other})

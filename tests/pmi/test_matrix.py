@@ -53,6 +53,13 @@ def test_bad_pmi_is_refused():
         pmi_matrix(counts, num_negative=0)
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         pmi_matrix(counts, top_k=0)
+    with pytest.raises(ValueError, match=r"context_smoothing must lie in \(0, 1\], got nan"):
+        pmi_matrix(counts, context_smoothing=np.nan)
+    with pytest.raises(ValueError, match=r"top_k must be an integer, got 2\.5"):
+        pmi_matrix(counts, top_k=2.5)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"a matrix must be finite, got values from .* to {bad}"):
+            pmi_matrix(sp.csr_array(np.array([[1, bad], [1.0, 2]])))
     with pytest.raises(ValueError, match="counts must not be negative, got -1"):
         pmi_matrix(-counts)
     with pytest.raises(ValueError, match="no cell is positive after a shift by log num_negative=99"):
@@ -80,7 +87,7 @@ def test_synthetic_pmi():
 
 @pytest.mark.parametrize(("num_words", "density"), [(1, 0.1), (100, 0.0), (100, 0.9), (100, 1e-9), (100, -1)])
 def test_impossible_synthetic_matrices_are_refused(num_words, density):
-    with pytest.raises(ValueError, match=r"num_words must|asks for"):
+    with pytest.raises(ValueError, match=r"num_words must|density must|asks for"):
         synthetic_pmi(num_words, density)
 
 
@@ -131,6 +138,41 @@ def test_pmi_on_disk_has_the_same_bits(tmp_path, monkeypatch, options, memory):
     assert found.manifest["kind"] == "pmi"
     with pytest.raises(FileExistsError, match="is there already"):
         write_pmi(CsrFolder(tmp_path / "counts"), tmp_path / "pmi")
+
+
+def _written(counts):
+    """The counts with cells listed twice, zeros among them, and rows from right to left."""
+    cells = counts.tocoo()
+    halves = [counts.data // 2, counts.data - counts.data // 2, 0 * counts.data[:9]]
+    rows, columns = (np.concatenate([x, x, x[:9]]) for x in (cells.row, cells.col))
+    order = np.lexsort((-columns, rows))
+    indptr = np.searchsorted(rows[order], np.arange(counts.shape[0] + 1))
+    values = np.concatenate(halves)[order]
+    return sp.csr_array(
+        (values, columns[order].astype(np.int32), indptr.astype(np.int32)), shape=counts.shape
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"positive": False}, {"top_k": 3}])
+def test_cells_listed_twice_are_summed_and_zeros_are_none(tmp_path, options):
+    counts = _random_counts()
+    listed = _written(counts)
+    assert listed.nnz > 2 * counts.nnz and (listed.data == 0).any()
+    before = listed.copy()
+    expected = pmi_matrix(counts, **options)
+    assert_same_bits(pmi_matrix(listed, **options), expected)
+    assert_same_bits(
+        write_pmi(_folder(tmp_path / "counts", listed), tmp_path / "pmi", **options).matrix(), expected
+    )
+    assert_same_bits(listed, before)
+
+
+def test_indices_outside_the_matrix_are_refused():
+    for columns, indptr in (([0, 5], [0, 1, 2]), ([0, 1], [0, 2, 1])):
+        broken = sp.csr_array(np.eye(2))
+        broken.indices, broken.indptr = np.array(columns, np.int32), np.array(indptr, np.int32)
+        with pytest.raises(ValueError, match=r"indices|index"):
+            pmi_matrix_module.canonical(broken)
 
 
 def test_a_common_factor_makes_no_difference():

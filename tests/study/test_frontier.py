@@ -10,7 +10,7 @@ from torch import nn
 
 from cemb.study import frontier, quality
 from cemb.study.dataset import PmiConfig, load_pmi
-from cemb.study.frontier import FIXED_RATIO, METHODS, QUANTIZED, TRAINED, measure
+from cemb.study.frontier import FIXED_RATIO, METHODS, QUANTIZED, TRAINED, Frontier, measure
 from cemb.study.quality import QualityCase, measure_quality
 from cemb.tables.transform_coded import overhead_bytes
 from cemb.train import objective as train_objective
@@ -49,7 +49,7 @@ def test_water_filling_finds_the_level(bits):
 
 @pytest.mark.parametrize("bits", [-0.1, math.nan])
 def test_negative_bits_are_refused(bits):
-    with pytest.raises(ValueError, match="bits must not be negative"):
+    with pytest.raises(ValueError, match=r"bits must lie in \[0, inf\), got"):
         water_filling(np.ones(3), bits)
 
 
@@ -102,7 +102,7 @@ def test_the_gap_of_a_hashed_factor_is_that_of_means_of_what_collides(compressio
 
 
 def test_a_hashed_factor_needs_a_ratio():
-    with pytest.raises(ValueError, match="compression_ratio must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"compression_ratio must lie in \(0, inf\), got 0"):
         hashed_gap(0)
 
 
@@ -302,6 +302,23 @@ def test_seeds_differ_and_are_repeated(data, objective, scored):
 def test_unknown_methods_are_refused(data, objective):
     with pytest.raises(ValueError, match=r"method must be one of full, hashed, .* got 'magic'"):
         measure("magic", data, objective)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"compression_ratio": math.nan}, r"compression_ratio must lie in \(0, inf\), got nan"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_and_no_failure(options, message, data, objective):
+    with pytest.raises(ValueError, match=message):
+        measure("full", data, objective, **options)
+    lists = {"compression_ratio": "compression_ratios", "seed": "seeds"}
+    many = {lists.get(name, name): [value] if name in lists else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        Frontier(PmiConfig(), **many)
 
 
 @pytest.mark.parametrize("training", ["full-batch", "mini-batch"])

@@ -144,6 +144,22 @@ def test_speed_records_have_identity_values_and_provenance():
     assert found[0]["parameters_mib"] == 500 * 8 * 4 / 2**20
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: speed.Comparison(speed.Task(), block_sizes=(1, 101)),
+        lambda: speed.Growth(speed.Task(), rows=(10, 0)),
+        lambda: speed.Comparison(speed.Task(), repeats=0),
+        lambda: speed.Growth(speed.Task(), threads=-1),
+        lambda: speed.SpeedCase("full-fused", "sgd", batch_size=0),
+        lambda: speed.SpeedCase("hashed-reference", "sgd", 2**32),
+    ],
+)
+def test_studies_that_cannot_be_measured_are_refused_when_made(make):
+    with pytest.raises(ValueError, match=r"must be (at (least|most)|below)"):
+        make()
+
+
 def test_cases_of_different_devices_are_not_compared():
     cases = [speed.SpeedCase("full", "sgd", num_embeddings=10)]
     cases.append(dataclasses.replace(cases[0], optimizer="adam"))
@@ -249,7 +265,18 @@ def test_command_line_prints_one_record(table, capsys):
             _speed_arguments("--device", "cuda:9"),
             "device 'cuda:9' was asked for, and torch sees no CUDA device",
         ),
-        (["train", "--compression-ratio", "0"], "compression_ratio must be positive, got 0.0"),
+        (_speed_arguments("--dropout", "1"), "dropout must lie in [0, 1), got 1.0"),
+        (_speed_arguments("--dropout", "nan"), "dropout must lie in [0, 1), got nan"),
+        (_speed_arguments("--threads", "0"), "threads must be at least 1, got 0"),
+        (_speed_arguments("--repeats", "0"), "repeats must be at least 1, got 0"),
+        (_speed_arguments("--warmup", "-1"), "warmup must be at least 0, got -1"),
+        (["bench", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["bench", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["bench-counting", "--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["scaling", "--tokens", "0"], "num_tokens must be at least 1, got 0"),
+        (["frontier", "--num-steps", "-1"], "num_steps must be at least 1, got -1"),
+        (["train", "--table", "full", "--num-steps", "-1"], "num_steps must be at least 1, got -1"),
+        (["train", "--compression-ratio", "0"], "compression_ratio must lie in (0, inf), got 0.0"),
         (
             ["train", "--table", "robe"],
             "Expected one of ('full', 'full-fused', 'hashed', 'hashed-reference', 'hybrid', ",

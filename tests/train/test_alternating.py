@@ -177,6 +177,13 @@ def test_transform_coding_does_not_mind_the_axes(low_rank):
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.parametrize("options", [{"rank": 0}, {"num_steps": 0}])
+def test_alternating_without_a_step_or_a_rank_is_refused(low_rank, options):
+    objective, *_ = low_rank
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        train_alternating(objective, store=STORES["float32"], **{"rank": 2, "num_steps": 1, **options})
+
+
 def test_more_bytes_lower_the_gap(low_rank):
     objective, best, matrix = low_rank
     factors = [torch.from_numpy(side) for side in best.factors()]

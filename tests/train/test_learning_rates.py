@@ -51,6 +51,12 @@ def test_the_search_for_a_rate_is_given_up():
     assert asked == [1, 0.5, 2, 4, 8]
 
 
+@pytest.mark.parametrize("options", [{"start": math.nan}, {"start": 0}, {"factor": 1.0}, {"max_trials": 0}])
+def test_searches_without_end_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must "):
+        search_learning_rate(lambda rate: rate, **{"start": 1.0, **options})
+
+
 def test_default_rates():
     assert default_learning_rate("full", "adam", "full-batch") == FULL_BATCH_LEARNING_RATES["adam"]
     assert default_learning_rate("hashed", "lbfgs", "full-batch") == FULL_BATCH_LEARNING_RATES["lbfgs"]

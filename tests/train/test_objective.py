@@ -1,4 +1,6 @@
 import math
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from cemb.train import objective as train_objective
 from cemb.train import similarity
+from cemb.train.batches import PairBatches
 
 
 @pytest.mark.parametrize("block_columns", [7, 4096])
@@ -141,9 +144,55 @@ def test_balanced_vectors_of_an_svd_are_scaled_by_its_singular_values(random_mat
         np.testing.assert_allclose(found, best.left * best.singular_values, rtol=1e-4, atol=1e-4)
 
 
-def test_bad_rank_is_refused(random_matrix):
+def test_bad_matrices_and_ranks_are_refused(random_matrix):
     with pytest.raises(ValueError, match=r"rank must lie in \[1, 30\) .* got 30"):
         train_objective.optimum(random_matrix, 30)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        train_objective.optimum(random_matrix, 0)
+    with pytest.raises(ValueError, match=r"of zeros, \(4, 5\), is not determined"):
+        train_objective.optimum(sp.csr_array((4, 5), dtype=np.float32), 1)
+    with pytest.raises(ValueError, match="a matrix must be of float32 or float64, got int64"):
+        train_objective.AllCellsLoss(random_matrix.astype(np.int64))
+    random_matrix.indices[0] = 30
+    with pytest.raises(ValueError, match="indices"):
+        train_objective.SparseMatrix(random_matrix)
+    random_matrix.indices[0], random_matrix.data[0] = 0, np.nan
+    for call in (train_objective.AllCellsLoss, lambda matrix: train_objective.optimum(matrix, 2)):
+        with pytest.raises(ValueError, match="a matrix must be finite, got values from nan to nan"):
+            call(random_matrix)
+
+
+def test_cells_listed_twice_are_summed(random_matrix):
+    halves = [random_matrix / 2, random_matrix / 2]
+    listed = sp.csr_array(
+        (
+            np.concatenate([part.data for part in halves]).reshape(2, -1).T.ravel(),
+            np.repeat(random_matrix.indices, 2),
+            2 * random_matrix.indptr,
+        ),
+        shape=random_matrix.shape,
+    )
+    assert listed.nnz == 2 * random_matrix.nnz
+    for found, expected in zip(
+        *([train_objective.AllCellsLoss(m), train_objective.optimum(m, 3)] for m in (listed, random_matrix)),
+        strict=True,
+    ):
+        assert found.squared_norm == expected.squared_norm
+    (pairs, targets), *_ = PairBatches(listed, 4 * random_matrix.nnz, negative_share=0)
+    np.testing.assert_array_equal(random_matrix.toarray()[tuple(pairs.T.numpy())], targets.numpy())
+    assert len(targets) == random_matrix.nnz
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_factors_of_a_matrix_of_lower_rank_are_zero_beyond_it(power):
+    best = train_objective.Optimum(
+        np.eye(4, 3, dtype=np.float32), np.array([2, 1, 0], np.float32), np.eye(5, 3, dtype=np.float32), 5.0
+    )
+    words, contexts = best.factors(power)
+    np.testing.assert_allclose(words @ contexts.T, np.diag([2, 1, 0, 0, 0])[:4], atol=1e-6)
+    low = sp.csr_array(np.outer(np.arange(1, 9), np.ones(7)).astype(np.float32))
+    words, contexts = train_objective.optimum(low, 4).factors(power)
+    np.testing.assert_allclose(words @ contexts.T, low.toarray(), atol=1e-2)
 
 
 @pytest.fixture
@@ -166,6 +215,68 @@ def test_similarity_equals_scipys_and_lies_in_its_interval(wordsim):
     assert found["low"] < found["score"] < found["high"]
     # The interval's width is that of a correlation near 0 over 353 pairs.
     assert 0.7 < (found["high"] - found["low"]) / (100 * 2 * 1.96 / math.sqrt(353)) < 1.3
+
+
+@pytest.mark.parametrize("num_known", [2, 3, 40])
+def test_the_interval_is_that_of_resampled_pairs(wordsim, num_known):
+    lines, _ = wordsim
+    known = lines[:num_known]
+    words = sorted({word for a, b, _ in known for word in (a, b)})
+    covered = [(words.index(a), words.index(b), float(s)) for a, b, s in lines if {a, b} <= set(words)]
+    vectors = np.random.default_rng(1).normal(size=(len(words), 10))
+    found = similarity.similarity(vectors, words, "wordsim353")
+    assert found["pairs"] == len(covered)
+    if len(covered) < 3:
+        assert math.isnan(found["score"])
+        return
+    unit = similarity.normalized(vectors)
+    human = np.array([s for *_, s in covered])
+    cosines = np.array([unit[a] @ unit[b] for a, b, _ in covered])
+    samples = np.random.default_rng(zlib.crc32(b"wordsim353")).integers(
+        len(covered), size=(500, len(covered))
+    )
+    with warnings.catch_warnings(action="ignore", category=scipy.stats.ConstantInputWarning):
+        scores = [scipy.stats.spearmanr(human[sample], cosines[sample]).statistic for sample in samples]
+    expected = 100 * np.nanpercentile(scores, [2.5, 97.5])
+    np.testing.assert_allclose([found["low"], found["high"]], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_vectors_without_a_cosine_are_refused(wordsim, bad):
+    _, words = wordsim
+    vectors = np.random.default_rng(0).normal(size=(len(words), 4))
+    vectors[[1, 3], 2] = bad
+    for call in (
+        lambda: similarity.similarity(vectors, words, "wordsim353"),
+        lambda: similarity.neighbours(vectors, words, words[0]),
+        lambda: similarity.balanced(vectors, vectors[:5]),
+    ):
+        with pytest.raises(ValueError, match=r"vectors must be finite, got \d of \d+ with NaN or infinity"):
+            call()
+
+
+def test_balanced_vectors_of_dependent_contexts_are_finite():
+    # Of a Gram matrix of rank 1, some computed eigenvalues are below zero.
+    contexts = np.outer(np.random.default_rng(0).normal(size=30), np.arange(1.0, 7)) / 3
+    assert np.linalg.eigvalsh(contexts.T @ contexts).min() < 0
+    words = np.random.default_rng(1).normal(size=(9, 6))
+    found = similarity.balanced(words, contexts)
+    scores = words @ contexts.T
+    np.testing.assert_allclose(found @ found.T, scores @ scores.T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda *given: similarity.similarity(*given, "wordsim353", num_bootstrap=0), "num_bootstrap must"),
+        (lambda *given: similarity.analogies(*given, batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda *given: similarity.analogies(*given, max_questions=-1), "max_questions must be at least 1"),
+        (lambda *given: similarity.neighbours(*given, "a", 0), "count must be at least 1, got 0"),
+    ],
+)
+def test_bad_evaluations_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.eye(2), ["a", "b"])
 
 
 @pytest.mark.parametrize("num_values", [1, 3, 200])

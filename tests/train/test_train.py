@@ -65,6 +65,36 @@ def test_unknown_optimizer_is_refused():
         make_optimizer("adamw", [torch.zeros(1)], 0.1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+        ({"learning_rate": math.nan}, r"learning_rate must lie in \[0, inf\), got nan"),
+        ({"optimizer": "lbfgs", "learning_rate": -1.0}, r"learning_rate must lie in \[0, inf\), got -1.0"),
+    ],
+)
+def test_full_batches_that_make_no_step_are_refused(options, message, random_matrix):
+    arguments = {"optimizer": "sgd", "learning_rate": 0.1, "num_steps": 1, **options}
+    with pytest.raises(ValueError, match=message):
+        train_full_batch(small_model(), train_objective.AllCellsLoss(random_matrix), **arguments)
+
+
+@pytest.mark.parametrize("options", [{"num_epochs": 0}, {"num_epochs": 1, "reports_per_epoch": 0}])
+def test_mini_batches_that_make_no_step_are_refused(options, random_matrix):
+    batches = PairBatches(random_matrix, 64)
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        train_mini_batches(small_model(), batches, mse_loss, optimizer="sgd", learning_rate=0.1, **options)
+
+
+def test_a_last_step_that_diverges_is_noticed(random_matrix):
+    objective = train_objective.AllCellsLoss(random_matrix)
+    with pytest.raises(DivergenceError, match=r"diverged at step 1: loss (inf|nan)"):
+        train_full_batch(small_model(), objective, optimizer="sgd", learning_rate=1e38, num_steps=1)
+    with pytest.raises(ValueError, match=r"learning_rate must lie in \[0, inf\), got nan"):
+        halve_until_stable(lambda rate: [], math.nan)
+
+
 def test_adam_reaches_the_optimum(random_matrix):
     torch.manual_seed(0)
     objective, best = train_objective.AllCellsLoss(random_matrix), train_objective.optimum(random_matrix, 4)
@@ -462,6 +492,15 @@ def test_sgns_of_a_changed_corpus_is_refused(topical):
         ({"loss": "hinge"}, "loss must be one of all-cells, mse, weighted-mse, glove, got 'hinge'"),
         ({}, "needs pool_size or compression_ratio, not both; got pool_size=None"),
         ({"table": "full", "pool_size": 5}, "a full table has no pool; got pool_size=5"),
+        ({"num_steps": -1}, "num_steps must be at least 1, got -1"),
+        ({"num_epochs": 0}, "num_epochs must be at least 1, got 0"),
+        ({"pool_size": math.nan}, "pool_size must be an integer, got nan"),
+        ({"block_size": True}, "block_size must be an integer, got True"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"compression_ratio": math.inf}, r"compression_ratio must lie in \(0, inf\), got inf"),
+        ({"learning_rate": math.nan}, r"learning_rate must lie in \(0, inf\), got nan"),
+        ({"negative_share": 1.0}, r"negative_share must lie in \[0, 1\), got 1.0"),
+        ({"negative_power": math.nan}, r"negative_power must lie in \(-inf, inf\), got nan"),
     ],
 )
 def test_bad_cases_are_refused(arguments, message):

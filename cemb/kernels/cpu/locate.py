@@ -6,12 +6,14 @@ block in the hash; of a full table, the index of its first value. Places are ind
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cemb import hashing
 from cemb.hashing import Spec
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu import simd
 from cemb.kernels.cpu.simd import LANES
 from cemb.kernels.cpu.threads import inlined, jit
@@ -62,6 +64,12 @@ class Geometry(NamedTuple):
             np.uint64(context_offset).astype(np.int64),
             PREFETCH_NEAR if spec.pool_size <= PRIVATE_POOL_LIMIT else PREFETCH_FAR,
         )
+
+
+def check_pool(name: str, pool: npt.NDArray[Any], spec: Spec, dtype: np.dtype[Any]) -> None:
+    """Raise ValueError unless `pool` is ``[pool_size]``, of what kernels read to compute in `dtype`."""
+    stored = (dtype,) if dtype == np.float64 else (dtype, np.uint16)
+    check_array(name, pool, (spec.pool_size,), *stored)
 
 
 @inlined

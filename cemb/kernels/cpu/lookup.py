@@ -7,11 +7,13 @@ import numpy.typing as npt
 from numba import prange
 
 from cemb.hashing import Spec
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu import locate, simd
 from cemb.kernels.cpu.locate import (
     FIRST,
     Geometry,
     block_length,
+    check_pool,
     find_row,
     is_single,
     key_of,
@@ -108,6 +110,9 @@ def lookup(weight: npt.NDArray[Any], ids: npt.NDArray[np.int64], spec: Spec, out
 
     `out` is float64 for a float64 pool, else float32. Deterministic for any number of threads.
     """
+    check_array("ids", ids, (len(ids),), np.int64)
+    check_array("out", out, (len(ids), spec.embedding_dim), np.float32, np.float64)
+    check_pool("weight", weight, spec, out.dtype)
     with launch() as num_threads:
         _lookup(num_threads, weight, ids, out, Geometry.of(spec))
 
@@ -118,6 +123,9 @@ def scatter(grad: npt.NDArray[Any], ids: npt.NDArray[np.int64], spec: Spec, pool
     Deterministic for a given number of threads up to `PRIVATE_POOL_LIMIT` of `cemb.kernels.cpu.locate`, and
     above it for any number: each thread adds to a slice of the pool of its own, and sees every row in order.
     """
+    check_array("ids", ids, (len(ids),), np.int64)
+    check_array("pool", pool, (spec.pool_size,), np.float32, np.float64)
+    check_array("grad", grad, (len(ids), spec.embedding_dim), pool.dtype)
     with launch() as num_threads:
         table = Geometry.of(spec)
         if num_threads > 1 and pool.size > locate.PRIVATE_POOL_LIMIT:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from numba import prange
 
 from cemb.hashing import PairDropout, Spec
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu import rules, simd
 from cemb.kernels.cpu.dropout import draw_rows, hash_workspace, mask_bits, mask_width
 from cemb.kernels.cpu.locate import (
@@ -28,6 +29,7 @@ from cemb.kernels.cpu.locate import (
     TILE,
     Geometry,
     block_length,
+    check_pool,
     find_places,
     find_tile,
     is_single,
@@ -58,6 +60,17 @@ class Batch(NamedTuple):
         scale = np.dtype(dtype).type(dropout.scale)
         slopes, targets, weights = (wanted.get(name, none) for name in cls._fields[1:4])
         return cls(pairs, slopes, targets, weights, scale, np.uint64(dropout.salt), dropout.threshold)
+
+    def check(self, dtype: Any) -> None:
+        """Raise ValueError unless there are pairs, and slopes, or targets and sample weights, of a dtype."""
+        n = len(self.pairs)
+        check_array("pairs", self.pairs, (n, 2), np.int64)
+        if len(self.slopes) or not len(self.targets):
+            check_array("slopes", self.slopes, (n,), dtype)
+        if len(self.targets):
+            check_array("targets", self.targets, (n,), dtype)
+            weights = self.sample_weights
+            check_array("sample_weights", weights, (1 if len(weights) == 1 else n,), dtype)
 
 
 @jit()
@@ -177,6 +190,10 @@ def score(
     `weight` is ``[pool_size]``; `scores` float64 for a float64 pool, else float32. Deterministic for any
     number of threads.
     """
+    n = len(batch.pairs)
+    check_array("pairs", batch.pairs, (n, 2), np.int64)
+    check_array("scores", scores, (n,), np.float32, np.float64)
+    check_pool("weight", weight, spec, scores.dtype)
     with launch() as num_threads:
         _score(num_threads, weight, batch, scores, Geometry.of(spec, context_offset))
 

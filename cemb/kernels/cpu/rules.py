@@ -5,6 +5,7 @@ made: weights and states are loaded once, stepped in vector registers, and store
 for one rule: with all in a loop, registers would spill.
 """
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -83,6 +84,7 @@ class Stepped(NamedTuple):
     second_state: Any
 
 
+@functools.cache
 def num_states(rule: Any) -> int:
     """How many states a rule has for each weight; row-wise Adagrad has one for each row."""
     if rule is RowwiseAdagrad:

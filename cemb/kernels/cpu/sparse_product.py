@@ -12,6 +12,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from numba import prange
 
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu import simd
 from cemb.kernels.cpu.simd import LANES
 from cemb.kernels.cpu.threads import jit, launch, parallel
@@ -26,6 +27,7 @@ class Blocks(NamedTuple):
     """
 
     block_columns: int
+    num_columns: int
     first_segments: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
@@ -47,6 +49,7 @@ class Blocks(NamedTuple):
         per_row = np.bincount(by_column.indices, minlength=matrix.shape[0])
         return cls(
             block_columns,
+            matrix.shape[1],
             np.cumsum([0, *map(len, rows)]),
             np.concatenate(rows),
             np.concatenate([[0], *cells]).cumsum(),
@@ -130,5 +133,11 @@ def product(blocks: Blocks, dense: npt.NDArray[Any], workspace: Workspace, out: 
 
     Sums of a row are always in the same order, so the result is the same for any number of threads.
     """
+    dim, dtype, num_rows = dense.shape[-1], blocks.values.dtype, len(blocks.row_ends)
+    check_array("dense", dense, (blocks.num_columns, dim), dtype)
+    check_array("out", out, (num_rows, dim), dtype)
+    panels = num_panels(dim)
+    check_array("workspace.factor", workspace.factor, (panels, blocks.num_columns * LANES), dtype)
+    check_array("workspace.sums", workspace.sums, (panels, num_rows * LANES), dtype)
     with launch() as num_threads:
         _product(dense, out, workspace, *blocks.chunks(num_threads), blocks)

@@ -9,7 +9,6 @@ import functools
 import os
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from cemb.kernels.cache import cached
 
 # Sums may be reassociated, so that they use vector registers.
 FASTMATH = {"reassoc", "nsz", "contract"}
@@ -32,7 +33,7 @@ _is_launched = _is_forked = False
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` without the GIL, cached on disk, or with a warning in memory if no folder can be written.
+    """`cemb.kernels.cache.cached` without the GIL.
 
     Division is numpy's: tests for zero divisors would keep loops from vector registers.
     """
@@ -41,27 +42,10 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     wrappers = {"no_cpython_wrapper": not is_called, "no_cfunc_wrapper": True}
     options = {"nogil": True, "error_model": "numpy", **wrappers, **options}
 
-    def compiled(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # Numba's, if it finds no folder
-            _warn_of_no_cache()
-            return numba.njit(**options)(function)
-
-    return compiled
+    return cached(**options)
 
 
 inlined = numba.njit(inline="always")
-
-
-@functools.cache
-def _warn_of_no_cache() -> None:
-    warnings.warn(
-        "no folder for compiled kernels can be written, so each process compiles them anew: set "
-        "NUMBA_CACHE_DIR to one",
-        RuntimeWarning,
-        stacklevel=5,
-    )
 
 
 def parallel(function: Callable[..., Any]) -> Callable[..., Any]:

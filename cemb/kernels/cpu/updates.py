@@ -16,6 +16,7 @@ import numpy.typing as npt
 from numba import prange
 
 from cemb.hashing import FullSpec, Spec
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu import buckets, conflicts, locate, rules, simd, threads
 from cemb.kernels.cpu.conflicts import bit_length, decode, first_listed
 from cemb.kernels.cpu.locate import S32, Geometry, block_length, is_single
@@ -172,6 +173,21 @@ def _step_conflicts(rule, stepped, weight, batch, workspace, table):
     return losses.sum()
 
 
+def _check(
+    stepped: Sequence[npt.NDArray[Any]], rule: rules.Rule, weight: npt.NDArray[Any], spec: Spec
+) -> None:
+    """Raise ValueError unless arrays are those that `step` takes."""
+    own, *states = stepped
+    check_array("what is stepped", own, (spec.pool_size,), np.float32, np.float64)
+    locate.check_pool("weight", weight, spec, own.dtype)
+    kind: Any = type(rule)
+    if len(states) != rules.num_states(kind):
+        raise ValueError(f"{kind.__name__} has {rules.num_states(kind)} states, got {len(states)} arrays")
+    by_row = kind is rules.RowwiseAdagrad
+    for state in states:
+        check_array("state", state, (spec.num_embeddings if by_row else spec.pool_size,), own.dtype)
+
+
 def step(
     stepped: Sequence[npt.NDArray[Any]],
     rule: rules.Rule,
@@ -200,8 +216,11 @@ def step(
         number of threads, and by the plans ``conflicts`` and ``buckets`` for any.
 
     Raises:
-        ValueError: more pairs and blocks than can be numbered.
+        ValueError: more pairs and blocks than can be numbered; arrays of other shapes or dtypes.
     """
+    _check(stepped, rule, weight, spec)
+    if differentiate is None:
+        batch.check(stepped[0].dtype)
     first, second = [*stepped[1:], stepped[0], stepped[0]][:2]  # rules read no state that they do not have
     wanted, table = rules.Stepped(stepped[0], first, second), Geometry.of(spec, context_offset)
     dtype, n = stepped[0].dtype, len(batch.pairs)
@@ -212,6 +231,7 @@ def step(
         scores = np.empty(n, dtype)
         score(weight, batch, spec, context_offset, scores)
         batch = batch._replace(slopes=differentiate(scores))
+        batch.check(dtype)
     with threads.launch() as num_threads:
         if how == "conflicts":
             workspace = conflicts.Workspace.of(n, spec, dtype, num_threads)
@@ -231,12 +251,14 @@ def _step_buckets(
     differentiate: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None,
 ) -> float:
     n, dtype, loss = len(batch.pairs), stepped.weight.dtype, 0.0
+    check_array("pairs", batch.pairs, (n, 2), np.int64)
     scores = np.empty(n, dtype)
     with threads.launch() as num_threads:
         kept = buckets.Buckets.of(n, spec, dtype, num_threads)
         buckets.score(num_threads, weight, batch, scores, kept, table)
     if differentiate is not None:
         batch = batch._replace(slopes=differentiate(scores))
+        batch.check(dtype)
     elif len(batch.targets):
         errors = scores - batch.targets
         batch = batch._replace(slopes=2 * batch.sample_weights * errors)

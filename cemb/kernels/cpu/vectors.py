@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import prange
 
+from cemb.kernels.checks import check_array
 from cemb.kernels.cpu import simd
 from cemb.kernels.cpu.dropout import draw_rows, hash_workspace, mask_width
 from cemb.kernels.cpu.pairs import Batch
@@ -58,11 +59,18 @@ def score(vectors: npt.NDArray[Any], batch: Batch, scores: npt.NDArray[Any]) -> 
 
     Of the batch, dropout counts. Deterministic for any number of threads, as is the gradient.
     """
+    n, dim = len(vectors), vectors.shape[-1]
+    check_array("vectors", vectors, (n, 2, dim), np.float32, np.float64)
+    check_array("scores", scores, (n,), vectors.dtype)
     with launch() as num_threads:
         _score(num_threads, vectors, batch, scores)
 
 
 def gradient(vectors: npt.NDArray[Any], batch: Batch, out: npt.NDArray[Any]) -> None:
     """Write the gradient of ``Σ slopes[i] · score[i]`` into `out` ``[n, 2, dim]``."""
+    n, dim = len(vectors), vectors.shape[-1]
+    check_array("vectors", vectors, (n, 2, dim), np.float32, np.float64)
+    check_array("slopes", batch.slopes, (n,), vectors.dtype)
+    check_array("out", out, vectors.shape, vectors.dtype)
     with launch() as num_threads:
         _gradient(num_threads, vectors, batch, out)
