@@ -35,10 +35,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 from tqdm import tqdm
 
 from cemb import files
+from cemb.kernels.cache import cached
 from cemb.pmi import npy
 from cemb.pmi.cooccurrence import (
     BORDER,
@@ -215,7 +215,7 @@ class _CountTask:
         return self.last - self.first
 
 
-@njit(nogil=True, cache=True)
+@cached(nogil=True)
 def _merge_rows(
     row_cells: npt.NDArray[np.int64],
     starts: npt.NDArray[np.int64],

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from cemb.kernels.cache import cached
+
 # What a byte is. Letters come last, so that one comparison finds them.
 OTHER, APOSTROPHE, HIGH, SPACE, NEWLINE, TERMINATOR, CLOSER, DOCUMENT_END, LETTER = range(9)
 
@@ -64,7 +66,7 @@ def _place(h: Any, mask: Any) -> Any:
     return np.int64((h ^ (h >> _S32)) & np.uint64(mask))
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def rehash(hashes: npt.NDArray[np.uint64], num_entries: int, num_slots: int) -> npt.NDArray[np.int32]:
     """The slots, `num_slots` long, of the first `num_entries` entries."""
     slots = np.zeros(num_slots, np.int32)
@@ -105,7 +107,7 @@ def _widened(values: Any, size: int) -> Any:
     return wider
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def scan(
     data: npt.NDArray[np.uint8], borders: int
 ) -> tuple[
@@ -244,7 +246,7 @@ def scan(
     )
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def hash_keys(keys: npt.NDArray[np.uint8], key_ends: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Hashes of keys, as `scan` computes them of what it stores."""
     hashes = np.empty(key_ends.shape[0], np.uint64)
@@ -258,7 +260,7 @@ def hash_keys(keys: npt.NDArray[np.uint8], key_ends: npt.NDArray[np.int64]) -> n
     return hashes
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def insert(
     slots: npt.NDArray[np.int32],
     keys: npt.NDArray[np.uint8],
@@ -306,7 +308,7 @@ def insert(
     return num_entries
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def expand(
     ids: npt.NDArray[np.int32],
     first: npt.NDArray[np.int64],
@@ -328,7 +330,7 @@ def expand(
     return found
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def add_counts(
     counts: npt.NDArray[np.int64],
     first: npt.NDArray[np.int64],
@@ -346,7 +348,7 @@ def add_counts(
     return added
 
 
-@njit(cache=True, nogil=True)
+@cached(nogil=True)
 def renumber(
     ids: npt.NDArray[np.int32],
     final: npt.NDArray[np.int32],
