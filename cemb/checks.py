@@ -15,9 +15,9 @@ def check_integers(least: int, largest: int | None = None, /, **values: Any) -> 
             continue
         if not isinstance(value, (int, Integral)) or isinstance(value, bool):  # int first, which is quick
             raise ValueError(f"{name} must be an integer, got {value!r}")
-        if value < least:
+        if int(value) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-        if largest is not None and value > largest:
+        if largest is not None and int(value) > largest:
             raise ValueError(f"{name} must be at most {largest}, got {value}")
 
 
