@@ -135,7 +135,7 @@ class ClusteredEmbedding(nn.Module):
         no fewer than there are clusters. Deterministic for the table's state and a number of threads. An
         optimizer's moments for the table are about what was there before.
         """
-        check_integers(1, num_steps=num_steps, max_samples=max_samples)
+        check_integers(0, num_steps=num_steps, max_samples=max_samples)
         seed = int(self.hash_seed) + 1
         generator = torch.Generator().manual_seed(seed)
         vectors = self(torch.arange(self.num_embeddings, device=self.codes.device))

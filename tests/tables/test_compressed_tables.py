@@ -233,7 +233,7 @@ def test_a_seed_picks_the_hash(kind):
         (lambda: HybridEmbedding.within(50, 4, 999, exact_share=1.5), r"exact_share must lie in \[0, 1\]"),
         (lambda: MultiHashEmbedding.within(50, 4, 999, num_hashes=0), "num_hashes must be at least 1"),
         (lambda: ClusteredEmbedding(50, 4, 5, 2, hash_seed=1.5), "hash_seed must be an integer, got 1.5"),
-        (lambda: ClusteredEmbedding(50, 4, 5, 2).recluster(num_steps=0), "num_steps must be at least 1"),
+        (lambda: ClusteredEmbedding(50, 4, 5, 2).recluster(num_steps=-1), "num_steps must be at least 0"),
         (lambda: HybridEmbedding(50, 4, 50, 20), r"num_exact must lie in \[0, 50\), got 50"),
         (lambda: ClusteredEmbedding(50, 4, 5, 3), "num_columns must divide embedding_dim=4, got 3"),
     ],
