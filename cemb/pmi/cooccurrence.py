@@ -32,8 +32,7 @@ DISTANCE_WEIGHTINGS = ("flat", "harmonic")
 DistanceWeighting: TypeAlias = Literal[*DISTANCE_WEIGHTINGS]  # type: ignore[valid-type]
 BORDER = -1  # in place of an id: windows do not cross it
 LARGEST_TOTAL = 2**63 - 1
-# Window sizes. The least common multiple of 1 … 43, of which harmonic weights are parts, is above the total.
-LARGEST_WINDOW = {"flat": 2**16, "harmonic": 42}
+LARGEST_WINDOW = 2**16
 
 # Columns that one byte of `Row.touched` stands for, as a power of two: 16 words of `Row.bits`.
 _TOUCHED_SHIFT = 10
@@ -56,6 +55,7 @@ class Windows:
 
     Raises:
         ValueError: an unknown weighting, or a window out of range.
+        OverflowError: a harmonic window whose weights 64 bits do not hold.
     """
 
     window_size: int = 5
@@ -68,13 +68,24 @@ class Windows:
                 f"distance_weighting must be one of {', '.join(DISTANCE_WEIGHTINGS)}, "
                 f"got {self.distance_weighting!r}"
             )
-        largest = LARGEST_WINDOW[self.distance_weighting]
-        check_integers(1, largest, window_size=self.window_size)
+        check_integers(1, LARGEST_WINDOW, window_size=self.window_size)
+        _ = self.denominator  # which refuses what is too large
 
     @property
     def denominator(self) -> int:
         """Weights are multiples of one over this, which is 1, or lcm(1 … window_size) for harmonic ones."""
-        return 1 if self.distance_weighting == "flat" else math.lcm(*range(1, self.window_size + 1))
+        found = 1
+        for distance in range(1, self.window_size + 1 if self.distance_weighting == "harmonic" else 1):
+            found = math.lcm(found, distance)
+            if found > LARGEST_TOTAL:
+                raise OverflowError(self._too_large("counts"))
+        return found
+
+    def _too_large(self, counts: str) -> str:
+        return (
+            f"{counts} with window_size={self.window_size} and {self.distance_weighting} weights may exceed "
+            "2^63; use a smaller window"
+        )
 
     @property
     def weights(self) -> list[int]:
@@ -89,10 +100,7 @@ class Windows:
         """
         total = num_tokens * sum(self.weights) * (1 + self.symmetric)
         if total > LARGEST_TOTAL:
-            raise OverflowError(
-                f"counts of {num_tokens:,} tokens with window_size={self.window_size} and "
-                f"{self.distance_weighting} weights may exceed 2^63; use a smaller window"
-            )
+            raise OverflowError(self._too_large(f"counts of {num_tokens:,} tokens"))
         return total
 
 
