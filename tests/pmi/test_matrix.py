@@ -141,10 +141,10 @@ def test_pmi_on_disk_has_the_same_bits(tmp_path, monkeypatch, options, memory):
 
 
 def _written(counts):
-    """The counts with cells listed twice, zeros among them, and rows from right to left."""
+    """The counts with cells listed twice, zeros in an empty row, and rows from right to left."""
     cells = counts.tocoo()
-    halves = [counts.data // 2, counts.data - counts.data // 2, 0 * counts.data[:9]]
-    rows, columns = (np.concatenate([x, x, x[:9]]) for x in (cells.row, cells.col))
+    halves = [counts.data // 2, counts.data - counts.data // 2, np.zeros(9, counts.dtype)]
+    rows, columns = np.r_[cells.row, cells.row, [0] * 9], np.r_[cells.col, cells.col, :9]
     order = np.lexsort((-columns, rows))
     indptr = np.searchsorted(rows[order], np.arange(counts.shape[0] + 1))
     values = np.concatenate(halves)[order]
