@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,6 +199,7 @@ def encode() -> Command:
             "num_words": len(encoded.words),
             "num_shards": len(encoded.shard_sizes),
             "borders": encoded.borders,
+            **asdict(encoded.tally),
             "fingerprint": encoded.fingerprint,
             "encode_s": round(seconds, 3),
             "tokens_per_s": round(encoded.num_tokens / seconds),

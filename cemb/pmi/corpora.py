@@ -80,8 +80,15 @@ def _package(part: str, package: str, pattern: str, documents: Callable[[Path], 
     return Documents(part, tuple(paths), documents, f"{package}=={distribution.version}")
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged, not UTF-8 text: {error}") from None
+
+
 def _gcide_entries(path: Path) -> Iterator[str]:
-    for entry in json.loads(path.read_text(encoding="utf-8")).values():
+    for entry in json.loads(_text(path)).values():
         # Etymologies are left out: this edition repeats one entry's text in many others.
         parts = [entry["entry"]]
         for sense in entry["pos"]:
@@ -91,7 +98,7 @@ def _gcide_entries(path: Path) -> Iterator[str]:
 
 
 def _whole(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
+    yield _text(path)
 
 
 def _gcide_sotu() -> list[Source]:
@@ -117,7 +124,7 @@ def dictd_entries(path: Path) -> Iterator[str]:
     """
     index = path.parent / path.name.replace(".dict.dz", ".index")
     places = set()
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(index).splitlines(), 1):
         word, *numbers = line.split("\t")
         if len(numbers) < 2 or not set("".join(numbers[:2])) <= set(_DICTD_DIGITS):
             raise ValueError(
@@ -129,7 +136,7 @@ def dictd_entries(path: Path) -> Iterator[str]:
             )
     try:
         text = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except readers.DECOMPRESSION_ERRORS as error:
         raise ValueError(f"{path} is cut short or damaged: {error}") from None
     for start, length in sorted(places):
         if start + length > len(text):
@@ -149,7 +156,7 @@ def wordnet_entries(path: Path) -> Iterator[str]:
     Fields of a line are set apart by spaces; the fourth is the number of words in base 16, each followed by a
     number; the gloss stands after ``|``. Raises ValueError for a line that is not so.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line or line.startswith("  "):  # the licence
             continue
         front, _, gloss = line.partition(" | ")
@@ -253,7 +260,7 @@ CORPORA = {
         "GFDL-1.2",
         "enwik9",
         "https://mattmahoney.net/dc/enwik9.zip",
-        "md5:3e773f8a1577fda2e27f871ca17f31fd",
+        "sha256:99cdb5ac84392252d3f0912ccedd195bc95bd80cbef3b0cdf2eee4ad9a3b7a51",
         "enwik9",
     ),
     "wikitext-103": _remote(
@@ -270,7 +277,12 @@ CORPORA = {
 CorpusName: TypeAlias = Literal[*CORPORA] | str  # type: ignore[valid-type]
 
 
-def find_sources(corpus: str | Sequence[str], text_field: str | None = None) -> list[Source]:
+def find_sources(
+    corpus: str | Sequence[str],
+    text_field: str | None = None,
+    encoding_errors: readers.EncodingErrors = "strict",
+    tally: readers.Tally | None = None,
+) -> list[Source]:
     """What to read, in order, of one corpus or several: names of `CORPORA`, else what `find_files` takes.
 
     Fetches what has to be fetched. Raises FileNotFoundError, OSError or ValueError with the reason, and what
@@ -282,16 +294,21 @@ def find_sources(corpus: str | Sequence[str], text_field: str | None = None) -> 
     if corpora.count(readers.STDIN) > 1:
         raise ValueError("standard input can be read only once")
     found: list[Source] = []
+    streams: list[tuple[int, int]] = []
     for name in corpora:
         if name in CORPORA:
             found += CORPORA[name].find()
             continue
         try:
-            found += readers.find_files(name, text_field)
+            files = readers.find_files(name, text_field, encoding_errors, tally)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"corpus {name!r} is neither one of {', '.join(map(repr, CORPORA))} nor to be read: {error}"
             ) from None
+        found += files
+        streams += [readers.file_identity(file.path) for file in files if file.path and file.is_stream]
+    if len(set(streams)) < len(streams):
+        raise ValueError(f"a stream can be read only once, and one is named twice among {corpora}")
     return found
 
 

@@ -1,7 +1,8 @@
 """Text to token ids on disk: tokenization, vocabulary, shards.
 
 Tokens are maximal runs of letters with the marks on them, apostrophes and joiners inside a word included,
-after NFKC normalization and case folding; digits and punctuation separate. A corpus is one stream of tokens.
+after NFKC normalization and case folding; digits and punctuation separate, and what is not seen, such as a
+soft hyphen, is as if it were not there. A corpus is one stream of tokens.
 Tokens outside the vocabulary are removed before windows are laid, as word2vec does.
 
 `tokenize` says what a token is. `encode` gives the same tokens by a pass over the bytes in Numba
@@ -17,7 +18,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -35,8 +36,14 @@ BORDERS = {"document": tokenizer.DOCUMENTS, "line": tokenizer.LINES, "sentence":
 Borders: TypeAlias = Literal[*BORDERS]  # type: ignore[valid-type]
 
 _LETTER = r"[^\W\d_]"
-# Where Unicode 15 has combining marks; the last are variation selectors.
-_MARK_RANGES = (range(0x300, 0x1F000), range(0xE0100, 0xE01F0))
+# Where Unicode 15 has combining marks, but for variation selectors.
+_MARK_RANGES = (range(0x300, 0x1F000),)
+# What is not seen and parts no word (Unicode's Default_Ignorable_Code_Point), but for the zero-width space,
+# which does, and the zero-width joiners, which may be all that tells two words apart.
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 _IDEOGRAPHIC_STOP = re.compile("[。！？]")
 _SENTENCE_END = re.compile(
     r"""[.!?][.!?"'’”»)\]}]*[ \t\n\r\v\f]  # a terminator, closing marks, white space
@@ -82,7 +89,7 @@ def _word() -> re.Pattern[str]:
 
 
 def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+    return unicodedata.normalize("NFKC", _IGNORABLE.sub("", text)).casefold().replace("’", "'")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -120,6 +127,12 @@ class EncodedCorpus:
     def shards(self) -> list[npt.NDArray[np.int32]]:
         """Ids of all shards in order, each as `shard` gives it."""
         return [self.shard(i) for i in range(len(self.shard_sizes))]
+
+    @property
+    def tally(self) -> readers.Tally:
+        """What reading left out or replaced, as the manifest has it."""
+        manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        return readers.Tally(*(manifest.get(field.name, 0) for field in fields(readers.Tally)))
 
     @classmethod
     def open(cls, folder: str | Path) -> "EncodedCorpus":
@@ -167,6 +180,7 @@ def encode(
     max_vocab: int | None = None,
     borders: Borders | None = None,
     text_field: str | None = None,
+    encoding_errors: readers.EncodingErrors = "strict",
     shard_tokens: int = 2**24,
     threads: int | None = None,
 ) -> EncodedCorpus:
@@ -184,11 +198,13 @@ def encode(
             `split_sentences`); None: nowhere. Documents are files, lines of JSON, rows of Parquet, entries of
             dictionaries.
         text_field: field of JSON lines or column of Parquet; None: text.
+        encoding_errors: refuse bytes that are not UTF-8 (strict), or replace them by U+FFFD, which separates
+            words, and say in the manifest how often.
         shard_tokens: ids in a file.
         threads: at work at once, of no influence on the result; None: one a core.
 
     Raises:
-        ValueError: there is no token, or no word reaches `min_count`.
+        ValueError: there is no token, or no word reaches `min_count`; or bytes are not UTF-8.
         FileExistsError: the folder exists.
         OSError: the disk is full. These, and what reading raises, leave no folder.
     """
@@ -205,7 +221,8 @@ def encode(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; an encoded corpus is written to a new folder")
-    sources = corpora.find_sources(corpus, text_field)
+    tally = readers.Tally()
+    sources = corpora.find_sources(corpus, text_field, encoding_errors, tally)
     with disk_errors(folder), files.atomic_directory(folder) as work:
         numbering = _Numbering(work, 0 if borders is None else BORDERS[borders], shard_tokens)
         numbering.read(sources, threads or len(os.sched_getaffinity(0)))
@@ -225,12 +242,15 @@ def encode(
             "max_vocab": max_vocab,
             "borders": borders,
             "text_field": text_field,
+            "encoding_errors": encoding_errors,
+            **asdict(tally),
             "corpus": corpus if isinstance(corpus, str) else list(corpus),
             "sources": [{"name": source.name, "num_bytes": source.num_bytes} for source in sources],
             "fingerprint": f"sha256:{digest.hexdigest()}",
         }
+        # Names of files need not be UTF-8; JSON has the same escapes for what is not.
         text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
-        (work / "manifest.json").write_text(text, encoding="utf-8")
+        (work / "manifest.json").write_bytes(text.encode("utf-8", "backslashreplace"))
     return EncodedCorpus.open(folder)
 
 
@@ -306,8 +326,8 @@ class _Numbering:
             ThreadPoolExecutor(1) as reader,
         ):
             blocks = _ahead(reader, readers.read_blocks(sources, _BLOCK_BYTES, progress.update))
-            for block, scanned in in_order(pool, self._scan, blocks, threads + 1):
-                ids = self._to_words(block, *scanned)
+            for scanned in in_order(pool, self._scan, blocks, threads + 1):
+                ids = self._to_words(*scanned)
                 if written >= self._part_tokens:
                     self.parts.append(self._work / f"part-{len(self.parts):05d}")
                     written = 0
@@ -317,12 +337,11 @@ class _Numbering:
                 rate = self.num_tokens / max(progress.format_dict["elapsed"], 1e-3)
                 progress.set_postfix_str(f"{rate / 1e6:.1f} M tokens/s", refresh=False)
 
-    def _scan(self, block: readers.Block) -> tuple[readers.Block, tuple[npt.NDArray[Any], ...]]:
-        return block, tokenizer.scan(np.frombuffer(block.data, np.uint8), self._borders)
+    def _scan(self, block: bytes) -> tuple[npt.NDArray[Any], ...]:
+        return tokenizer.scan(np.frombuffer(block, np.uint8), self._borders)
 
     def _to_words(
         self,
-        block: readers.Block,
         ids: npt.NDArray[np.int32],
         keys: npt.NDArray[np.uint8],
         key_ends: npt.NDArray[np.int64],
@@ -340,7 +359,7 @@ class _Numbering:
         if is_run.any():
             num_known = self._runs.size
             runs = self._runs.add(keys, key_ends, hashes, is_run)
-            self._tokenize_runs(block, np.arange(num_known, self._runs.size))
+            self._tokenize_runs(np.arange(num_known, self._runs.size))
             values = np.concatenate([self._run_words, numbers])
             first, last = first + len(self._run_words), last + len(self._run_words)
             first[is_run] = self._run_ends[runs[is_run]]
@@ -352,12 +371,9 @@ class _Numbering:
         self.num_tokens += tokenizer.add_counts(counts, first, last, values, self._counts)
         return out
 
-    def _tokenize_runs(self, block: readers.Block, new: npt.NDArray[Any]) -> None:
+    def _tokenize_runs(self, new: npt.NDArray[Any]) -> None:
         runs = self._runs.strings(new)
-        try:
-            text = b"\n".join(runs).decode()
-        except UnicodeDecodeError:
-            raise ValueError(_what_is_not_utf8(block, runs)) from None
+        text = b"\n".join(runs).decode()
         if self._borders == tokenizer.SENTENCES:
             text = _IDEOGRAPHIC_STOP.sub("\0", text)
         # Runs may be folded together: nothing composes with a line break.
@@ -402,22 +418,12 @@ class _Numbering:
         return [strings[i].decode() for i in order], counts[kept[order]], final
 
 
-def _ahead(pool: ThreadPoolExecutor, items: Iterator[readers.Block]) -> Iterator[readers.Block]:
+def _ahead(pool: ThreadPoolExecutor, items: Iterator[bytes]) -> Iterator[bytes]:
     """Items of which the next is made while the present one is used."""
     coming = pool.submit(next, items, None)
     while (item := coming.result()) is not None:
         coming = pool.submit(next, items, None)
         yield item
-
-
-def _what_is_not_utf8(block: readers.Block, runs: list[bytes]) -> str:
-    for run in runs:
-        try:
-            run.decode()
-        except UnicodeDecodeError as error:
-            where = block.place(block.data.index(run) + error.start)
-            return f"{where}, is not UTF-8 text: can't decode byte {run[error.start]:#04x}, {error.reason}"
-    raise AssertionError("all runs are UTF-8")
 
 
 def _write_shards(

@@ -2,27 +2,38 @@
 
 Plain UTF-8 text, compressed by gzip, bzip2, xz or zstd or not; JSON lines and Parquet, of which one field is
 the text of one document; zip archives of plain text. Compression is told by a file's first bytes, the rest by
-its name. Nothing is read whole: at most some MiB are in memory at a time.
+its name. Nothing is read whole: some MiB are in memory at a time, more only for a word, a line of JSON or a
+text of Parquet that is longer.
 """
 
 import bz2
+import codecs
+import fnmatch
 import functools
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
+import os
+import re
+import reprlib
+import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, NoReturn, Protocol, TypeAlias, cast
+
+import numpy as np
 
 STDIN = "-"
 DEFAULT_FIELD = "text"
+EncodingErrors: TypeAlias = Literal["strict", "replace"]
 
 # Stands between documents. Byte 255 is never part of UTF-8, so text cannot hold it.
 DOCUMENT_BREAK = b"\n\xff\n"
@@ -30,11 +41,23 @@ DOCUMENT_BREAK = b"\n\xff\n"
 _SPACES = (b" ", b"\n", b"\t", b"\r", b"\v", b"\f")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-# What cut or damaged data raise, of gzip, bzip2, xz and zstd.
+# What cut or damaged data raise: of gzip, bzip2, xz and zstd; and of zip, also for what it cannot read.
 DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_ZIP_ERRORS = (*DECOMPRESSION_ERRORS, zipfile.BadZipFile, struct.error, RuntimeError, UnicodeDecodeError)
+# Names of files and folders that lie beside data and hold none: hidden ones, and by the custom of data tools
+# those that start with an underscore, but for partitions such as _day=1; what systems leave; checksums.
+_NO_DATA = re.compile(
+    r"\..*|_[^=]*|(eh)?thumbs\.db|desktop\.ini|icon\r|lost\+found|\$recycle\.bin|system volume information"
+    r"|(md5|sha\d+)sums|.*\.(crc|md5|sha1|sha256|sha512)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 _PIECE = 1 << 20
 _LONGEST_WORD = 1 << 28
+_LONGEST_LINE = 1 << 28
+_LONGEST_BLANK = 1 << 16
+# The decoder takes no more memory than this, unless told.
+_ZSTD_WINDOW = 1 << 27
 
 
 class Source(Protocol):
@@ -56,6 +79,14 @@ class Source(Protocol):
         """
 
 
+@dataclass
+class Tally:
+    """What reading left out or replaced; finding files and reading them add to it."""
+
+    num_left_out: int = 0  # files and folders that hold no data
+    num_replacements: int = 0  # U+FFFD that stand for bytes that are not UTF-8
+
+
 @dataclass(frozen=True)
 class File:
     """A file as a `Source`; `path` is None for standard input, `member` one file of a zip archive."""
@@ -64,25 +95,32 @@ class File:
     kind: str = "text"  # or json-lines, parquet, zip
     text_field: str = DEFAULT_FIELD
     member: str | None = None
+    encoding_errors: EncodingErrors = "strict"
+    tally: Tally = field(default_factory=Tally, compare=False)
 
     @property
     def name(self) -> str:
         return "standard input" if self.path is None else str(self.path)
 
     @property
+    def is_stream(self) -> bool:
+        """Whether it can be read only once: standard input, a pipe or a device."""
+        return self.path is None or not self.path.is_file()
+
+    @property
     def num_bytes(self) -> int | None:
-        return None if self.path is None else self.path.stat().st_size
+        return None if self.path is None or self.is_stream else self.path.stat().st_size
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file, with what else decides on its text."""
-        if self.path is None:
+        """SHA-256 of the file, with what else decides on its text. ValueError for what `is_stream`."""
+        if self.path is None or self.is_stream:
             raise ValueError(
-                "standard input cannot be read twice, which this needs; encode it to a folder first: "
-                "python -m cemb encode - --out FOLDER"
+                f"{self.name} cannot be read twice, which this needs; encode it to a folder first: "
+                f"python -m cemb encode {self.path or STDIN} --out FOLDER"
             )
         digest = file_hash(self.path)
-        field = self.text_field if self.kind in ("json-lines", "parquet") else self.member
-        return " ".join(filter(None, (self.kind if self.kind != "text" else "", field, digest)))
+        within = self.text_field if self.kind in ("json-lines", "parquet") else self.member
+        return " ".join(filter(None, (self.kind if self.kind != "text" else "", within, digest)))
 
     def pieces(self, advance: Callable[[int], object]) -> Iterator[bytes]:
         """Raises ValueError with the reason for a file that is cut short, damaged or not UTF-8 text."""
@@ -97,70 +135,103 @@ class File:
                 yield from self._stream(file, advance)
 
     def _stream(self, file: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:
-        pieces = self._checked(self._decompressed(file, advance))
+        pieces = self._checked(self._decompressed(file, advance), self.name)
         return _json_texts(pieces, self.text_field, self.name) if self.kind == "json-lines" else pieces
 
     def _decompressed(self, file: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:
-        compression, opened = decompressor(file)
+        compression, opened = decompressor(file, self.name)
+        is_stream = self.is_stream
         reached = 0
         try:
             while piece := opened.read(_PIECE):
-                now = file.tell() if self.path else reached + len(piece)
+                now = reached + len(piece) if is_stream else file.tell()
                 advance(now - reached)
                 reached = now
                 yield piece
         except DECOMPRESSION_ERRORS as error:
             if compression is None:
-                raise
+                raise OSError(f"{self.name} cannot be read: {error}") from None
+            if "too much memory" in str(error):
+                _refuse_window(self.name, None)
             is_short = isinstance(error, EOFError) or "runcated" in str(error)
             what = "is cut short: its compressed data end too early" if is_short else f"is damaged: {error}"
             raise ValueError(f"{self.name} {what} ({compression})") from None
 
-    def _checked(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        offset = 0
-        for piece in pieces:
+    def _checked(self, pieces: Iterator[bytes], name: str) -> Iterator[bytes]:
+        """UTF-8 in whole characters; what is none is refused with its place, or replaced."""
+        offset, line, rest = 0, 1, b""
+        for piece in itertools.chain(pieces, (b"",)):  # the empty one ends the text
             if offset == 0 and b"\0" in piece:
                 raise ValueError(
-                    f"{self.name} is not a text file: byte {piece.index(0)} is NUL; expected UTF-8 text, "
+                    f"{name} is not a text file: byte {piece.index(0)} is NUL; expected UTF-8 text, "
                     "plain or compressed by gzip, bzip2, xz or zstd"
                 )
-            if b"\xff" in piece:
+            data, rest = rest + piece, b""
+            try:
+                data, rest = self._valid(data, is_last=not piece)
+            except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{self.name} is not UTF-8 text: byte 0xff at position {offset + piece.index(255)}"
-                )
-            offset += len(piece)
-            yield piece
+                    f"{name}, line {line + data.count(10, 0, error.start)}: not UTF-8 text: byte "
+                    f"{data[error.start]:#04x} at position {offset + error.start}, {error.reason}; {_REMEDY}"
+                ) from None
+            offset += len(data)
+            line += data.count(10)
+            if data:
+                yield data
+
+    def _valid(self, data: bytes, is_last: bool = True) -> tuple[bytes, bytes]:
+        """Whole characters of UTF-8, replaced where asked, and the bytes after them. UnicodeDecodeError."""
+        if data.isascii():
+            return data, b""
+        text, used = codecs.utf_8_decode(data, self.encoding_errors, is_last)
+        if self.encoding_errors == "strict":
+            return data[:used], data[used:]
+        self.tally.num_replacements += text.count("\ufffd") - data.count("\ufffd".encode(), 0, used)
+        return text.encode(), data[used:]
 
     def _zip(self, advance: Callable[[int], object]) -> Iterator[bytes]:
         assert self.path is not None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = [
-                    m for m in archive.infolist() if not m.is_dir() and self.member in (None, m.filename)
-                ]
-                if not members:
-                    raise ValueError(f"{self.name} holds no {self.member or 'file'}")
-                for member in members:
-                    with archive.open(member) as file:
-                        yield from self._checked(iter(functools.partial(file.read, _PIECE), b""))
-                    advance(member.compress_size)
-                    yield DOCUMENT_BREAK
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{self.name} is cut short or damaged (zip): {error}") from None
+        with self.path.open("rb") as file:
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    for member in self._members(archive):
+                        with archive.open(member) as content:
+                            pieces = iter(functools.partial(content.read, _PIECE), b"")
+                            yield from self._checked(pieces, f"{self.name}, {member.filename}")
+                        advance(member.compress_size)
+                        yield DOCUMENT_BREAK
+            except _ZIP_ERRORS as error:
+                what = "cannot be read" if isinstance(error, RuntimeError) else "is cut short or damaged"
+                raise ValueError(f"{self.name} {what} (zip): {error}") from None
+
+    def _members(self, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+        files = [m for m in archive.infolist() if not m.is_dir()]
+        members = [m for m in files if m.filename == self.member]
+        if self.member is None:
+            members = [m for m in files if not any(map(_is_no_data, m.filename.split("/")))]
+            self.tally.num_left_out += len(files) - len(members)
+        if not members:
+            raise ValueError(f"{self.name} holds no {self.member or 'file'}{_but(len(files))}")
+        return members
 
     def _parquet(self, advance: Callable[[int], object]) -> Iterator[bytes]:
         pyarrow = import_pyarrow("Parquet")
         from pyarrow import parquet
 
         assert self.path is not None
+        num_bytes = self.path.stat().st_size
         try:
-            with parquet.ParquetFile(self.path) as file:
+            # As a dictionary, a text that many rows share is held once.
+            with parquet.ParquetFile(self.path, read_dictionary=[self.text_field]) as file:
                 schema = file.schema_arrow
                 if self.text_field not in schema.names:
                     raise ValueError(
                         f"{self.name} has no column {self.text_field!r}; it has {', '.join(schema.names)}"
                     )
                 type_ = schema.field(self.text_field).type
+                if pyarrow.types.is_null(type_):
+                    advance(num_bytes)
+                    return
                 value = type_.value_type if pyarrow.types.is_dictionary(type_) else type_
                 if value not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                     raise ValueError(
@@ -168,20 +239,40 @@ class File:
                     )
                 done = reached = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[self.text_field]):
-                    column = batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary())
-                    documents = column.drop_null().to_pylist()
-                    joined = DOCUMENT_BREAK.join(documents)
-                    if joined.count(b"\xff") >= max(len(documents), 1):
-                        raise ValueError(
-                            f"{self.name}: column {self.text_field!r} holds a byte 0xff, not UTF-8"
-                        )
+                    yield from self._documents(batch.column(0), done)
                     done += len(batch)
-                    now = self.path.stat().st_size * done // file.metadata.num_rows
+                    now = num_bytes * done // file.metadata.num_rows
                     advance(now - reached)
                     reached = now
-                    yield joined + DOCUMENT_BREAK
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.name} is not a whole Parquet file: {error}") from None
+
+    def _documents(self, column: Any, first_row: int) -> Iterator[bytes]:
+        """The texts of an Arrow array of strings in pieces of a MiB, or of one text."""
+        import pyarrow
+        from pyarrow import compute
+
+        column = column.dictionary_encode()
+        texts = column.dictionary.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
+        rows = np.flatnonzero(column.is_valid())
+        places = column.indices.fill_null(0).to_numpy()[rows]
+        ends = np.cumsum(compute.binary_length(texts).to_numpy()[places])
+        cuts = np.flatnonzero(np.diff(ends // _PIECE)) + 1
+        for some, where in zip(np.split(places, cuts), np.split(first_row + rows, cuts), strict=True):
+            documents = texts.take(pyarrow.array(some)).to_pylist()
+            for k, document in enumerate(documents):
+                try:
+                    documents[k] = self._valid(document)[0]
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{self.name}, row {where[k] + 1}: column {self.text_field!r} is not UTF-8 text: "
+                        f"byte {document[error.start]:#04x} at position {error.start}, {error.reason}; "
+                        f"{_REMEDY}"
+                    ) from None
+            yield DOCUMENT_BREAK.join(documents) + DOCUMENT_BREAK
+
+
+_REMEDY = "encoding_errors='replace' (--encoding-errors replace) reads U+FFFD there"
 
 
 def import_pyarrow(what: str) -> Any:
@@ -193,35 +284,106 @@ def import_pyarrow(what: str) -> Any:
     return pyarrow
 
 
-def decompressor(file: BufferedReader) -> tuple[str | None, BufferedIOBase]:
+class _Streams:
+    """Streams of bzip2 or xz, one after the other; the library's readers end silently at what parts them."""
+
+    def __init__(self, file: BufferedReader, new: Callable[[], Any]) -> None:
+        self._file, self._new = file, new
+        self._stream = new()
+
+    def read(self, size: int) -> bytes:
+        """Some of the content, `size` bytes at most; none at its end."""
+        found = b""
+        while not found:
+            data = b""
+            if self._stream.eof:
+                data = self._stream.unused_data.lstrip(b"\0")
+                while not data and (more := self._file.read(_PIECE)):
+                    data = more.lstrip(b"\0")
+                if not data:
+                    break
+                self._stream = self._new()
+            elif self._stream.needs_input and not (data := self._file.read(_PIECE)):
+                raise EOFError
+            found = self._stream.decompress(data, size)
+        return found
+
+
+def decompressor(file: BufferedReader, name: str) -> tuple[str | None, Any]:
     """How a file is compressed, told by its first bytes, and a reader of what it holds."""
-    head = file.peek(6)[:6]
+    head = file.peek(18)
     if head.startswith(b"\x1f\x8b"):
         return "gzip", gzip.GzipFile(fileobj=file)
     if head.startswith(b"BZh"):
-        return "bzip2", bz2.BZ2File(file)
+        return "bzip2", _Streams(file, bz2.BZ2Decompressor)
     if head.startswith(b"\xfd7zXZ"):
-        return "xz", lzma.LZMAFile(file)
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "xz", _Streams(file, lzma.LZMADecompressor)
+    if head.startswith(b"\x28\xb5\x2f\xfd") or _is_skippable(head):
+        if (window := _zstd_window(head)) > _ZSTD_WINDOW:
+            _refuse_window(name, window)
         return "zstd", import_pyarrow("zstd").CompressedInputStream(file, "zstd")
     return None, file
 
 
+def _is_skippable(head: bytes) -> bool:
+    """Whether a zstd frame starts that holds no data; parallel compressors write some first."""
+    return int.from_bytes(head[:4], "little") >> 4 == 0x184D2A5
+
+
+def _zstd_window(head: bytes) -> int:
+    """Bytes of memory that a zstd file's first frame needs (RFC 8878); 0 if `head` ends before it is told."""
+    while _is_skippable(head):
+        head = head[8 + int.from_bytes(head[4:8], "little") :]
+    if len(head) < 18:
+        return 0
+    descriptor = head[4]
+    if not descriptor & 0x20:
+        exponent, mantissa = divmod(head[5], 8)
+        return (8 + mantissa) << (7 + exponent)
+    start = 5 + (0, 1, 2, 4)[descriptor & 3]  # one segment, as long as the content
+    return int.from_bytes(head[start : start + (1, 2, 4, 8)[descriptor >> 6]], "little")
+
+
+def _refuse_window(name: str, window: int | None) -> NoReturn:
+    needed = f"{window >> 20} MiB" if window else "more than it says at its start"
+    raise ValueError(
+        f"{name} needs a zstd window of {needed}, and {_ZSTD_WINDOW >> 20} MiB can be read: pipe it, "
+        f"zstd --decompress --long=31 --stdout {name} | python -m cemb encode - --out FOLDER, or compress it "
+        "again with --long=27"
+    )
+
+
+def _lines(pieces: Iterable[bytes], name: str) -> Iterator[bytes]:
+    """Lines without their ends. ValueError for one of more than `_LONGEST_LINE` bytes."""
+    held: list[bytes] = []
+    size, number = 0, 1
+    for piece in pieces:
+        first, *others = piece.split(b"\n")
+        held.append(first)
+        size += len(first)
+        if size > _LONGEST_LINE:
+            raise ValueError(
+                f"{name}, line {number}: longer than {_LONGEST_LINE >> 20} MiB; JSON lines hold one object "
+                "a line"
+            )
+        if others:
+            yield b"".join(held)
+            yield from others[:-1]
+            held, size, number = [others[-1]], len(others[-1]), number + len(others)
+    yield b"".join(held)
+
+
 def _json_texts(pieces: Iterable[bytes], field: str, name: str) -> Iterator[bytes]:
-    rest, number = b"", 0
     texts: list[bytes] = []
     size = 0
-    for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            number += 1
-            texts.append(_json_text(line, field, f"{name}, line {number}"))
-            size += len(texts[-1])
+    for number, line in enumerate(_lines(pieces, name), 1):
+        if text := _json_text(line, field, f"{name}, line {number}"):
+            texts += (text, DOCUMENT_BREAK)
+            size += len(text)
         if size >= _PIECE:
-            yield DOCUMENT_BREAK.join(texts) + DOCUMENT_BREAK
+            yield b"".join(texts)
             texts, size = [], 0
-    texts.append(_json_text(rest, field, f"{name}, line {number + 1}"))
-    yield DOCUMENT_BREAK.join(texts)
+    yield b"".join(texts)
 
 
 def _json_text(line: bytes, field: str, where: str) -> bytes:
@@ -230,9 +392,7 @@ def _json_text(line: bytes, field: str, where: str) -> bytes:
         return b""
     try:
         record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text: {error}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); JSON lines hold one object a line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object, got {line[:40].decode(errors='replace')}")
@@ -242,11 +402,17 @@ def _json_text(line: bytes, field: str, where: str) -> bytes:
     if text is None:
         return b""
     if not isinstance(text, str):
-        raise ValueError(f"{where}: field {field!r} must be a string, got {json.dumps(text)[:40]}")
+        raise ValueError(f"{where}: field {field!r} must be a string, got {reprlib.repr(text)}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: field {field!r} is not Unicode text: {error}") from None
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    """Device and inode: the same for all names of a file."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
@@ -266,7 +432,7 @@ def fingerprint(sources: Iterable[Source]) -> str:
     parts = [source.fingerprint() for source in sources]
     if len(parts) <= 2:
         return ", ".join(parts)
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{len(parts)} files, sha256:{digest}"
 
 
@@ -280,34 +446,54 @@ def _kind(path: Path) -> str:
     return {".parquet": "parquet", ".zip": "zip"}.get(last, "text")
 
 
-def find_files(corpus: str, text_field: str | None = None) -> list[File]:
+def find_files(
+    corpus: str,
+    text_field: str | None = None,
+    encoding_errors: EncodingErrors = "strict",
+    tally: Tally | None = None,
+) -> list[File]:
     """The files that a path, a directory, a glob or ``-`` names, in the order of their names.
 
-    Directories are walked to their bottom, hidden files left out. `text_field` is the field of JSON lines or
-    the column of Parquet that holds the text, `DEFAULT_FIELD` unless given; with it, standard input is JSON
-    lines. Raises FileNotFoundError or ValueError with the reason if there is nothing to read.
+    Directories are walked to their bottom, as ``**`` of a glob does. Links are followed; a file that several
+    names lead to is read once, under the first that is no link. Left out, and counted in `tally`, is what
+    holds no data: names that start with a dot or an underscore, unless the glob says so, checksums, what
+    systems leave beside files, and what is no regular file. A pipe or a device that is named is read once.
+
+    `text_field` is the field of JSON lines or the column of Parquet that holds the text, `DEFAULT_FIELD`
+    unless given; with it, standard input and other streams are JSON lines. `encoding_errors` says whether
+    bytes that are not UTF-8 are refused (strict), or replaced by U+FFFD and counted in `tally`. Raises
+    FileNotFoundError or ValueError with the reason if there is nothing to read.
     """
-    if corpus == STDIN:
-        return [File(None, "json-lines" if text_field else "text", text_field or DEFAULT_FIELD)]
+    tally = Tally() if tally is None else tally
+    left_out: set[Path] = set()
     path = Path(corpus)
-    if path.is_dir():
+    if corpus == STDIN:
+        paths: list[Path | None] = [None]
+    elif path.is_dir():
         if (path / "manifest.json").exists() and (path / "word_counts.npy").exists():
             raise ValueError(f"{corpus!r} is an encoded corpus, and no text; EncodedCorpus.open reads it")
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+        paths = [*_each_once(_matching(path, ["**"], left_out))]
         if not paths:
-            raise ValueError(f"the directory {corpus!r} holds no file")
+            raise ValueError(f"the directory {corpus!r} holds no file{_but(len(left_out))}")
     elif path.exists():
         if path.is_file() and path.stat().st_size == 0:
             raise ValueError(f"corpus {corpus!r} is an empty file")
         paths = [path]
     elif glob.has_magic(corpus):
-        names = glob.glob(corpus, recursive=True)  # noqa: PTH207  Path takes no absolute pattern
-        paths = sorted(path for path in map(Path, names) if path.is_file())
+        parts = path.relative_to(path.anchor).parts
+        paths = [*_each_once(_matching(Path(path.anchor), parts, left_out))]
         if not paths:
-            raise FileNotFoundError(f"no file matches {corpus!r}")
+            raise FileNotFoundError(f"no file matches {corpus!r}{_but(len(left_out))}")
     else:
         raise FileNotFoundError(f"there is no file or directory {corpus!r}")
-    files = [File(path, _kind(path), text_field or DEFAULT_FIELD) for path in paths]
+    tally.num_left_out += len(left_out)
+    kinds = ["text" if path is None else _kind(path) for path in paths]
+    files = [
+        File(path, kind, text_field or DEFAULT_FIELD, None, encoding_errors, tally)
+        for path, kind in zip(paths, kinds, strict=True)
+    ]
+    if files[0].is_stream:
+        return [_stream(files[0], text_field)]
     if text_field and all(file.kind in ("text", "zip") for file in files):
         raise ValueError(
             f"text_field={text_field!r} was asked for, and {corpus!r} is plain text; JSON lines are told by "
@@ -316,63 +502,114 @@ def find_files(corpus: str, text_field: str | None = None) -> list[File]:
     return files
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _stream(file: File, text_field: str | None) -> File:
+    """A file that can be read only once and from its start."""
+    if file.kind in ("parquet", "zip"):
+        raise ValueError(f"{file.name} is a stream, and {file.kind} is read from its end: save it to a file")
+    return replace(file, kind="json-lines") if text_field else file
 
 
-@dataclass(frozen=True)
-class Block:
-    """Consecutive bytes of a corpus that begin and end between words.
+def _is_no_data(name: str) -> bool:
+    return _NO_DATA.fullmatch(name) is not None
 
-    From byte ``starts[i]`` on they are of the source ``names[i]``, from its byte ``offsets[i]`` on.
-    """
 
-    data: bytes
-    starts: tuple[int, ...]
-    names: tuple[str, ...]
-    offsets: tuple[int, ...]
+def _but(num_left_out: int) -> str:
+    return f", but for {num_left_out} left out as no data, such as names that start with . or _" * (
+        num_left_out > 0
+    )
 
-    def place(self, position: int) -> str:
-        """Where in which source a byte of the block is, in words."""
-        i = max(k for k, start in enumerate(self.starts) if start <= position)
-        return f"{self.names[i]}, byte {self.offsets[i] + position - self.starts[i]} of its text"
+
+def _matching(path: Path, parts: Sequence[str], left_out: set[Path]) -> Iterator[Path]:
+    """Files below `path` that the parts of a glob match; adds what they match and is no data to a set."""
+    if not parts:
+        if path.is_file():
+            yield path
+        elif not path.is_dir():
+            left_out.add(path)
+        return
+    part, *others = parts
+    if part == "**":
+        for folder in _folders(path):
+            yield from _matching(folder, others or ["*"], left_out)
+    elif not glob.has_magic(part):
+        if os.path.lexists(path / part):
+            yield from _matching(path / part, others, left_out)
+    elif path.is_dir():
+        for below in path.iterdir():
+            if not fnmatch.fnmatchcase(below.name, part):
+                continue
+            if _is_no_data(below.name) and part[0] not in "._":
+                left_out.add(below)
+            else:
+                yield from _matching(below, others, left_out)
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and those below it, each once however many links lead to it."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    seen: set[tuple[int, int]] = set()
+    roots = [top] if top.is_dir() else []
+    while roots:  # links after what lies there itself
+        for name, below, _ in os.walk(roots.pop(0), onerror=refuse):
+            folder = Path(name)
+            if (identity := file_identity(folder)) in seen:
+                below.clear()
+                continue
+            seen.add(identity)
+            yield folder
+            below[:] = sorted(itertools.filterfalse(_is_no_data, below))
+            roots += [path for path in map(folder.joinpath, below) if path.is_symlink()]
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """Files in the order of their names, each under one: the first that leads through no link."""
+    found: dict[tuple[int, int], list[Path]] = {}
+    for path in sorted(set(paths)):
+        found.setdefault(file_identity(path), []).append(path)
+    return sorted(
+        names[0] if len(names) == 1 else min(names, key=lambda path: path.resolve() != path.absolute())
+        for names in found.values()
+    )
 
 
 def read_blocks(
     sources: Iterable[Source], num_bytes: int, advance: Callable[[int], object] | None = None
-) -> Iterator[Block]:
+) -> Iterator[bytes]:
     """Sources one after the other, documents between `DOCUMENT_BREAK`, in blocks of about `num_bytes`.
 
-    Blocks are cut where white space ends, so that words, and white space, stay whole. Raises ValueError if
-    there is none in 256 MiB, and what the sources do.
+    Blocks are cut where white space ends, so that words, and white space, stay whole; of 64 KiB and more of
+    white space, only line breaks are kept, two at most. Raises ValueError if there is none in 256 MiB, and
+    what the sources do.
     """
     held: list[bytes] = []
-    size = 0
-    origins: list[tuple[int, str, int]] = []
+    size = cut = 0  # the last word of what is held starts at `cut`, if white space stands before it
+    is_space, is_empty = False, True
     for source in sources:
-        offset = 0
         for piece in source.pieces(advance or (lambda _: None)):
-            origins.append((size, source.name, offset))
+            if len(piece) > _LONGEST_BLANK and piece.isspace():
+                piece = b"\n\n"[: piece.count(b"\n")] or b" "
+            if word := _last_word(piece):
+                cut = size + word
+            elif is_space and not piece[:1].isspace():
+                cut = size
             held.append(piece)
             size += len(piece)
-            offset += len(piece)
-            if size < num_bytes:
-                continue
-            data = b"".join(held)
-            if cut := _last_word(data):
-                yield Block(data[:cut], *zip(*(o for o in origins if o[0] < cut), strict=True))
-                before = [o for o in origins if o[0] <= cut][-1]
-                kept = (0, before[1], before[2] + cut - before[0])
-                origins = [kept, *((start - cut, name, at) for start, name, at in origins if start > cut)]
-                held, size = [data[cut:]], size - cut
-            else:
-                if size > _LONGEST_WORD:
-                    raise ValueError(f"{source.name} has no white space in {size >> 20} MiB: is it text?")
-                held = [data]
+            is_space = piece[-1:].isspace()
+            is_empty = False
+            if size >= num_bytes and cut:
+                data = b"".join(held)
+                yield data[:cut]
+                held, size, cut = [data[cut:]], size - cut, 0
+            elif size > _LONGEST_WORD:
+                raise ValueError(f"{source.name} has no white space in {size >> 20} MiB: is it text?")
         held.append(DOCUMENT_BREAK)
         size += len(DOCUMENT_BREAK)
-    if origins:
-        yield Block(b"".join(held), *zip(*origins, strict=True))
+        cut, is_space = size - 2, True
+    if not is_empty:
+        yield b"".join(held)
 
 
 def _last_word(data: bytes) -> int:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from cemb import files
-from cemb.pmi import corpora, encode, events
+from cemb.pmi import corpora, encode, events, readers
 from cemb.pmi.cooccurrence import DistanceWeighting
 from cemb.pmi.corpora import CorpusName
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
@@ -32,6 +32,7 @@ from cemb.train.objective import Optimum, optimum
 _Stage = TypeVar("_Stage")
 _TEXT_OPTIONS = (
     "text_field",
+    "encoding_errors",
     "borders",
     "min_count",
     "max_vocab",
@@ -48,15 +49,19 @@ _BUILDS = "from cemb.study.dataset import load_pmi\nload_pmi"
 class PmiConfig:
     """How text becomes a PMI matrix, see `encode`, `count` and `write_pmi`; or events, see `read_events`.
 
-    Raises ValueError if options of text are given with `events`.
+    Raises ValueError if options of text are given with `events`, or options of events without.
     """
 
     corpus: CorpusName | tuple[CorpusName, ...] = corpora.DEFAULT_CORPUS
     """Names, files, directories or quoted globs of UTF-8 text, JSON lines, Parquet, plain or compressed."""
     events: str | None = None
     """Columns of users and items, as user,item, if the corpus is CSV, TSV or Parquet with an event a row."""
+    count_column: str | None = None
+    """Column of how many events a row stands for, or each for one."""
     text_field: str | None = None
     """Field of JSON lines or column of Parquet, by default text."""
+    encoding_errors: readers.EncodingErrors = "strict"
+    """Bytes that are not UTF-8 are refused, or replaced by U+FFFD and counted."""
     borders: encode.Borders | None = None
     """Windows stay inside such a part of the text, which else is one stream."""
     min_count: int = 5
@@ -80,6 +85,8 @@ class PmiConfig:
 
     def __post_init__(self) -> None:
         if self.events is None:
+            if self.count_column is not None:
+                raise ValueError(f"count_column={self.count_column!r} goes with events, which are not given")
             return
         given = [
             f"{field.name}={getattr(self, field.name)!r}"
@@ -214,6 +221,7 @@ def _count_text(
             min_count=config.min_count,
             max_vocab=config.max_vocab,
             text_field=config.text_field,
+            encoding_errors=config.encoding_errors,
             borders=config.borders,
         )
         _check_unchanged(config, identity, partial / "corpus")
@@ -234,6 +242,7 @@ def _count_text(
         "num_tokens": encoded.num_tokens,
         "num_tokens_in_vocabulary": int(encoded.word_counts.sum()),
         "total_count": counts.total,
+        **asdict(encoded.tally),
     }
     return _Counted(counts, encoded.words, encoded.word_counts, encoded.words, encoded.word_counts, sizes)
 
@@ -245,7 +254,10 @@ def _count_events(
     folder = partial / "counts"
     counts = _kept(folder, CsrFolder)
     if counts is None:
-        cells, users, items = events.read_events(config.corpus, config.events)
+        tally = readers.Tally()
+        cells, users, items = events.read_events(
+            config.corpus, config.events, count_column=config.count_column, tally=tally
+        )
         with (
             disk_errors(folder),
             files.atomic_directory(folder) as work,
@@ -253,14 +265,14 @@ def _count_events(
         ):
             _write_names(work / "names.json", users, items)
             writer.append(np.diff(cells.indptr), cells.indices, cells.data)
-            writer.finish(kind="counts", events=config.events)
+            writer.finish(kind="counts", events=config.events, num_left_out=tally.num_left_out)
         counts = CsrFolder(folder)
         _check_unchanged(config, identity, folder)
     _check_rank(config, counts.shape, partial)
     users, items = _read_names(folder / "names.json")
     matrix = counts.matrix()
     done("count")
-    sizes = {"num_events": int(matrix.data.sum())}
+    sizes = {"num_events": int(matrix.data.sum()), "num_left_out": counts.manifest["num_left_out"]}
     return _Counted(counts, users, matrix.sum(axis=1), items, matrix.sum(axis=0), sizes)
 
 

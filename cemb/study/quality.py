@@ -227,6 +227,7 @@ def sgns_record(
             min_count=used["min_count"],
             max_vocab=used["max_vocab"],
             text_field=used.get("text_field"),
+            encoding_errors=used.get("encoding_errors", "strict"),
             borders=used.get("borders"),
         )
         token_ids = np.concatenate(encoded.shards())
