@@ -215,6 +215,8 @@ def encode(
         raise ValueError(f"max_vocab must be at least 1, got {max_vocab}")
     if borders is not None and borders not in BORDERS:
         raise ValueError(f"borders must be one of {', '.join(BORDERS)} or None, got {borders!r}")
+    if encoding_errors not in ("strict", "replace"):
+        raise ValueError(f"encoding_errors must be one of strict, replace, got {encoding_errors!r}")
     if shard_tokens < 2:
         raise ValueError(f"shard_tokens must be at least 2, got {shard_tokens}")
     if threads is not None and threads < 1:
@@ -338,7 +340,8 @@ class _Numbering:
                 progress.set_postfix_str(f"{rate / 1e6:.1f} M tokens/s", refresh=False)
 
     def _scan(self, block: bytes) -> tuple[npt.NDArray[Any], ...]:
-        return tokenizer.scan(np.frombuffer(block, np.uint8), self._borders)
+        found: tuple[npt.NDArray[Any], ...] = tokenizer.scan(np.frombuffer(block, np.uint8), self._borders)
+        return found
 
     def _to_words(
         self,

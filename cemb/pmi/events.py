@@ -43,7 +43,8 @@ class _Names:
             names = values.cast(pyarrow.string()).to_pylist()
         numbers = np.empty(len(is_used), np.int32)
         numbers[is_used] = [self.numbers.setdefault(name, len(self.numbers)) for name in names]
-        return numbers[places]
+        found: npt.NDArray[np.int32] = numbers[places]
+        return found
 
     def ordered(self, counts: npt.NDArray[Any]) -> tuple[list[str], npt.NDArray[np.int32]]:
         """Names by falling count, ties alphabetical, and the place of each number in that order."""
@@ -91,7 +92,8 @@ def read_events(
                 progress.update(len(user))
     rows, places = np.concatenate(pairs, axis=1)
     if not len(rows):
-        raise ValueError(f"there is no event in {corpus!r}: no row has {' and '.join(map(repr, names))}")
+        wanted = " and ".join(map(repr, names[:2])) + (f", and {count_column!r} above 0" if names[2:] else "")
+        raise ValueError(f"there is no event in {corpus!r}: no row has both {wanted}")
     numbers = np.ones(len(rows)) if count_column is None else np.concatenate(weights)
     if numbers.sum() >= _MOST_EVENTS:
         raise ValueError(f"the column {count_column!r} counts 2**53 events or more, which cannot be summed")
@@ -170,18 +172,8 @@ def _counts(column: Any, where: str, num_before: int) -> Any:
         raise
 
 
-def _check_columns(path: Path, names: Sequence[str], seen: list[str]) -> None:
-    for name in names:
-        if name not in seen:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(seen)}")
-
-
 def _parquet_batches(path: Path, names: Sequence[str]) -> Iterator[Any]:
-    from pyarrow import parquet
-
-    # As dictionaries, names are held once however many rows share them.
-    with parquet.ParquetFile(path, read_dictionary=list(names[:2])) as file:
-        _check_columns(path, names, file.schema_arrow.names)
+    with readers.open_parquet(path, names) as file:
         yield from file.iter_batches(columns=list(names))
 
 
@@ -204,7 +196,7 @@ def _csv_batches(path: Path, names: Sequence[str]) -> Iterator[Any]:
             batches = pyarrow.csv.open_csv(stream, convert_options=converting, **reading)
         except pyarrow.ArrowKeyError:
             with _opened(path) as again:
-                _check_columns(path, names, pyarrow.csv.open_csv(again, **reading).schema.names)
+                readers.check_columns(str(path), names, pyarrow.csv.open_csv(again, **reading).schema.names)
             raise
         yield from batches
 
@@ -220,5 +212,6 @@ def _opened(path: Path) -> Iterator[Any]:
             shutil.copyfileobj(content, whole)
             whole.flush()
             path, compression = Path(whole.name), None
+        codec = {"bzip2": "bz2"}.get(compression or "", compression)
         with pyarrow.OSFile(str(path)) as native:
-            yield pyarrow.CompressedInputStream(native, compression) if compression else native
+            yield pyarrow.CompressedInputStream(native, codec) if codec else native

@@ -216,19 +216,11 @@ class File:
 
     def _parquet(self, advance: Callable[[int], object]) -> Iterator[bytes]:
         pyarrow = import_pyarrow("Parquet")
-        from pyarrow import parquet
-
         assert self.path is not None
         num_bytes = self.path.stat().st_size
         try:
-            # As a dictionary, a text that many rows share is held once.
-            with parquet.ParquetFile(self.path, read_dictionary=[self.text_field]) as file:
-                schema = file.schema_arrow
-                if self.text_field not in schema.names:
-                    raise ValueError(
-                        f"{self.name} has no column {self.text_field!r}; it has {', '.join(schema.names)}"
-                    )
-                type_ = schema.field(self.text_field).type
+            with open_parquet(self.path, [self.text_field]) as file:
+                type_ = file.schema_arrow.field(self.text_field).type
                 if pyarrow.types.is_null(type_):
                     advance(num_bytes)
                     return
@@ -282,6 +274,25 @@ def import_pyarrow(what: str) -> Any:
     except ImportError:
         raise ValueError(f"reading {what} needs pyarrow, which is not installed; pip installs it") from None
     return pyarrow
+
+
+def check_columns(name: str, columns: Iterable[str], seen: Sequence[str]) -> None:
+    """ValueError unless each column is among those seen, once."""
+    for column in columns:
+        if (number := seen.count(column)) != 1:
+            raise ValueError(f"{name} has {number or 'no'} column {column!r}; it has {', '.join(seen)}")
+
+
+def open_parquet(path: Path, columns: Sequence[str]) -> Any:
+    """A `ParquetFile` that holds a string once that many rows share; ValueError if it lacks a column."""
+    import pyarrow
+    from pyarrow import parquet
+
+    metadata = parquet.read_metadata(path)
+    schema = metadata.schema.to_arrow_schema()
+    check_columns(str(path), columns, schema.names)
+    flat = [name for name in columns if not pyarrow.types.is_nested(schema.field(name).type)]
+    return parquet.ParquetFile(path, metadata=metadata, read_dictionary=flat)
 
 
 class _Streams:

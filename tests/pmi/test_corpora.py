@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import os
 import threading
 import zipfile
 
@@ -13,7 +14,7 @@ from cemb.pmi.corpora import CORPORA, find_sources, fingerprint
 
 
 def documents(name):
-    data = b"".join(block.data for block in readers.read_blocks(find_sources(name), 1 << 20))
+    data = b"".join(readers.read_blocks(find_sources(name), 1 << 20))
     return [part.strip(b"\n").decode() for part in data.split(b"\xff") if part.strip()]
 
 
@@ -49,7 +50,8 @@ def test_fingerprints_follow_content_and_order(tmp_path):
     files = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.txt")]
     assert fingerprint(files[0]) == "sha256:" + hashlib.sha256(b"one").hexdigest()
     whole = fingerprint(str(tmp_path))
-    assert whole.startswith("3 files, sha256:")
+    parts = [f"sha256:{hashlib.sha256(text).hexdigest()}" for text in (b"one", b"two", b"three")]
+    assert whole == f"3 files, sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
     assert fingerprint(files) == fingerprint(str(tmp_path / "*.txt")) == whole
     assert fingerprint(files[::-1]) != whole
     (tmp_path / "b.txt").write_text("TWO!")
@@ -66,6 +68,10 @@ def test_several_corpora_are_read_in_order(tmp_path):
         find_sources(["-", "-"])
     with pytest.raises(ValueError, match="no corpus was named"):
         find_sources([])
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(ValueError, match="a stream can be read only once, and one is named twice"):
+        find_sources([str(tmp_path / "pipe"), str(tmp_path / "link")])
 
 
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -121,6 +127,14 @@ def test_dictionaries_that_are_missing_or_damaged_are_named(debian):
     (debian / "gcide.dict.dz").write_bytes(gzip.compress(b"short")[:-3])
     with pytest.raises(ValueError, match=r"dict\.dz is cut short or damaged"):
         documents("gcide-wordnet")
+    damaged = bytearray(gzip.compress(b"short" * 9))
+    damaged[12] ^= 0xFF
+    (debian / "gcide.dict.dz").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"dict\.dz is cut short or damaged"):
+        documents("gcide-wordnet")
+    (debian / "gcide.index").write_bytes(b"w\xf6rd\tA\tB\n")
+    with pytest.raises(ValueError, match=r"gcide\.index is damaged, not UTF-8 text"):
+        documents("gcide-wordnet")
     (debian / "gcide.index").write_text("word\tA%\tB\n")
     with pytest.raises(ValueError, match=r"gcide\.index, line 1: expected a headword and two numbers, got"):
         documents("gcide-wordnet")
@@ -161,8 +175,11 @@ def remote(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_a_corpus_is_fetched_once(remote, capsys):
+def test_a_corpus_is_fetched_once(remote, capsys, tmp_path, monkeypatch):
     archive, folder = remote
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").write_text("a file of that name")
+    assert documents("./small") == ["a file of that name"]
     assert documents("small") == ["one two two"]
     assert "fetching small (CC0) from http://127.0.0.1" in capsys.readouterr().err
     archive.unlink()

@@ -1,5 +1,6 @@
 """Tokens, vocabularies and encoded corpora, against `tokenize` and a counter."""
 
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from cemb.pmi.encode import EncodedCorpus, encode, tokenize
 CHARACTERS = (
     "abAB '’\n\t\r.!?-_190\"”»)<=>\0"
     "éÉßſKﬁ①²ⅷ½ŉİıΐΣςЖж中。！？﹒가\u1100\u1161\u11a8ガｶﾞ＇ʼ"
-    "\u0300\u0301\u0338\u0345\u0327\u3099\u200d\u00a0\u2028\u0085\u3000\ufeff𝐀😀𐐀ǆᾳ"
+    "\u0300\u0301\u0338\u0345\u0327\u3099\u200d\u00a0\u2028\u0085\u3000\ufeff𝐀😀𐐀ǆᾳ\u00ad\u200b\u2060\ufe0f\u034f"
 )
 
 
@@ -96,11 +97,26 @@ def test_marks_and_joiners_stay_in_their_words(words):
     check(text)
 
 
-def test_all_marks_are_known():
-    """A later Unicode may put some beyond the ranges that are searched."""
+def test_what_is_not_seen_parts_no_word():
+    """Default_Ignorable_Code_Point, as the Unicode Character Database derives it, and marks."""
+    of_category = {}
     for code in range(sys.maxunicode + 1):
-        if unicodedata.category(chr(code)).startswith("M"):
-            assert tokenize(f"q{chr(code)}q") == [unicodedata.normalize("NFKC", f"q{chr(code)}q").casefold()]
+        of_category.setdefault(unicodedata.category(chr(code)), set()).add(code)
+    numerals = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
+    seen = {*numerals, *range(0xFFF9, 0xFFFC), *range(0x13430, 0x13441)}
+    others = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x3164, 0xFFA0, *range(0xFFF0, 0xFFF9)}
+    variations = {*range(0x180B, 0x180E), 0x180F, *range(0xFE00, 0xFE10)}
+    ignorable = of_category["Cf"] - seen | others | variations | {*range(0xE0000, 0xE1000)}
+    for code in ignorable - {0x200B, 0x200C, 0x200D}:
+        assert tokenize(f"q{chr(code)}q") == ["qq"], hex(code)
+    # A later Unicode may put some marks beyond the ranges that are searched.
+    for code in set.union(*(of_category[kind] for kind in ("Mn", "Mc", "Me"))) - ignorable:
+        text = f"q{chr(code)}q"
+        assert tokenize(text) == [unicodedata.normalize("NFKC", text).casefold()]
+    # A zero-width space is a place to break a line, and joiners may tell words apart.
+    assert tokenize("a\u200bb c\u200cd e\u200df") == ["a", "b", "c\u200cd", "e\u200df"]
+    assert tokenize("e\u00ad\u0301t\u200fe\ufe0f.") == ["éte"]
+    check("co\u00adoperate, na\u2060ïve\u200e's \ufeffa\u200bb \u00ad \u00adc")
 
 
 def test_no_letter_is_composed_of_what_separates():
@@ -131,23 +147,21 @@ def test_encoding_is_that_of_the_reference(text, borders, min_count):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.sampled_from(["a", "B", "c'd", "é", "É.", "中。中", "x. ", "\n", " "]), max_size=60),
+    st.lists(
+        st.sampled_from(["a", "B", "c'd", "é", "É.", "中。中", "x. ", "\n", " ", "\t \r "]), max_size=60
+    ),
     st.sampled_from([None, "line", "sentence"]),
     st.integers(1, 40),
     st.integers(2, 9),
     st.integers(1, 3),
 )
 def test_blocks_shards_and_threads_change_nothing(pieces, borders, block_bytes, shard_tokens, threads):
-    before = pmi_encode._BLOCK_BYTES, pmi_encode._MAX_REMEMBERED_BYTES, readers._PIECE
-    pmi_encode._BLOCK_BYTES, pmi_encode._MAX_REMEMBERED_BYTES, readers._PIECE = (
-        block_bytes,
-        3,
-        1 + block_bytes // 2,
-    )
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pmi_encode, "_BLOCK_BYTES", block_bytes)
+        patch.setattr(pmi_encode, "_MAX_REMEMBERED_BYTES", 3)
+        patch.setattr(readers, "_PIECE", 1 + block_bytes // 2)
+        patch.setattr(readers, "_LONGEST_BLANK", 1)
         check(" ".join(pieces), borders, shard_tokens=shard_tokens, threads=threads)
-    finally:
-        pmi_encode._BLOCK_BYTES, pmi_encode._MAX_REMEMBERED_BYTES, readers._PIECE = before
 
 
 def test_many_words_are_numbered_as_a_counter_does(tmp_path):
@@ -217,6 +231,8 @@ def test_the_manifest_tells_what_was_done(tmp_path):
     manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
     assert manifest["sources"] == [{"name": str(tmp_path / "text.txt"), "num_bytes": 7}]
     assert (manifest["num_tokens"], manifest["num_words"], manifest["shard_sizes"]) == (4, 3, [4])
+    digest = hashlib.sha256(b"a\nb\nc" + np.array([1, 0, 0, 2], np.int32).tobytes())
+    assert encoded.fingerprint == f"sha256:{digest.hexdigest()}"
     assert sorted(p.name for p in (tmp_path / "ids").iterdir()) == [
         "SHA256SUMS",
         "ids-00000.npy",
@@ -251,6 +267,21 @@ def test_bad_encoding_is_refused(tmp_path, options, message):
     assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_the_manifest_counts_what_was_left_out_and_replaced(tmp_path):
+    (tmp_path / "d").mkdir()
+    name = os.fsdecode(b"caf\xe9.txt")  # no UTF-8 itself
+    (tmp_path / "d" / name).write_bytes(b"one tw\xf6 one")
+    (tmp_path / "d" / "_SUCCESS").touch()
+    encoded = encode(str(tmp_path / "d"), tmp_path / "ids", min_count=1, encoding_errors="replace")
+    assert encoded.words == ["one", "tw"]
+    assert encoded.tally == readers.Tally(num_left_out=1, num_replacements=1)
+    text = (tmp_path / "ids" / "manifest.json").read_bytes().decode()
+    assert "caf\\udce9.txt" in text
+    assert json.loads(text)["sources"][0]["name"] == str(tmp_path / "d" / name)
+    with pytest.raises(ValueError, match="encoding_errors must be one of strict, replace, got 'ignore'"):
+        encode(str(tmp_path / "d"), tmp_path / "2", encoding_errors="ignore")
+
+
 def test_a_folder_is_not_written_twice(tmp_path):
     (tmp_path / "text.txt").write_text("one two two")
     with pytest.raises(FileExistsError, match="exists already"):
@@ -264,7 +295,7 @@ def test_invalid_utf8_is_found_where_it_is(tmp_path, monkeypatch):
     (tmp_path / "good.txt").write_bytes(content)
     (tmp_path / "latin.txt").write_bytes(content + "a café".encode("latin-1"))
     names = [str(tmp_path / name) for name in ("good.txt", "latin.txt")]
-    message = rf"latin\.txt, byte {len(content) + 5} of its text, is not UTF-8 text: can't decode byte 0xe9"
+    message = rf"latin\.txt, line 1: not UTF-8 text: byte 0xe9 at position {len(content) + 5}, unexpected end"
     with pytest.raises(ValueError, match=message):
         encode(names, tmp_path / "ids")
     assert not (tmp_path / "ids").exists()

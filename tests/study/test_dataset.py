@@ -34,7 +34,7 @@ def _write(path, content):
         (lambda tmp: _write(tmp / "binary", b"abc\0def"), "is not a text file: byte 3 is NUL"),
         (
             lambda tmp: _write(tmp / "latin.txt", "café".encode("latin-1")),
-            "is not UTF-8 text: can't decode byte 0xe9",
+            "line 1: not UTF-8 text: byte 0xe9 at position 3",
         ),
         (lambda tmp: _write(tmp / "digits.txt", b"1 2 3"), "holds no token"),
         (
@@ -164,6 +164,19 @@ def test_the_command_makes_pmi_of_events(tmp_path, capsys, suffix):
     assert not {"window_size", "min_count", "num_tokens"} & set(said)
 
 
+def test_events_are_counted_by_a_column(tmp_path):
+    for name in ("_SUCCESS", "e.csv"):
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "d" / name).write_text("user,item,plays\na,x,7\nb,y,2\na,y,0\nb,x,1\n")
+    config = PmiConfig(corpus=str(tmp_path / "d"), events="user,item", count_column="plays", rank=1)
+    data = load_pmi(config)
+    assert (data.words, data.word_counts.tolist()) == (["a", "b"], [7, 3])
+    assert (data.contexts, data.context_counts.tolist()) == (["x", "y"], [8, 2])
+    assert (data.summary["num_events"], data.summary["num_left_out"]) == (10, 1)
+    with pytest.raises(ValueError, match="count_column='plays' goes with events, which are not given"):
+        PmiConfig(count_column="plays")
+
+
 def test_events_are_told_apart(tmp_path):
     """By their columns and their content."""
     (path, _), _ = _events(tmp_path, "csv")
@@ -198,6 +211,7 @@ def test_a_build_of_events_goes_on_from_its_counts(tmp_path, monkeypatch):
         ),
         ({"subsample_threshold": 1e-3}, "take no options of text, got subsample_threshold=0.001"),
         ({"text_field": "u"}, "take no options of text, got text_field='u'"),
+        ({"encoding_errors": "replace"}, "take no options of text, got encoding_errors='replace'"),
         ({"corpus": "text8"}, "are read from files, and the corpus 'text8' is text"),
         ({"corpus": "-"}, "events are read from files, not from standard input"),
         ({"events": "user,thing"}, r"0\.csv has no column 'thing'; it has when, item, user"),
