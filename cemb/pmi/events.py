@@ -173,7 +173,7 @@ def _counts(column: Any, where: str, num_before: int) -> Any:
 
 
 def _parquet_batches(path: Path, names: Sequence[str]) -> Iterator[Any]:
-    with readers.open_parquet(path, names) as file:
+    with readers.open_parquet(path, names, shares=True) as file:
         yield from file.iter_batches(columns=list(names))
 
 

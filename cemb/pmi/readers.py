@@ -56,6 +56,8 @@ _PIECE = 1 << 20
 _LONGEST_WORD = 1 << 28
 _LONGEST_LINE = 1 << 28
 _LONGEST_BLANK = 1 << 16
+# What a batch of Parquet takes at most.
+_PARQUET_BATCH = 1 << 29
 # The decoder takes no more memory than this, unless told.
 _ZSTD_WINDOW = 1 << 27
 
@@ -230,7 +232,7 @@ class File:
                         f"{self.name}: column {self.text_field!r} must hold strings, and holds {type_}"
                     )
                 done = reached = 0
-                for batch in file.iter_batches(batch_size=1024, columns=[self.text_field]):
+                for batch in _parquet_batches(self.path, file, self.text_field):
                     yield from self._documents(batch.column(0), done)
                     done += len(batch)
                     now = num_bytes * done // file.metadata.num_rows
@@ -244,24 +246,34 @@ class File:
         import pyarrow
         from pyarrow import compute
 
-        column = column.dictionary_encode()
-        texts = column.dictionary.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
         rows = np.flatnonzero(column.is_valid())
-        places = column.indices.fill_null(0).to_numpy()[rows]
-        ends = np.cumsum(compute.binary_length(texts).to_numpy()[places])
+        texts, places = column, rows
+        if pyarrow.types.is_dictionary(column.type):
+            texts, places = column.dictionary, column.indices.fill_null(0).to_numpy()[rows]
+        texts = texts.cast(pyarrow.large_string())
+        try:
+            texts.validate(full=True)
+            is_utf8 = True
+        except pyarrow.ArrowInvalid:
+            is_utf8 = False
+        texts = texts.cast(pyarrow.large_binary())
+        ends = np.cumsum(compute.binary_length(texts).fill_null(0).to_numpy()[places])
         cuts = np.flatnonzero(np.diff(ends // _PIECE)) + 1
-        for some, where in zip(np.split(places, cuts), np.split(first_row + rows, cuts), strict=True):
+        for some, numbers in zip(np.split(places, cuts), np.split(rows, cuts), strict=True):
             documents = texts.take(pyarrow.array(some)).to_pylist()
-            for k, document in enumerate(documents):
-                try:
-                    documents[k] = self._valid(document)[0]
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{self.name}, row {where[k] + 1}: column {self.text_field!r} is not UTF-8 text: "
-                        f"byte {document[error.start]:#04x} at position {error.start}, {error.reason}; "
-                        f"{_REMEDY}"
-                    ) from None
+            if not is_utf8:
+                where = (f"{self.name}, row {first_row + k + 1}" for k in numbers)
+                documents = list(map(self._valid_document, documents, where))
             yield DOCUMENT_BREAK.join(documents) + DOCUMENT_BREAK
+
+    def _valid_document(self, document: bytes, where: str) -> bytes:
+        try:
+            return self._valid(document)[0]
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{where}: column {self.text_field!r} is not UTF-8 text: byte {document[error.start]:#04x} "
+                f"at position {error.start}, {error.reason}; {_REMEDY}"
+            ) from None
 
 
 _REMEDY = "encoding_errors='replace' (--encoding-errors replace) reads U+FFFD there"
@@ -283,8 +295,11 @@ def check_columns(name: str, columns: Iterable[str], seen: Sequence[str]) -> Non
             raise ValueError(f"{name} has {number or 'no'} column {column!r}; it has {', '.join(seen)}")
 
 
-def open_parquet(path: Path, columns: Sequence[str]) -> Any:
-    """A `ParquetFile` that holds a string once that many rows share; ValueError if it lacks a column."""
+def open_parquet(path: Path, columns: Sequence[str], *, shares: bool = False) -> Any:
+    """A `ParquetFile`; ValueError if it lacks a column.
+
+    If it `shares`, strings come as dictionaries, which hold those of a row group once.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -292,7 +307,29 @@ def open_parquet(path: Path, columns: Sequence[str]) -> Any:
     schema = metadata.schema.to_arrow_schema()
     check_columns(str(path), columns, schema.names)
     flat = [name for name in columns if not pyarrow.types.is_nested(schema.field(name).type)]
-    return parquet.ParquetFile(path, metadata=metadata, read_dictionary=flat)
+    return parquet.ParquetFile(path, metadata=metadata, read_dictionary=flat if shares else [])
+
+
+def _parquet_batches(path: Path, file: Any, column: str) -> Iterator[Any]:
+    """Batches of one column of strings that take `_PARQUET_BATCH` at most, whatever rows share a string."""
+    schema = file.metadata.schema
+    number = [schema.column(k).path for k in range(len(schema))].index(column)
+    with open_parquet(path, [column], shares=True) as shared:
+        for k in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(k)
+            chunk = group.column(number)
+            num_bytes = chunk.total_uncompressed_size
+            if num_bytes <= 1 << 23:
+                yield from shared.iter_batches(1 << 16, row_groups=[k], columns=[column])
+                continue
+            # A string is no longer than the dictionary, or else stands in the file for each of its rows.
+            dictionary = 0.0
+            if chunk.dictionary_page_offset:
+                dictionary = chunk.data_page_offset - chunk.dictionary_page_offset
+                dictionary *= num_bytes / chunk.total_compressed_size
+            longest = max(dictionary, num_bytes / group.num_rows)
+            batch_size = min(max(int(_PARQUET_BATCH / longest), 1), 1024)
+            yield from file.iter_batches(batch_size, row_groups=[k], columns=[column])
 
 
 class _Streams:
