@@ -480,7 +480,7 @@ def fingerprint(sources: Iterable[Source]) -> str:
     parts = [source.fingerprint() for source in sources]
     if len(parts) <= 2:
         return ", ".join(parts)
-    digest = hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return f"{len(parts)} files, sha256:{digest}"
 
 
@@ -655,7 +655,7 @@ def read_blocks(
                 raise ValueError(f"{source.name} has no white space in {size >> 20} MiB: is it text?")
         held.append(DOCUMENT_BREAK)
         size += len(DOCUMENT_BREAK)
-        cut, is_space = size - 2, True
+        is_space = True
     if not is_empty:
         yield b"".join(held)
 

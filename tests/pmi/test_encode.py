@@ -270,7 +270,7 @@ def test_bad_encoding_is_refused(tmp_path, options, message):
 def test_the_manifest_counts_what_was_left_out_and_replaced(tmp_path):
     (tmp_path / "d").mkdir()
     name = os.fsdecode(b"caf\xe9.txt")  # no UTF-8 itself
-    (tmp_path / "d" / name).write_bytes(b"one tw\xf6 one")
+    (tmp_path / "d" / name).write_bytes("one \ufffd one tw".encode() + b"\xf6")
     (tmp_path / "d" / "_SUCCESS").touch()
     encoded = encode(str(tmp_path / "d"), tmp_path / "ids", min_count=1, encoding_errors="replace")
     assert encoded.words == ["one", "tw"]
