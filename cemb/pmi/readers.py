@@ -56,7 +56,8 @@ _PIECE = 1 << 20
 _LONGEST_WORD = 1 << 28
 _LONGEST_LINE = 1 << 28
 _LONGEST_BLANK = 1 << 16
-# What a batch of Parquet takes at most.
+# A row group of Parquet up to this is read with each of its strings once; batches of others take so much.
+_PARQUET_GROUP = 1 << 25
 _PARQUET_BATCH = 1 << 29
 # The decoder takes no more memory than this, unless told.
 _ZSTD_WINDOW = 1 << 27
@@ -319,7 +320,7 @@ def _parquet_batches(path: Path, file: Any, column: str) -> Iterator[Any]:
             group = file.metadata.row_group(k)
             chunk = group.column(number)
             num_bytes = chunk.total_uncompressed_size
-            if num_bytes <= 1 << 23:
+            if num_bytes <= _PARQUET_GROUP:
                 yield from shared.iter_batches(1 << 16, row_groups=[k], columns=[column])
                 continue
             # A string is no longer than the dictionary, or else stands in the file for each of its rows.
