@@ -341,10 +341,10 @@ def test_a_parquet_column_of_nulls_holds_no_document(tmp_path):
     assert texts(tmp_path) == [b"one"]
 
 
-@pytest.mark.parametrize("group", [1 << 25, 0])
-def test_a_text_that_rows_of_parquet_share_is_read_in_little_memory(tmp_path, monkeypatch, group):
+@pytest.mark.parametrize(("group", "batch"), [(1 << 25, 1 << 40), (0, 1 << 23)])
+def test_a_text_that_rows_of_parquet_share_is_read_in_little_memory(tmp_path, monkeypatch, group, batch):
     monkeypatch.setattr(readers, "_PARQUET_GROUP", group)
-    monkeypatch.setattr(readers, "_PARQUET_BATCH", 1 << 23)
+    monkeypatch.setattr(readers, "_PARQUET_BATCH", batch)
     shared = pyarrow.DictionaryArray.from_arrays(np.zeros(300, np.int32), ["x" * (1 << 20)])
     table = pyarrow.table({"text": shared})
     parquet.write_table(table, tmp_path / "t.parquet", store_schema=False)  # which would say dictionary
