@@ -21,7 +21,7 @@ from numba import get_num_threads, njit, types
 from numba.extending import intrinsic
 
 from cemb import hashing
-from cemb.checks import check_integers
+from cemb.checks import check_integers, check_reals
 from cemb.kernels.cache import cached
 from cemb.kernels.checks import check_array
 from cemb.kernels.cpu.simd import prefetch
@@ -113,8 +113,7 @@ def keep_thresholds(word_counts: npt.NDArray[Any], subsample_threshold: float) -
 
     Raises ValueError for a threshold that is not above 0.
     """
-    if not subsample_threshold > 0:
-        raise ValueError(f"subsample_threshold must be above 0, got {subsample_threshold}")
+    check_reals("(0, inf)", subsample_threshold=subsample_threshold)
     counts = np.maximum(np.asarray(word_counts, np.float64), 1)
     ratio = subsample_threshold * max(np.asarray(word_counts).sum(), 1) / counts
     share = np.sqrt(ratio) + ratio

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from cemb.files import file_hash
 from cemb.pmi import readers
 from cemb.pmi.readers import DOCUMENT_BREAK, Source
 
@@ -213,7 +214,7 @@ def _fetched(name: str, url: str, checksum: str, member: str) -> list[Source]:
     algorithm, _, wanted = checksum.partition(":")
     by_hand = f"place it at {path} by hand ({algorithm} {wanted})"
     if path.exists():
-        if (seen := readers.file_hash(path, algorithm)) != checksum:
+        if (seen := file_hash(path, algorithm)) != checksum:
             seen = seen.removeprefix(f"{algorithm}:")
             raise ValueError(
                 f"the corpus {name!r} at {path} has {algorithm} {seen}, and not {wanted}: remove it, or "

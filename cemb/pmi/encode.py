@@ -27,6 +27,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from cemb import files
+from cemb.checks import check_integers
 from cemb.pmi import corpora, npy, readers, tokenizer
 from cemb.pmi.csr import disk_errors
 from cemb.pmi.npy import StoredArray
@@ -209,18 +210,12 @@ def encode(
         OSError: the disk is full. These, and what reading raises, leave no folder.
     """
     folder = Path(folder)
-    if min_count < 1:
-        raise ValueError(f"min_count must be at least 1, got {min_count}")
-    if max_vocab is not None and max_vocab < 1:
-        raise ValueError(f"max_vocab must be at least 1, got {max_vocab}")
+    check_integers(1, min_count=min_count, max_vocab=max_vocab, threads=threads)
+    check_integers(2, shard_tokens=shard_tokens)
     if borders is not None and borders not in BORDERS:
         raise ValueError(f"borders must be one of {', '.join(BORDERS)} or None, got {borders!r}")
     if encoding_errors not in ("strict", "replace"):
         raise ValueError(f"encoding_errors must be one of strict, replace, got {encoding_errors!r}")
-    if shard_tokens < 2:
-        raise ValueError(f"shard_tokens must be at least 2, got {shard_tokens}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; an encoded corpus is written to a new folder")
     tally = readers.Tally()

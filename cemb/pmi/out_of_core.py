@@ -38,6 +38,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from cemb import files
+from cemb.checks import check_integers, check_reals
 from cemb.kernels.cache import cached
 from cemb.pmi import npy
 from cemb.pmi.cooccurrence import (
@@ -353,7 +354,8 @@ def _end_with_parent() -> None:
 @contextmanager
 def process_executor(workers: int | None = None) -> Iterator[tuple[Executor, int]]:
     """An executor of processes of this machine, by default as many as it has processors, and their number."""
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    check_integers(1, workers=workers)
+    workers = workers or os.cpu_count() or 1
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
         yield pool, workers
 
@@ -486,11 +488,9 @@ def count(
     partial = out.with_name(out.name + ".partial")
     windows = Windows(window_size, distance_weighting, symmetric)
     memory = parse_memory(memory)
-    workers = (os.cpu_count() or 1) if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+    check_integers(1, workers=workers, vocab_size=vocab_size)
+    check_reals("(0, inf)", subsample_threshold=subsample_threshold)
+    workers = workers or os.cpu_count() or 1
     num_tokens = sum(map(len, shards))
     windows.largest_total(num_tokens)
     if subsample_threshold is not None and word_counts is None:

@@ -31,6 +31,8 @@ from typing import Any, Literal, NoReturn, Protocol, TypeAlias, cast
 
 import numpy as np
 
+from cemb.files import file_hash
+
 STDIN = "-"
 DEFAULT_FIELD = "text"
 EncodingErrors: TypeAlias = Literal["strict", "replace"]
@@ -462,18 +464,6 @@ def file_identity(path: Path) -> tuple[int, int]:
     """Device and inode: the same for all names of a file."""
     found = path.stat()
     return found.st_dev, found.st_ino
-
-
-def file_hash(path: Path, algorithm: str = "sha256") -> str:
-    """A file's hash as ``algorithm:hex``, computed once while its size and time stay what they are."""
-    found = path.stat()
-    return _file_hash(path.resolve(), found.st_size, found.st_mtime_ns, algorithm)
-
-
-@functools.cache
-def _file_hash(path: Path, size: int, mtime_ns: int, algorithm: str) -> str:
-    with path.open("rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
 def fingerprint(sources: Iterable[Source]) -> str:

@@ -19,11 +19,12 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from cemb import files
+from cemb.checks import check_integers, check_reals
 from cemb.pmi import corpora, encode, events, readers
-from cemb.pmi.cooccurrence import DistanceWeighting
+from cemb.pmi.cooccurrence import DistanceWeighting, Windows
 from cemb.pmi.corpora import CorpusName
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
-from cemb.pmi.matrix import write_pmi
+from cemb.pmi.matrix import PmiOptions, write_pmi
 from cemb.pmi.out_of_core import DEFAULT_MEMORY, CooccurrenceCounts, check_memory, count, parse_memory
 from cemb.study import records
 from cemb.study.identity import Code
@@ -49,7 +50,8 @@ _BUILDS = "from cemb.study.dataset import load_pmi\nload_pmi"
 class PmiConfig:
     """How text becomes a PMI matrix, see `encode`, `count` and `write_pmi`; or events, see `read_events`.
 
-    Raises ValueError if options of text are given with `events`, or options of events without.
+    Raises ValueError for numbers out of range, or if options of text are given with `events`, or options of
+    events without.
     """
 
     corpus: CorpusName | tuple[CorpusName, ...] = corpora.DEFAULT_CORPUS
@@ -84,6 +86,10 @@ class PmiConfig:
     """Dimension of the vectors, and of the best factorization."""
 
     def __post_init__(self) -> None:
+        check_integers(1, min_count=self.min_count, max_vocab=self.max_vocab, rank=self.rank)
+        check_reals("(0, inf)", subsample_threshold=self.subsample_threshold)
+        Windows(self.window_size, self.distance_weighting)
+        PmiOptions(self.context_smoothing, self.num_negative, top_k=self.top_k)
         if self.events is None:
             if self.count_column is not None:
                 raise ValueError(f"count_column={self.count_column!r} goes with events, which are not given")
