@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -45,12 +46,50 @@ def _keywords(function: Callable[..., object], *left_out: str) -> Any:
     return arg(constructor=options)
 
 
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return type(error)(f"cannot write {str(path)!r}: {error.strerror or error}")
+
+
 def _check_output(path: Path | None) -> None:
-    """Refuse, before any work, an output file that could not be written."""
-    if path is not None and not path.parent.is_dir():
+    """Refuse, before any work, a file that could not be written or would replace what is no file."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}")
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise IsADirectoryError(f"cannot write {str(path)!r}: it is a directory")
+    if path.is_symlink():
+        raise ValueError(
+            f"cannot write {str(path)!r}: it is a symbolic link, which would be replaced; name the file "
+            f"that it is for, {str(path.resolve())!r}"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"cannot write {str(path)!r}: it is a device, pipe or socket, which would be replaced; name a "
+            "file, or leave it out for standard output"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _save(model: dict[str, Any], path: Path) -> None:
+    """Write a state_dict whole or not at all."""
+    import torch
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
+            with (Path(work) / path.name).open("wb") as file:
+                torch.save(model, file)
+            (Path(work) / path.name).replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    except RuntimeError as error:  # of torch, which closes its file when the system's was raised
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise _cannot_write(path, error.__context__) from None
 
 
 def _put(found: Iterable["Record"], out: Path | None = None, *, quiet: bool = False) -> list["Record"]:
@@ -280,8 +319,6 @@ def pmi() -> Command:
 
 def train() -> Command:
     """Train a table on a PMI matrix and print its record as JSON."""
-    import torch
-
     from cemb.study.dataset import load_pmi
     from cemb.study.quality import Trainings
 
@@ -291,7 +328,8 @@ def train() -> Command:
         save: Annotated[Path | None, arg(help="write the model's state_dict here")] = None,
         out: Records = None,
     ) -> None:
-        _check_output(save)
+        for path in (save, out):
+            _check_output(path)
         if save is not None and len(trainings.seeds) > 1:
             raise ValueError(f"--save keeps one model, and there are seeds {[*trainings.seeds]}")
         models = []
@@ -305,7 +343,7 @@ def train() -> Command:
         if save is not None:
             if models[0] is None:
                 raise RuntimeError(f"there is no model to save: {found[0]['failure']}")
-            torch.save(models[0].state_dict(), save)
+            _save(models[0].state_dict(), save)
 
     return command
 
@@ -343,15 +381,17 @@ def rates() -> Command:
 
 def study() -> Command:
     """Run the notebooks that are not up to date."""
-    from cemb.pmi.corpora import DEFAULT_CORPUS, CorpusName
+    from cemb.pmi.corpora import CorpusName
     from cemb.study import grid as study_grid
     from cemb.study import records, staleness
     from cemb.study import run as study_run
 
+    asked_grid, asked_corpus = study_grid.asked()
+
     def command(
         *,
-        grid: study_grid.Grid = "default",
-        corpus: CorpusName = DEFAULT_CORPUS,
+        grid: study_grid.Grid = asked_grid,
+        corpus: CorpusName = asked_corpus,
         optimizer: Sequence[str] = (),
         pool_size: Sequence[int] = (),
         run: Sequence[str] = (),
@@ -363,8 +403,9 @@ def study() -> Command:
         """The study.
 
         Args:
-            grid: the whole of a study, what fits a quarter of an hour, or each page's code on little data.
-            corpus: a name, a file, a directory or a quoted glob.
+            grid: the whole of a study, what fits a quarter of an hour, or each page's code on little data; by
+                default as $CEMB_GRID says.
+            corpus: a name, a file, a directory or a quoted glob; by default as $CORPUS says.
             optimizer: only runs of these.
             pool_size: only runs of these.
             run: only these names, or patterns such as 'growth-*'.
@@ -383,7 +424,7 @@ def study() -> Command:
             print(*stale, f"{len(stale)} stale" if stale else current, sep="\n")
             return 1 if stale else 0
         if out is not None:
-            os.environ["CEMB_RESULTS"] = str(out.resolve())
+            os.environ["CEMB_RESULTS"] = str(out)
         runs = study_grid.study_runs(grid, corpus)
         runs = study_grid.select(runs, optimizer or None, pool_size or None, run or None)
         if not check:

@@ -3,7 +3,9 @@
 import ast
 import importlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -119,6 +121,46 @@ def test_notebooks_are_stored_without_output(path):
             assert cell["outputs"] == []
             assert cell["execution_count"] is None
             parse("".join(cell["source"]))
+
+
+# Each of these runs if make or a shell gets to read it.
+NAME = "a`touch 1`$(shell touch 2)$(touch 3)$HOME\"'; touch 4 #.txt"
+
+
+@pytest.mark.parametrize("given", ["on the command line", "in the environment"])
+@pytest.mark.parametrize(
+    ("target", "variable", "seen"),
+    [
+        ("study", "CORPUS", "CORPUS"),
+        ("check", "CORPUS", "CORPUS"),
+        ("site", "CORPUS", "CORPUS"),
+        ("study", "PROFILE", "CEMB_GRID"),
+        ("gpu", "OUT", "OUT"),
+        ("gpu", "PYTHON", "PYTHON"),
+    ],
+)
+def test_make_hands_names_over_as_they_are(target, variable, seen, given, tmp_path, monkeypatch):
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    stubs = {"python": folder / "python", NAME: folder / NAME}
+    for stub in stubs.values():
+        stub.write_text(f'#!/bin/sh\nprintf "%s" "${seen}" > {tmp_path}/seen\n')
+        stub.chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHON", "python")
+    monkeypatch.delenv("MAKEFLAGS", raising=False)  # of a make that runs the tests
+    command = ["make", "--silent", target]
+    if given == "in the environment":
+        monkeypatch.setenv(variable, NAME)
+    else:
+        command.append(f"{variable}={NAME}")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "seen").read_text() == NAME
+    assert not list(tmp_path.rglob("[1-4]"))
 
 
 def test_no_tracked_file_is_large():

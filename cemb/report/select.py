@@ -1,22 +1,18 @@
 """Which records the pages show, and how one is found among them."""
 
 import functools
-import os
 from typing import Any
 
 import pandas as pd
 
-from cemb.pmi import corpora
 from cemb.study import grid, records, staleness
 from cemb.study.records import Record
 
 
 def book_runs(grid_name: str | None = None) -> list[grid.Run]:
-    """The runs the book shows: of the grid $CEMB_GRID, unless named, on the corpus $CORPUS."""
-    return grid.study_runs(
-        grid_name or os.environ.get("CEMB_GRID") or "default",
-        os.environ.get("CORPUS") or corpora.DEFAULT_CORPUS,
-    )
+    """The runs the book shows: of the grid that the environment asks for, unless named, on its corpus."""
+    asked_grid, corpus = grid.asked()
+    return grid.study_runs(grid_name or asked_grid, corpus)
 
 
 def load() -> list[Record]:
@@ -25,7 +21,7 @@ def load() -> list[Record]:
 
 
 @functools.cache  # a page asks for each of its numbers
-def _asked(*_environment: str | None) -> list[grid.Run]:
+def _asked(*_environment: str) -> list[grid.Run]:
     """Runs of the full grid and of the book's, which goes first where both have one; these decide both."""
     return [*{run.name: run for run in (*book_runs("full"), *book_runs())}.values()]
 
@@ -38,7 +34,7 @@ def of_runs(found: list[Record], notebook: str, **parameters: Any) -> list[Recor
     """
     names = {
         run.name
-        for run in _asked(os.environ.get("CEMB_GRID"), os.environ.get("CORPUS"))
+        for run in _asked(*grid.asked())
         if run.notebook == notebook and all(run.parameters.get(key) == parameters[key] for key in parameters)
     }
     return [record for record in found if record.get("run") in names]

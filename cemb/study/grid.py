@@ -200,6 +200,11 @@ _LEFT_OUT: dict[str, tuple[str, ...]] = {
 }
 
 
+def asked() -> tuple[str, str]:
+    """Grid and corpus that the environment names: $CEMB_GRID and $CORPUS, or else the defaults."""
+    return os.environ.get("CEMB_GRID") or "default", os.environ.get("CORPUS") or corpora.DEFAULT_CORPUS
+
+
 def study_runs(grid: str = "default", corpus: str = corpora.DEFAULT_CORPUS) -> list[Run]:
     """The runs of a grid: ``"default"``; ``"full"``, with more ratios, seeds and baselines; or ``"smoke"``.
 
