@@ -15,6 +15,7 @@ from typing import Any
 
 import tyro
 
+from cemb import processes
 from cemb.commands import COMMANDS
 
 # Names that options had, which commands on published pages have.
@@ -83,15 +84,28 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors of the user's input are one line on standard error and status 2."""
+    """Run a command; returns its exit status. What goes wrong is one line on standard error, and status 2.
+
+    Signals and a closed output end it as `cemb.processes.supervised` says.
+    """
+    return processes.supervised(functools.partial(_run, sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        return parse(sys.argv[1:] if arguments is None else arguments)() or 0
+        status = parse(arguments)() or 0
+        processes.flush_output()
+        return status
+    except BrokenPipeError:
+        raise
     except ModuleNotFoundError as error:
-        print(f"cemb: {error}; the study's packages come with pip install 'cemb[study]'", file=sys.stderr)
-        return 2
+        said = f"{error}; the study's packages come with pip install 'cemb[study]'"
+    except MemoryError as error:
+        said = f"there is not enough memory{f': {error}' if str(error) else ''}"
     except (ValueError, OSError, RuntimeError, OverflowError) as error:
-        print(f"cemb: {error}", file=sys.stderr)
-        return 2
+        said = str(error)
+    print(f"cemb: {said}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

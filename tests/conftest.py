@@ -1,6 +1,8 @@
 import os
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 # Two workers share the processors, so threads that wait had better sleep than spin. To be said
@@ -57,6 +59,42 @@ def of_the_default_grid(found):
         )
 
     return [record for record in found if record.get("table") != "sgns" and is_there(record)]
+
+
+def is_alive(process):
+    """Whether a process, by its id, has not ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(process):
+    """Ids of the processes that one has started and that have not ended."""
+    paths = Path(f"/proc/{process}/task").glob("*/children")
+    return [child for path in paths for child in map(int, path.read_text().split()) if is_alive(child)]
+
+
+def wait_until(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def started():
+    """Starts a Python program with arguments, its input and outputs piped; it is killed in the end."""
+    with ExitStack() as ending:
+
+        def start(*arguments, **options):
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, text=True, **pipes, **options)
+            ending.enter_context(process)
+            ending.callback(process.kill)
+            return process
+
+        yield start
 
 
 @pytest.fixture

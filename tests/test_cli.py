@@ -1,20 +1,26 @@
-"""Options are what they are made from: none is missing, and each has its default and its help."""
+"""Options are what they are made from, with their defaults and help; how commands fail and end."""
 
 import ast
 import dataclasses
 import inspect
 import itertools
 import json
+import os
 import re
+import resource
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, children, is_alive, wait_until
 
-from cemb import cli
+from cemb import cli, commands
 from cemb.commands import COMMANDS
 from cemb.model import COMPRESSED_TABLES, TABLES
 from cemb.pmi import encode, out_of_core
@@ -163,3 +169,159 @@ def test_notebooks_build_what_their_parameters_are_checked_against(notebook):
     reached = staleness.reached(runs[0]).definitions()
     for part in (kind, *(hint for hint in get_type_hints(kind).values() if dataclasses.is_dataclass(hint))):
         assert f"{part.__module__}.{part.__name__}" in reached
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["speed", "bench", "bench-counting", "scaling", "pmi", "train --table full", "frontier", "rates"],
+)
+def test_records_replace_no_device_and_no_link(command, tmp_path, capsys):
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(tmp_path / "elsewhere")
+    for path, what in ((fifo, "it is a device, pipe or socket"), (link, "it is a symbolic link")):
+        assert cli.main([*command.split(), "--out", str(path)]) == 2
+        assert f"cannot write '{path}': {what}" in capsys.readouterr().err
+    assert fifo.is_fifo()
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/proc/new.jsonl", "No such file or directory"),  # where nobody can write, not even root
+        ("/proc", "it is a directory"),
+        ("/none/new.jsonl", "there is no directory '/none'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "options", [["pmi", "--histogram-out"], ["pmi", "--out"], ["train", "--table", "full", "--save"]]
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(options, path, why, capsys):
+    assert cli.main([*options, path, "--corpus", "/none/either"]) == 2
+    assert capsys.readouterr().err == f"cemb: cannot write '{path}': {why}\n"
+
+
+def test_a_model_that_does_not_fit_leaves_the_one_there_was(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"before")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+    try:
+        with pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
+            commands._save({"weight": torch.zeros(9999)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+    umask = os.umask(0o027)
+    try:
+        commands._save({"weight": torch.ones(3)}, path)
+    finally:
+        os.umask(umask)
+    assert torch.load(path, weights_only=True)["weight"].tolist() == [1, 1, 1]
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "there is not enough memory"),
+        (MemoryError("Unable to allocate 9 GiB"), "there is not enough memory: Unable to allocate 9 GiB"),
+        (ValueError("no"), "no"),
+    ],
+)
+def test_errors_are_one_line(error, said, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "corpora", lambda: fail)
+    assert cli.main(["corpora"]) == 2
+    assert capsys.readouterr() == ("", f"cemb: {said}\n")
+
+
+@pytest.mark.parametrize("arguments", [["corpora"], ["--help"], ["encode", "--help"]])
+def test_an_output_that_nobody_reads_ends_a_command_quietly(arguments, started):
+    process = started("-m", "cemb", *arguments)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 128 + signal.SIGPIPE)
+
+
+def test_an_output_that_is_full_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cemb", "corpora"],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (2, b"cemb: [Errno 28] No space left on device\n")
+
+
+SUPERVISED = """
+import subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from cemb import processes
+
+def work():
+    child = "import subprocess; subprocess.run(['sleep', '99'])"
+    started = subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
+    with ThreadPoolExecutor(1) as pool:
+        print(started.pid, flush=True)
+        {}
+
+sys.exit(processes.supervised(work))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("doing", ["time.sleep(99)", "pool.submit(time.sleep, 99).result()"])
+def test_a_signal_ends_a_program_and_all_below_it(number, doing, started):
+    process = started("-c", SUPERVISED.format(doing))
+    child = int(process.stdout.readline())
+    wait_until(lambda: children(child))
+    (grandchild,) = children(child)
+    process.send_signal(number)
+    start = time.monotonic()
+    assert process.wait() == 128 + number
+    assert time.monotonic() - start < 3
+    assert process.stderr.read() == f"cemb: stopped by {signal.Signals(number).name}\n"
+    assert not is_alive(child)
+    assert not is_alive(grandchild)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_leaves_nothing(number, tmp_path, started):
+    command = ["-m", "cemb", "scaling", "--tokens", "1e10", "--scratch", str(tmp_path)]
+    process = started(*command, env={**os.environ, "TQDM_DISABLE": "1"})
+    wait_until(lambda: [*tmp_path.rglob("ids-*.npy")] or process.poll())
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    assert process.stderr.read() == f"cemb: stopped by {signal.Signals(number).name}\n"
+    assert not list(tmp_path.iterdir())
+
+
+CHILDREN = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from cemb import processes
+
+if __name__ == "__main__":
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=processes.end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(99)
+"""
+
+
+def test_processes_do_not_outlive_a_parent_that_is_killed(tmp_path, started):
+    (tmp_path / "parent.py").write_text(CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = started(str(tmp_path / "parent.py"), env=environment)
+    child = int(process.stdout.readline())
+    assert is_alive(child)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not is_alive(child), 3)

@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cemb.checks import check_integers
+from cemb.processes import end_with_parent
 from cemb.study import records, rivals, speed, timing
 from cemb.study.sizes import BLOCK, GPU_BLOCK, HUGE_TABLE, LARGE, OPTIMIZERS, SMALL, Optimizer
 
@@ -48,7 +50,11 @@ def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes: An
 
 
 def _serve(connection: Any) -> None:
-    """A process that holds cases and measures them when told to."""
+    """A process that holds cases and measures them when told to; it is killed in the end."""
+    end_with_parent()
+    tqdm.set_lock(
+        threading.RLock()
+    )  # by default a semaphore of the system, which a process killed leaves there
     steps: dict[Hashable, speed.Timed] = {}
     times: dict[Hashable, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     while True:
@@ -90,10 +96,10 @@ class _Process:
         theirs.close()
 
     def __call__(self, *command: object) -> Any:
-        self._connection.send(command)
         try:
+            self._connection.send(command)
             return self._connection.recv()
-        except EOFError:
+        except (EOFError, BrokenPipeError):
             self._process.join()
             raise RuntimeError(
                 f"the measuring process ended with status {self._process.exitcode} during {command[0]!r}"
@@ -143,8 +149,9 @@ def run(
     with tqdm(total=len(parts) * rounds * len(settings), desc="benchmark", unit="turn") as progress:
         for (optimizer, kind), wanted in parts.items():
             progress.set_postfix_str(f"{optimizer}, {kind} ids")
-            processes = [_Process(setting, threads) for setting in settings]
+            processes: list[_Process] = []
             try:
+                processes += (_Process(setting, threads) for setting in settings)
                 for process in processes:
                     process("build", wanted)
                 for _ in range(rounds):
@@ -185,4 +192,7 @@ def op_tests_pass() -> bool:
     if missing:
         raise RuntimeError(f"no ratio without the ops' tests, which a source tree has: missing {missing}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)]
-    return subprocess.run(command, cwd=records.ROOT, stdout=sys.stderr, check=False).returncode == 0
+    done = subprocess.run(
+        command, cwd=records.ROOT, stdout=sys.stderr, check=False, preexec_fn=end_with_parent
+    )
+    return done.returncode == 0

@@ -21,6 +21,7 @@ from cemb.pmi import encode, out_of_core
 from cemb.pmi.cooccurrence import count_cooccurrences
 from cemb.pmi.csr import CsrFolder
 from cemb.pmi.matrix import write_pmi
+from cemb.processes import end_with_parent
 from cemb.study import records, timing
 
 # What counting is to reach on two cores: times faster than each rival, and tokens a second from text to PMI.
@@ -250,7 +251,7 @@ def measure_scaling(
         size = min(shard_tokens, num_tokens - first)
         np.save(folder / f"ids-{i:05d}.npy", zipf_ids(size, vocab_size, seed=i, bursts=True))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as process:
         measured = process.submit(_measure_scaling, folder, vocab_size, memory, workers).result()
     return {
         "kind": "scaling",

@@ -1,8 +1,9 @@
 import dataclasses
+import os
 
 import pytest
 import torch
-from conftest import long
+from conftest import ROOT, long
 
 from cemb.study import bandwidths, bench, rivals, roofline, sizes, speed, targets, timing
 
@@ -274,6 +275,23 @@ def test_a_process_that_dies_is_an_error():
             process("build", ["not a case"])
     finally:
         process.close()
+
+
+MEASURING = f"""
+from cemb.study import bench, speed
+
+if __name__ == "__main__":
+    process = bench._Process("0", 1)
+    process("build", [speed.SpeedCase("full", "sgd", **{SIZES})])
+    process("measure", 1)
+    process.close()
+"""
+
+
+def test_a_measuring_process_that_is_killed_leaves_no_semaphore(tmp_path, started):
+    (tmp_path / "measuring.py").write_text(MEASURING)
+    process = started(str(tmp_path / "measuring.py"), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (process.wait(), process.stderr.read()) == (0, "")
 
 
 # Parts of torch that only its compiler loads use what it has deprecated itself.
