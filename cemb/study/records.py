@@ -25,7 +25,9 @@ KEY_PACKAGES = ("torch", "numpy", "scipy", "numba", "gensim")
 
 def results_dir() -> Path:
     """Where results go: $CEMB_RESULTS, else results/ of the repository, else of the working directory."""
-    if "CEMB_RESULTS" in os.environ:
+    if given := os.environ.get("CEMB_RESULTS"):
+        # Processes started from here may work in other folders.
+        os.environ["CEMB_RESULTS"] = str(Path(given).absolute())
         return Path(os.environ["CEMB_RESULTS"])
     return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"
 
@@ -110,12 +112,15 @@ def write(records: Iterable[Record], path: Path) -> None:
 def read(path: Path) -> list[Record]:
     """Read records written by `write`. ValueError names the line that is not a JSON object."""
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not a record: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: a record is a JSON object, got {line[:40]}")
-        found.append(record)
+    with Path(path).open("rb") as file:  # of text, more would end a line than what ends one of JSON
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not a record: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{path}, line {number}: a record is a JSON object, got {line[:40].decode().strip()}"
+                )
+            found.append(record)
     return found

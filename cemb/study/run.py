@@ -1,13 +1,14 @@
-"""The study: runs the notebooks whose results are missing or stale, see `cemb.study.staleness`.
+"""The study: runs the notebooks whose results are missing, damaged or stale, see `cemb.study.staleness`.
 
 Runs are published whole, by one rename, and never altered, so an interrupted study goes on where it stopped.
+A folder of results has one study at a time.
 """
 
-import json
 import math
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,11 +18,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from cemb import files
+from cemb import files, processes
 from cemb.study import parameters, records
 from cemb.study.grid import NOTEBOOKS, PARAMETERS, Run
 from cemb.study.identity import RULE
-from cemb.study.staleness import folder_of, identity, reached, why_stale
+from cemb.study.staleness import differences, folder_of, identity, reached, runs_dir, seal, why_stale
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -52,7 +53,6 @@ def execute(run: Run) -> Path:
     import nbformat
     import papermill
 
-    # As they are now: files may be edited while the run goes on.
     content, definitions = identity(run), reached(run).definitions()
     target = folder_of(run, content)
     with files.atomic_directory(target) as work:
@@ -80,15 +80,21 @@ def execute(run: Run) -> Path:
             raise RuntimeError(
                 f"{run.name} failed with {error.ename}: {error.evalue}\nthe notebook up to there: {kept}"
             ) from None
-        except Exception as error:  # a kernel that died, say
+        except (RuntimeError, OSError, ValueError, KeyError) as error:  # a kernel that died or is not there
             raise RuntimeError(f"{run.name} failed: {error}") from error
         results = records.read(found) if found.exists() else []
         if not results:
             raise RuntimeError(f"{run.name} wrote no record")
         code = {"code_hash": content["code"], "code_rule": RULE}
         records.write([{**record, **code} for record in results], found)
-        whole = {**content, "definitions": definitions}
-        files.write_atomic(work / "identity.json", json.dumps(whole, indent=1, default=str))
+        if changed := differences(content, identity(run)):
+            raise RuntimeError(
+                f"{run.name} is not published, for what it depends on changed meanwhile: "
+                f"{'; '.join(changed.values())}; run the study again"
+            )
+        seal(work, content, definitions)
+        if target.exists():  # damaged: else it would not be run
+            shutil.rmtree(target)
     return target
 
 
@@ -109,6 +115,21 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     processor, at most 4, a thread each), and beside all of these the timed runs' kernels are compiled. Timed
     runs go last, one at a time and alone. Stops at the first failure, keeping what is finished.
     """
+    with processes.one_at_a_time(runs_dir(), say):
+        _remove_unfinished()  # of a study that was killed
+        try:
+            _run_todo(runs, workers, say)
+        finally:
+            _remove_unfinished()
+
+
+def _remove_unfinished() -> None:
+    """Remove runs that are no more at work, which all are while this study has the folder and runs none."""
+    for unfinished in runs_dir().glob(".*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _run_todo(runs: list[Run], workers: int | None, say: Callable[[str], None]) -> None:
     todo = [run for run in runs if why_stale(run)]
     for run in todo:
         check_parameters(run)
@@ -147,29 +168,30 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     timed = [run for run in todo if run.is_timed]
     others = [run for run in todo if run not in data and run not in timed]
 
-    def one_by_one(now: list[Run], later: list[Run]) -> None:
-        for position, run in enumerate(now):
-            _, took = timed_execute(run)
-            report(run, took, [*now[position + 1 :], *later], parallel)
-
-    def side_by_side() -> None:
-        with _single_threads(), ThreadPoolExecutor(parallel) as pool:
-            pending = {pool.submit(timed_execute, run): run for run in others}
-            try:
-                while pending:
-                    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        pending.pop(future)
-                        report(*future.result(), [*pending.values(), *timed], parallel)
-            except BaseException:
-                for future in pending:
-                    future.cancel()
-                raise
+    def execute_all(now: list[Run], later: list[Run], at_once: int) -> None:
+        waiting, running = list(now), {}
+        # Never on the main thread: there nbclient would put its own handling of signals in place of ours.
+        pool, is_stopped = ThreadPoolExecutor(at_once), False
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    run = waiting.pop(0)
+                    running[pool.submit(timed_execute, run)] = run
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    running.pop(future)
+                    report(*future.result(), [*running.values(), *waiting, *later], parallel)
+        except processes.Stopped:
+            is_stopped = True  # and so are the kernels, which nbclient takes seconds to see
+            raise
+        finally:
+            pool.shutdown(wait=not is_stopped)
 
     with _kernels_compiling() if timed and (data or others) else nullcontext():
-        one_by_one(data, [*others, *timed])
-        side_by_side()
-    one_by_one(timed, [])
+        execute_all(data, [*others, *timed], 1)
+        with _single_threads():
+            execute_all(others, timed, parallel)
+    execute_all(timed, [], 1)
 
 
 @contextmanager
@@ -200,7 +222,12 @@ def _kernels_compiling() -> Iterator[None]:
     environment = {**os.environ, **dict.fromkeys(_THREAD_SETTINGS, "1")}
     nowhere = subprocess.DEVNULL
     with subprocess.Popen(
-        command, cwd=records.ROOT, env=environment, stdout=nowhere, stderr=nowhere
+        command,
+        cwd=records.ROOT,
+        env=environment,
+        stdout=nowhere,
+        stderr=nowhere,
+        preexec_fn=processes.end_with_parent,
     ) as process:
         try:
             yield

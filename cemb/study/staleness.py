@@ -10,10 +10,14 @@ import json
 import re
 from pathlib import Path
 
+from cemb import files
 from cemb.pmi import corpora
 from cemb.study import records
 from cemb.study.grid import NOTEBOOKS, Run
 from cemb.study.identity import Code, Reached
+
+# What a run leaves beside its identity.json.
+RESULTS = ("run.ipynb", "records.jsonl")
 
 
 def code_cells(notebook: Path) -> str:
@@ -66,44 +70,93 @@ def code_change(now: Reached, definitions: dict[str, str] | None) -> str:
     return f"code: {'; '.join(found) or 'a name stands for another definition'}"
 
 
-def why_stale(run: Run) -> str | None:
-    """None if the run's result is there and current, else why not."""
-    if run_dir(run).is_dir():
+def differences(before: records.Record, now: records.Record) -> dict[str, str]:
+    """What two identities say of a key, where that is not the same."""
+    before, now = _plain(before), _plain(now)
+    return {
+        name: f"{name}: {before.get(name)} → {now.get(name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    }
+
+
+def _plain(content: records.Record) -> records.Record:
+    """An identity as it is read again."""
+    plain: records.Record = json.loads(json.dumps(content, default=str))
+    return plain
+
+
+def _state(path: Path) -> dict[str, object] | None:
+    """What tells a file from one that was cut or edited; None if there is none."""
+    try:
+        content = path.read_bytes()
+    except OSError:
         return None
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def seal(folder: Path, content: records.Record, definitions: dict[str, str]) -> None:
+    """Write a run's identity, last of its files, with the sizes and hashes of the others."""
+    states = {name: _state(folder / name) for name in RESULTS}
+    whole = {**content, "definitions": definitions, "files": states}
+    files.write_atomic(folder / "identity.json", json.dumps(whole, indent=1, default=str))
+
+
+def _sealed(folder: Path) -> records.Record | None:
+    """What `seal` wrote; None if it cannot be read any more."""
+    try:
+        sealed = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return sealed if isinstance(sealed, dict) else None
+
+
+def _damage(folder: Path, content: records.Record) -> str | None:
+    """Which file of a run's folder is not what was published there, or None."""
+    sealed = _sealed(folder) or {}
+    states = sealed.pop("files", None)
+    sealed.pop("definitions", None)
+    if differences(sealed, content) or not isinstance(states, dict):
+        return "damaged: identity.json is not what was written"
+    for name in RESULTS:
+        now = _state(folder / name)
+        if now is None or now != states.get(name):
+            return f"damaged: {name} is {'missing' if now is None else 'not what was written'}"
+    return None
+
+
+def why_stale(run: Run) -> str | None:
+    """None if the run's result is there, whole and current, else why not."""
+    content = identity(run)
+    folder = folder_of(run, content)
+    if folder.is_dir():
+        return _damage(folder, content)
     # Names may be prefixes of one another; the key is always 12 hexadecimal digits.
     earlier = [
-        p
+        (p.stat().st_mtime, sealed)
         for p in runs_dir().glob(f"{run.name}-*")
-        if re.fullmatch(r"[0-9a-f]{12}", p.name[len(run.name) + 1 :])
+        if re.fullmatch(r"[0-9a-f]{12}", p.name[len(run.name) + 1 :]) and (sealed := _sealed(p))
     ]
     if not earlier:
         return "never run"
-    newest = max(earlier, key=lambda path: path.stat().st_mtime)
-    before = json.loads((newest / "identity.json").read_text(encoding="utf-8"))
+    _, before = max(earlier, key=lambda one: one[0])
     definitions = before.pop("definitions", None)
-    now = json.loads(json.dumps(identity(run), default=str))
-    changed = [
-        f"{name}: {before.get(name)} → {now.get(name)}"
-        for name in sorted({*before, *now})
-        if name != "code" and before.get(name) != now.get(name)
-    ]
-    if before.get("code") != now["code"]:
-        changed.append(code_change(reached(run), definitions))
-    return "; ".join(changed)
+    before.pop("files", None)
+    changed = differences(before, content)
+    if changed.pop("code", None):
+        changed["code"] = code_change(reached(run), definitions)
+    return "; ".join(changed.values())
 
 
 def current_records(runs: list[Run]) -> list[records.Record]:
     """The records of up-to-date runs, each with the name of its ``run``.
 
-    Raises FileNotFoundError that names the runs which are missing or stale, and why.
+    Raises FileNotFoundError that names the runs which are missing, damaged or stale, and why.
     """
-    folders = {run.name: run_dir(run) for run in runs}
-    problems = {run.name: why_stale(run) for run in runs if not folders[run.name].is_dir()}
+    problems = {run.name: why for run in runs if (why := why_stale(run))}
     if problems:
         lines = "\n".join(f"  {name}: {why}" for name, why in problems.items())
         raise FileNotFoundError(f"{len(problems)} of {len(runs)} runs are missing or stale:\n{lines}")
     return [
-        {"run": name, **record}
-        for name, folder in folders.items()
-        for record in records.read(folder / "records.jsonl")
+        {"run": run.name, **record} for run in runs for record in records.read(run_dir(run) / "records.jsonl")
     ]

@@ -1,6 +1,5 @@
 """The study driver: what is stale and why, refusals, a run killed halfway."""
 
-import json
 import os
 import re
 import signal
@@ -9,14 +8,16 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, children, is_alive, wait_until
 
+from cemb import files
 from cemb.model import COMPRESSED_TABLES
-from cemb.study import frontier, grid, staleness
+from cemb.study import frontier, grid, records, staleness
 from cemb.study import run as study_run
 from cemb.study.sizes import SMALL
 
@@ -27,10 +28,35 @@ def _pretend(run, **changes):
     content = {**staleness.identity(run), **changes}
     path = staleness.folder_of(run, content)
     path.mkdir(parents=True)
-    written = {**content, "definitions": definitions}
-    (path / "identity.json").write_text(json.dumps(written, default=str))
+    (path / "run.ipynb").write_text("{}")
     (path / "records.jsonl").write_text('{"kind": "pmi"}\n')
+    staleness.seal(path, content, definitions)
     return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run on a corpus of its own."""
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("one two three")
+    return grid.Run("small", "Small", "pmi.ipynb", {"corpus": os.path.relpath(corpus, grid.NOTEBOOKS)})
+
+
+@pytest.fixture
+def notebooks(monkeypatch):
+    """Notebooks are not run: each writes these records, after a call of what is put beside them."""
+    import papermill
+
+    does = {"records": [{"kind": "pmi", "value": 1}], "call": lambda: None}
+
+    def execute_notebook(notebook, output, given, **options):
+        does["call"]()
+        nbformat.write(notebook, output)
+        records.write(does["records"], grid.NOTEBOOKS / given["records_path"])
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as the study sets it, and not for the tests after this one
+    return does
 
 
 def test_names_and_titles_are_unique():
@@ -176,6 +202,171 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
     assert "corpus fingerprint: sha256:" in staleness.why_stale(run)
 
 
+def test_a_corpus_that_changes_while_it_is_read_is_not_published(run, notebooks, tmp_path):
+    notebooks["call"] = lambda: (tmp_path / "text.txt").write_text("four five")
+    with pytest.raises(
+        RuntimeError, match=r"small is not published, .*: corpus fingerprint: .* → .*; run the"
+    ):
+        study_run.execute(run)
+    assert not list(staleness.runs_dir().iterdir())
+
+
+def test_a_run_without_records_is_none(run, notebooks):
+    notebooks["records"] = []
+    with pytest.raises(RuntimeError, match="small wrote no record"):
+        study_run.execute(run)
+    assert staleness.why_stale(run) == "never run"
+
+
+def test_a_run_that_cannot_be_put_in_its_place_is_an_error(run, notebooks):
+    place = staleness.run_dir(run)
+    notebooks["call"] = lambda: place.write_text("a file")
+    with pytest.raises(OSError, match="small"):
+        study_run.execute(run)
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_records_name_the_code_that_the_notebook_is_and_reaches(notebooks, tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for module in (grid, staleness, study_run):
+        monkeypatch.setattr(module, "NOTEBOOKS", folder)
+
+    def hash_with(*cells):
+        notebook = nbformat.read(ROOT / "notebooks" / "pmi.ipynb", as_version=4)
+        notebook.cells += cells
+        nbformat.write(notebook, folder / "pmi.ipynb")
+        run = grid.Run("small", "Small", "pmi.ipynb", {})
+        (record,) = records.read(study_run.execute(run) / "records.jsonl")
+        assert record["code_hash"] == staleness.reached(run).hash
+        return record["code_hash"]
+
+    code, prose = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    assert hash_with(code("x = 1")) == hash_with(prose("Prose."), code("x = 1  # one"))
+    assert hash_with(code("x = 1")) != hash_with(code("x = 2"))
+
+
+def test_another_environment_makes_a_run_stale(run, notebooks, monkeypatch):
+    study_run.execute(run)
+    assert staleness.why_stale(run) is None
+    now = records.environment()
+    for name in ("numba_version", "cpu_model"):
+        monkeypatch.setattr(records, "environment", lambda name=name: {**now, name: "another"})
+        assert staleness.why_stale(run) == f"{name}: {now[name]} → another"
+
+
+def _emptied(path):
+    for file in path.iterdir():
+        file.unlink()
+
+
+def _cut(name):
+    return lambda path: os.truncate(path / name, 9)
+
+
+def _edited(name):
+    def edit(path):
+        text = (path / name).read_text()
+        (path / name).write_text(text.replace("m", "n", 1))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (_emptied, "identity.json is not what was written"),
+        (_cut("identity.json"), "identity.json is not what was written"),
+        (_edited("identity.json"), "identity.json is not what was written"),
+        (_cut("records.jsonl"), "records.jsonl is not what was written"),
+        (_edited("records.jsonl"), "records.jsonl is not what was written"),
+        (_edited("run.ipynb"), "run.ipynb is not what was written"),
+        (lambda path: (path / "run.ipynb").unlink(), "run.ipynb is missing"),
+    ],
+)
+def test_a_damaged_run_is_named_and_run_again(damage, why, run, notebooks):
+    path = study_run.execute(run)
+    damage(path)
+    with pytest.raises(FileNotFoundError, match=f"1 of 1 runs .*\n  small: damaged: {why}"):
+        staleness.current_records([run])
+    said = []
+    study_run.run_study([run], say=said.append)
+    assert said[0] == "1 of 1 runs to do"
+    assert staleness.why_stale(run) is None
+    study_run.run_study([run], say=said.append)
+    assert said[-1] == "all 1 runs are up to date"
+
+
+def test_a_stale_run_that_is_damaged_is_run_again(run):
+    _cut("identity.json")(_pretend(run, code="abc"))
+    assert staleness.why_stale(run) == "never run"
+
+
+def test_a_second_study_waits_for_the_first(run, notebooks):
+    said = []
+    second = threading.Thread(target=study_run.run_study, args=([run],), kwargs={"say": said.append})
+    with files.exclusive(staleness.runs_dir(), wait=False):
+        second.start()
+        while not said:
+            time.sleep(0.01)
+        assert said == [f"another process is at work in '{staleness.runs_dir()}'; waiting for it to end"]
+        study_run.execute(run)
+    second.join()
+    assert said[1:] == ["all 1 runs are up to date"]
+
+
+def test_what_a_killed_study_left_is_removed(run, notebooks):
+    left = staleness.runs_dir() / ".small-abcdef"
+    left.mkdir(parents=True)
+    (left / "run.ipynb").touch()
+    study_run.run_study([run], say=lambda text: None)
+    assert list(staleness.runs_dir().iterdir()) == [staleness.run_dir(run)]
+
+
+def test_a_study_stops_at_the_first_failure(run, notebooks):
+    started = []
+
+    def fail():
+        started.append(1)
+        raise ValueError("no such thing")
+
+    notebooks["call"] = fail
+    runs = [run, replace(run, name="other")]
+    with pytest.raises(RuntimeError, match="small failed: no such thing"):
+        study_run.run_study(runs, say=lambda text: None)
+    assert started == [1]
+
+
+def test_results_are_in_one_folder_wherever_a_process_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CEMB_RESULTS", "mine")
+    assert records.results_dir() == tmp_path / "mine"
+    code = "from cemb.study import records; print(records.results_dir())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path / 'mine'}\n"
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\r", "\n", "\x1c", "<script>", "é"])
+def test_records_are_read_as_they_were_written(character, tmp_path):
+    found = [{"corpus": f"a{character}b"}, {"corpus": character}]
+    records.write(found, tmp_path / "records.jsonl")
+    assert records.read(tmp_path / "records.jsonl") == found
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"{", "not a record: "),
+        (b"[1]", r"a record is a JSON object, got \[1\]"),
+        (b"\xff", "not a record: "),
+    ],
+)
+def test_what_is_no_record_is_named_by_its_line(line, why, tmp_path):
+    (tmp_path / "records.jsonl").write_bytes(b"{}\n" + line + b"\n")
+    with pytest.raises(ValueError, match=f"records.jsonl, line 2: {why}"):
+        records.read(tmp_path / "records.jsonl")
+
+
 def test_missing_records_are_named():
     with pytest.raises(FileNotFoundError, match=r"24 of 24 runs are missing or stale:\n  pmi: never run"):
         staleness.current_records(grid.study_runs())
@@ -263,6 +454,28 @@ def test_compiling_beside_a_study_keeps_to_a_thread_and_stops_with_it(tmp_path, 
         raise RuntimeError("a run failed")
     assert started.read_text() == "1 -m cemb compile\n"
     assert not finished.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_ends_with_its_kernels(number, tmp_path, started):
+    sizes = {"optimizer": "sgd", "num_embeddings": 10, "batch_size": 4, "repeats": 10**9}
+    code = f"""
+import sys
+from cemb import processes
+from cemb.study.grid import Run
+from cemb.study.run import run_study
+sys.exit(processes.supervised(lambda: run_study([Run("long", "Long", "speed.ipynb", {sizes})])))
+"""
+    process = started("-c", code)
+    wait_until(lambda: children(process.pid))
+    kernels = children(process.pid)
+    process.send_signal(number)
+    start = time.monotonic()
+    assert process.wait() == 128 + number
+    assert time.monotonic() - start < 3
+    assert process.stderr.read() == f"cemb: stopped by {signal.Signals(number).name}\n"
+    assert not list(filter(is_alive, kernels))
+    assert not list((tmp_path / "results" / "local" / "runs").iterdir())
 
 
 @pytest.mark.long
