@@ -15,7 +15,8 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
-from cemb import files
+from cemb import files, processes
+from cemb.pmi import corpora
 from cemb.report import export, provenance, select
 from cemb.study import grid, records, staleness
 
@@ -69,35 +70,43 @@ def stage(runs: list[grid.Run], found: list[dict], source: Path) -> None:
 def stage_run(run: grid.Run, found: list[dict], page: Path) -> None:
     """Write a run's executed notebook with an end that says where its numbers come from."""
     notebook = json.loads((staleness.run_dir(run) / "run.ipynb").read_text(encoding="utf-8"))
-    text = provenance.run_section(run, found, os.environ.get("CEMB_GRID") or "default")
+    text = provenance.run_section(run, found, grid.asked()[0])
     notebook["cells"].append({"cell_type": "markdown", "id": "provenance", "metadata": {}, "source": text})
     page.write_text(json.dumps(notebook), encoding="utf-8")
 
 
 def pack(html: Path, archive: Path) -> None:
     """Put a built site into one zip file, the same bytes for the same site."""
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+    unfinished = archive.with_name("new.zip")
+    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in sorted(path for path in html.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(f"{archive.stem}/{path.relative_to(html).as_posix()}")
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             packed.writestr(entry, path.read_bytes())
+    unfinished.replace(archive)
 
 
 def build_html(runs: list[grid.Run], found: list[dict], build: Path) -> int:
-    """Stage and build; returns Jupyter Book's exit status."""
-    (build / ".site-key").unlink(missing_ok=True)
-    shutil.rmtree(build / "_build", ignore_errors=True)
-    stage(runs, found, build / "src")
-    command = [Path(sys.executable).parent / "jupyter-book", "build", build / "src"]
-    command += ["--config", ROOT / "_config.yml", "--path-output", build, *OPTIONS]
+    """Stage and build beside the site there is, then put it in its place; returns Jupyter Book's status."""
+    new = build / "new"
+    shutil.rmtree(new, ignore_errors=True)
+    stage(runs, found, new / "src")
+    command = [Path(sys.executable).parent / "jupyter-book", "build", new / "src"]
+    command += ["--config", ROOT / "_config.yml", "--path-output", new, *OPTIONS]
+    environment = {**os.environ, "TQDM_DISABLE": "1"}  # bars would litter the pages
     # Pages run in the staged folder; paths that were relative to this one must not be.
-    paths = {
-        name: str(Path(os.environ[name]).absolute())
-        for name in ("CORPUS", "CEMB_RESULTS")
-        if Path(os.environ.get(name) or "none").exists()
-    }
-    environment = {**os.environ, **paths, "TQDM_DISABLE": "1"}  # bars would litter the pages
-    return subprocess.run(list(map(str, command)), env=environment, check=False).returncode
+    _, corpus = grid.asked()
+    if corpus not in corpora.CORPORA:
+        environment["CORPUS"] = str(Path(corpus).absolute())
+    status = subprocess.run(
+        list(map(str, command)), env=environment, check=False, preexec_fn=processes.end_with_parent
+    ).returncode
+    if status == 0:
+        (build / ".site-key").unlink(missing_ok=True)
+        shutil.rmtree(build / "_build", ignore_errors=True)
+        (new / "_build").rename(build / "_build")
+        shutil.rmtree(new)
+    return status
 
 
 def main() -> int:
@@ -106,12 +115,21 @@ def main() -> int:
     parser.add_argument("--archive", action="store_true", help="also pack the site into one zip file")
     arguments = parser.parse_args()
     build = arguments.build_dir.resolve()
+    try:
+        with processes.one_at_a_time(build, print):
+            return bring_up_to_date(build, arguments.archive)
+    except (OSError, ValueError) as error:
+        print(f"the site cannot be built: {error}", file=sys.stderr)
+        return 1
+
+
+def bring_up_to_date(build: Path, is_packed: bool) -> int:
+    """Build the site, if need be, and pack it if asked to; returns the exit status."""
     runs = select.book_runs()
     try:
         found = select.load()
-    except (OSError, ValueError) as error:
-        print(f"the site cannot be built: {error}\n`make study` runs what is missing", file=sys.stderr)
-        return 1
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}\n`make study` runs what is missing") from None
     key, stamp, index = site_key(runs), build / ".site-key", build / "_build" / "html" / "index.html"
     if index.exists() and stamp.exists() and stamp.read_text() == key:
         print(f"the site is up to date: {index}")
@@ -120,7 +138,7 @@ def main() -> int:
     else:
         files.write_atomic(stamp, key)
         print(f"the site is built: {index}")
-    if arguments.archive:
+    if is_packed:
         archive = build / f"cemb-{version('cemb')}-site.zip"
         pack(index.parent, archive)
         print(f"packed: {archive}")
@@ -128,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(processes.supervised(main))

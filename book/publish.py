@@ -15,7 +15,7 @@ import sys
 
 import matplotlib.pyplot as plt
 
-from cemb import files
+from cemb import files, processes
 from cemb.report import answer as report_answer
 from cemb.report import figures, provenance, select, speed, text
 from cemb.study import grid, records, staleness
@@ -89,4 +89,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(processes.supervised(main))

@@ -11,6 +11,8 @@ from jupyter_core.utils import ensure_async, run_sync
 from nbclient import NotebookClient
 from sphinx.util.parallel import make_chunks
 
+from cemb.processes import end_with_parent
+
 # Kernels started by several processes at once may be given one TCP port. One of them dies then, and whoever
 # started it waits for ever. So they are started one after the other, until each has its ports.
 _starting = multiprocessing.Lock()
@@ -69,6 +71,7 @@ def deal_out(app, env, docnames):
 
 
 def setup(app):
+    os.register_at_fork(after_in_child=end_with_parent)
     # Even where there are fewer processors: some chapters take ten times as long as others, and of few large
     # shares the last would be worked on alone. Of more, each starts a kernel.
     app.parallel = max(4, os.cpu_count() or 1)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from conftest import ROOT, SCRATCH, build_site
+from conftest import ROOT, SCRATCH, build_site, children, is_alive, wait_until
 
 from cemb.report import export, quality, select, speed
 
@@ -127,6 +128,67 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag == "title":
             self._in_title = False
+
+
+# Jupyter Book for tests of what is around it: it writes a page, and ends as it is told to, or not at all.
+JUPYTER_BOOK = """#!/bin/sh
+mkdir -p "$6/_build/html"
+echo new > "$6/_build/html/index.html"
+[ "$STATUS" ] || exec sleep 99
+exit "$STATUS"
+"""
+
+
+BUILD = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, "book")
+sys.executable, site = sys.argv[1:]
+import build
+
+build.stage = lambda runs, found, source: source.mkdir(parents=True)
+sys.exit(build.processes.supervised(lambda: build.build_html([], [], Path(site))))
+"""
+
+
+@pytest.fixture
+def building(tmp_path, started):
+    """Starts book/build.py on a site there is already, with `JUPYTER_BOOK` and nothing to stage."""
+    (tmp_path / "jupyter-book").write_text(JUPYTER_BOOK)
+    (tmp_path / "jupyter-book").chmod(0o755)
+    site = tmp_path / "site"
+    for folder in ("_build/html", "new"):
+        (site / folder).mkdir(parents=True)
+    (site / "_build" / "html" / "index.html").write_text("before\n")
+
+    def start(status=""):
+        return started("-c", BUILD, tmp_path / "python", site, env={**os.environ, "STATUS": status})
+
+    return start, site
+
+
+@pytest.mark.parametrize(("status", "text"), [(1, "before\n"), (0, "new\n")])
+def test_a_site_is_replaced_by_one_that_is_whole(building, status, text):
+    start, site = building
+    assert start(str(status)).wait() == status
+    assert (site / "_build" / "html" / "index.html").read_text() == text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_build_that_is_stopped_leaves_the_site_there_is_and_no_process(building, number):
+    start, site = building
+    process = start()
+    wait_until(lambda: list((site / "new").glob("_build/html/index.html")))
+    found = children(process.pid)
+    assert found
+    process.send_signal(number)
+    is_killed = number == signal.SIGKILL
+    assert process.wait() == (-number if is_killed else 128 + number)
+    said = "" if is_killed else f"cemb: stopped by {number.name}\n"
+    assert process.stderr.read() == said
+    wait_until(lambda: not any(map(is_alive, found)), 3)
+    assert (site / "_build" / "html" / "index.html").read_text() == "before\n"
 
 
 def test_smoke_records(smoke, monkeypatch):
