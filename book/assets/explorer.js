@@ -119,8 +119,12 @@
   }
 
   function csv(rows) {
+    // Text that a spreadsheet would take for a formula begins with an apostrophe, as in cemb/report/export.py.
+    const isFormula = /^(?:[=@\t\r]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$))/i;
+    const plain = (value) => (isFormula.test(value) ? `'${value}` : value);
     const quoted = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
-    return [state.columns, ...rows].map((row) => row.map(quoted).join(",") + "\n").join("");
+    return [state.columns, ...rows.map((row) => row.map(plain))]
+      .map((row) => row.map(quoted).join(",") + "\n").join("");
   }
 
   function ticks(low, high, isLog) {

@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import re
 from collections import Counter
+
+import pandas as pd
 
 from cemb.report.provenance import Numbers, of
 from cemb.report.select import completed, frame
@@ -24,12 +27,27 @@ def numbers(own: list[Record]) -> Numbers:
     }
 
 
-def csv_text(found: list[Record], kind: str) -> str:
-    """Records of a kind as CSV, one row each, every field a column; lists as JSON."""
+# What a spreadsheet would take for a formula; explorer.js has the same rule.
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d*\.?\d+(e[+-]?\d+)?$)", re.IGNORECASE)
+
+
+def _table(found: list[Record], kind: str) -> pd.DataFrame:
     rows = frame(found, kind)
     for name in rows.columns:
         rows[name] = rows[name].map(lambda cell: json.dumps(cell) if isinstance(cell, list) else cell)
-    text: str = rows.to_csv(index=False, lineterminator="\n")
+    return rows
+
+
+def _as_text(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+
+def csv_text(found: list[Record], kind: str) -> str:
+    """Records of a kind as CSV, one row each, every field a column; lists as JSON.
+
+    Text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
+    text: str = _table(found, kind).map(_as_text).to_csv(index=False, lineterminator="\n")
     return text
 
 
@@ -37,6 +55,9 @@ def explorer_data(found: list[Record]) -> str:
     """The script that hands the explorer the CSV files' columns and cells, by kind."""
     data = {}
     for kind in KINDS[1:]:
-        columns, *rows = csv.reader(io.StringIO(csv_text(found, kind)))
+        text = _table(found, kind).to_csv(index=False, lineterminator="\n")
+        columns, *rows = csv.reader(io.StringIO(text))
         data[kind] = {"columns": columns, "rows": rows}
-    return f"window.cembRecords = {json.dumps(data, ensure_ascii=False)};\n"
+    # As characters that mean nothing in HTML, and are no line breaks of JavaScript's.
+    script = json.dumps(data).replace("<", "\\u003c")
+    return f"window.cembRecords = {script};\n"

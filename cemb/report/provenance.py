@@ -121,9 +121,18 @@ def study_command(run: study_grid.Run, grid: str) -> str:
     corpus = run.parameters.get("corpus")
     if corpus not in (None, corpora.DEFAULT_CORPUS):
         if corpus not in corpora.CORPORA:
-            corpus = os.path.relpath(study_grid.NOTEBOOKS / corpus, records.ROOT)
-        command += f" --corpus {shlex.quote(corpus)}"
+            # With its folder, so that it is taken for no option and no name.
+            corpus = f"./{os.path.relpath(study_grid.NOTEBOOKS / corpus, records.ROOT)}"
+        command += f" --corpus {_quoted(corpus)}"
     return command
+
+
+def _quoted(word: str) -> str:
+    """A word of a command as a shell reads it, in one line; what cannot be seen is written as bash has it."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = (c if c.isprintable() and c not in "'\\" else f"\\U{ord(c):08x}" for c in word)
+    return f"$'{''.join(escaped)}'"
 
 
 def _facts(found: list[records.Record], command: str, code: str) -> list[str]:
@@ -133,22 +142,23 @@ def _facts(found: list[records.Record], command: str, code: str) -> list[str]:
     def all_of(name: str) -> str:
         return ", ".join(sorted({str(record.get(name) or "none") for record in found}))
 
+    in_cell = report_text.code(command).replace("|", r"\|")
     commits = sorted(
         {(r["git_commit"] or "no commit")[:10] + (" and edits" if r["git_dirty"] else "") for r in found}
     )
     fingerprints = {r.get("corpus_fingerprint") or r.get("pmi_corpus_fingerprint") for r in found}
     facts = {
-        "to run it again": f"`{command}`",
-        "code": code,
         "commit": ", ".join(commits),
         "machine": f"{place['device_name']}, {place['cpu_count']} processors, {all_of('threads')} threads",
-        "huge pages": place["transparent_huge_pages"],
+        "huge pages": place["transparent_huge_pages"] or "",
         "`THP_MEM_ALLOC_ENABLE`": all_of("thp_mem_alloc_enable"),
         "versions": ", ".join(f"{name.removesuffix('_version')} {place[name]}" for name in VERSIONS),
         "corpus": ", ".join(sorted(filter(None, fingerprints))),
         "measured": f"{min(r['utc_time'] for r in found)} to {max(r['utc_time'] for r in found)}",
     }
-    return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items() if text)]
+    rows = {"to run it again": in_cell, "code": code}
+    rows |= {name: report_text.plain(text) for name, text in facts.items()}
+    return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)]
 
 
 def _repeats(found: list[records.Record]) -> list[str]:
@@ -166,12 +176,20 @@ def _repeats(found: list[records.Record]) -> list[str]:
             values = " ".join(f"{value:.4g}" for value in record[name])
             note = " (contended: it waited for a processor)" if record.get("is_contended") else ""
             lines.append(f"{what}{note}\n    {values} {unit}")
-    return ["", "Every repeat, in order of measurement:", "", "```text", *lines, "```"] if lines else []
+    if not lines:
+        return []
+    return [
+        "",
+        "Every repeat, in order of measurement:",
+        "",
+        *report_text.code_block("\n".join(lines), "text"),
+    ]
 
 
 def run_section(run: study_grid.Run, found: list[records.Record], grid: str) -> str:
     """The end of a run's page, as MyST: its command, parameters, code, environment and raw repeats."""
-    code = f"`{found[0]['code_hash']}`, of `notebooks/{run.notebook}` and what it reaches of `cemb`"
+    code = report_text.code(found[0]["code_hash"])
+    code += f", of `notebooks/{run.notebook}` and what it reaches of `cemb`"
     parameters = "\n".join(f"{name} = {value!r}" for name, value in run.parameters.items())
     return "\n".join(
         [
@@ -182,9 +200,7 @@ def run_section(run: study_grid.Run, found: list[records.Record], grid: str) -> 
             "",
             "What it was asked for, beside the notebook's defaults:",
             "",
-            "```python",
-            parameters,
-            "```",
+            *report_text.code_block(parameters, "python"),
             *_repeats(found),
             "",
         ]
@@ -195,7 +211,7 @@ def reference_page(machine: str, kind: str, found: list[records.Record]) -> str:
     """The page of a reference machine's file, as MyST; ``data/MACHINE-KIND.jsonl`` is the file beside it."""
     measurement = MEASUREMENTS[kind]
     hashes = sorted({record["code_hash"] for record in found if "code_hash" in record})
-    code = ", ".join(f"`{code}`" for code in hashes) or "of the commit"
+    code = ", ".join(map(report_text.code, hashes)) or "of the commit"
     return "\n".join(
         [
             f"({label(machine, kind)})=",
@@ -217,7 +233,11 @@ def _runs(machine: str, kind: str, found: list[records.Record]) -> list[str]:
     for run, number in Counter(record["run"] for record in found if "run" in record).items():
         command = f"{MEASUREMENTS[kind].command} --run {run}"
         records_text = f"{number} record{'s' if number > 1 else ''}"
-        lines += ["", f"({label(machine, kind, run)})=", f"{run}, {records_text}: `{command}`"]
+        lines += [
+            "",
+            f"({label(machine, kind, run)})=",
+            f"{run}, {records_text}: {report_text.code(command)}",
+        ]
     return ["", "Its runs, and what runs each again:", *lines] if lines else []
 
 

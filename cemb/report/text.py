@@ -1,6 +1,7 @@
 """Records in words: names, gaps, scores and times as the pages write them."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -116,6 +117,24 @@ def signed_text(value: float, digits: int = 0) -> str:
     return f"{round(value, digits) + 0:.{digits}f}".replace("-", "−")
 
 
+def code(text: str) -> str:
+    """Text as inline code of Markdown, whatever it holds; ``|`` would end a cell of a table."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def code_block(text: str, language: str) -> list[str]:
+    """Text as lines of a block of code of Markdown, whatever it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}{language}", text, fence]
+
+
+def plain(text: str) -> str:
+    """Text as Markdown that shows it as it is, in a cell of a table, too."""
+    return re.sub(r"[\\`*_{}\[\]<>|$&]", r"\\\g<0>", " ".join(text.split()))
+
+
 def minutes(found: list[Record]) -> float:
     """Minutes from the first of these records to the last."""
     times = [datetime.fromisoformat(record["utc_time"]) for record in found]
@@ -149,6 +168,8 @@ def show(
     ]
     return (
         table.style.hide(axis="index")
+        .format(escape="html")
+        .format_index(escape="html", axis="columns")
         .set_uuid(name)
         .set_table_styles(rules)
         .set_table_attributes('class="dataframe"')

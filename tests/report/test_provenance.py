@@ -1,13 +1,17 @@
 """Where numbers come from: the ends of run pages, the pages of references, and what is stale of those."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from markdown_it import MarkdownIt
 
 from cemb import cli
 from cemb.report import provenance
@@ -76,6 +80,58 @@ def test_the_command_names_a_corpus_that_is_not_the_default(tmp_path):
     asked = cli.parse(shlex.split(provenance.study_command(run, "smoke"))[3:]).keywords
     assert (ROOT / asked["corpus"]).resolve() == text.resolve()
     assert "--corpus" not in provenance.study_command(_speed_run(), "default")
+
+
+class _Seen(HTMLParser):
+    """The tags of a page, and the texts of its code."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.code, self._in_code = [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "code":
+            self.code.append("")
+            self._in_code = True
+
+    def handle_endtag(self, tag):
+        self._in_code &= tag != "code"
+
+    def handle_data(self, data):
+        if self._in_code:
+            self.code[-1] += data
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a`<script>alert(1)</script>`.txt",
+        "``` <img src=x onerror=alert(1)> | x ``.txt",
+        "`{{ 7 }}` </script>.txt",
+        "two\nlines\u2028\u0085.txt",
+        "-text8",
+        "text8",
+    ],
+)
+def test_no_name_of_a_corpus_is_markup_on_a_page(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("one two")
+    run = replace(_speed_run(), parameters={"corpus": os.path.relpath(tmp_path / name, grid.NOTEBOOKS)})
+    place = _place(code_hash="0" * 16, device_name=f"{name} $x$ **bold**", corpus_fingerprint=name)
+    text = provenance.run_section(run, [place], "smoke")
+    seen = _Seen(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
+    assert set(seen.tags) <= {"h2", "p", "table", "thead", "tbody", "tr", "th", "td", "code", "pre"}
+    (command,) = [code for code in seen.code if code.startswith("python -m cemb study")]
+    # As bash reads it, and so the words of the command are those of the corpus.
+    words = subprocess.run(
+        ["bash", "-c", f"LC_ALL=C.UTF-8; printf '%s\\0' {command}"], capture_output=True, check=True
+    ).stdout
+    asked = cli.parse(words.decode().split("\0")[3:-1]).keywords
+    assert (tmp_path / asked["corpus"]).samefile(tmp_path / name)
+    assert f"corpus = {run.parameters['corpus']!r}" in "".join(seen.code)
 
 
 def test_every_published_file_has_a_page_and_a_command_that_parses():

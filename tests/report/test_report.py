@@ -1,5 +1,8 @@
 """From records to the frontier's tables and figures: seeds, budgets, failures, learning rates."""
 
+import csv
+import html
+import io
 import json
 import math
 import re
@@ -628,3 +631,47 @@ def test_the_explorer_has_every_record():
         ["frontier", "a, b", "1.5", "[1, 2]"],
         ["frontier", 'say "c"', "2.0", "[2]"],
     ]
+
+
+LIVE = ["<script>alert(1)</script>", "</script>", "a & b", "{{ 7 }}", "\u2028"]
+
+
+@pytest.mark.parametrize("live", LIVE)
+def test_tables_show_text_as_it_is(live):
+    shown = report_text.show(pd.DataFrame({"what": [live], live: [0.5]})).to_html()
+    assert "<script" not in shown
+    (cell,) = re.findall(r'class="data row0 col0" >(.*?)</td>', shown)
+    (head,) = re.findall(r'class="col_heading level0 col1" >(.*?)</th>', shown)
+    assert html.unescape(cell) == html.unescape(head) == live
+    assert ">0.500000</td>" in shown
+
+
+@pytest.mark.parametrize("live", LIVE)
+def test_the_explorers_script_holds_text_as_it_is(live):
+    script = export.explorer_data([{"kind": kind, "corpus": live} for kind in export.KINDS])
+    assert script.isascii()
+    assert "<" not in script
+    data = json.loads(script.partition(" = ")[2].removesuffix(";\n"))
+    assert data["speed"]["rows"] == [["speed", live]]
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+cmd|x", "'+cmd|x"),
+        ("-x.txt", "'-x.txt"),
+        ("@sum", "'@sum"),
+        ("\t=1", "'\t=1"),
+        ("a=b", "a=b"),
+        ("", ""),
+        (-0.5, "-0.5"),
+        (-3, "-3"),
+        (-1e-300, "-1e-300"),
+        ([-1, 2], "[-1, 2]"),
+        (True, "True"),
+    ],
+)
+def test_text_is_no_formula_and_numbers_stay_numbers(value, cell):
+    rows = list(csv.reader(io.StringIO(export.csv_text([{"kind": "speed", "value": value}], "speed"))))
+    assert rows == [["kind", "value"], ["speed", cell]]
