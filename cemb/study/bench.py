@@ -52,9 +52,8 @@ def cases(optimizer: str, ids: str = "uniform", device: str = "cpu", **sizes: An
 def _serve(connection: Any) -> None:
     """A process that holds cases and measures them when told to; it is killed in the end."""
     end_with_parent()
-    tqdm.set_lock(
-        threading.RLock()
-    )  # by default a semaphore of the system, which a process killed leaves there
+    # By default it is a semaphore of the system's, which a killed process leaves there.
+    tqdm.set_lock(threading.RLock())
     steps: dict[Hashable, speed.Timed] = {}
     times: dict[Hashable, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     while True:

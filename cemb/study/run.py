@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,8 @@ def _run_todo(runs: list[Run], workers: int | None, say: Callable[[str], None]) 
     others = [run for run in todo if run not in data and run not in timed]
 
     def execute_all(now: list[Run], later: list[Run], at_once: int) -> None:
-        waiting, running = list(now), {}
+        waiting = list(now)
+        running: dict[Future[tuple[Run, float]], Run] = {}
         # Never on the main thread: there nbclient would put its own handling of signals in place of ours.
         pool, is_stopped = ThreadPoolExecutor(at_once), False
         try:
