@@ -218,12 +218,13 @@ def test_a_run_without_records_is_none(run, notebooks):
     assert staleness.why_stale(run) == "never run"
 
 
-def test_a_run_that_cannot_be_put_in_its_place_is_an_error(run, notebooks):
-    place = staleness.run_dir(run)
-    notebooks["call"] = lambda: place.write_text("a file")
-    with pytest.raises(OSError, match="small"):
-        study_run.execute(run)
-    assert list(place.parent.iterdir()) == [place]
+def test_a_folder_that_cannot_be_put_in_its_place_is_an_error(tmp_path):
+    place = tmp_path / "small"
+    place.write_text("a file")
+    with pytest.raises(OSError, match="small"), files.atomic_directory(place) as work:
+        (work / "run.ipynb").touch()
+    assert list(tmp_path.iterdir()) == [place]
+    assert place.read_text() == "a file"
 
 
 def test_records_name_the_code_that_the_notebook_is_and_reaches(notebooks, tmp_path, monkeypatch):
