@@ -28,9 +28,8 @@ from concurrent.futures import (
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -56,6 +55,7 @@ from cemb.pmi.cooccurrence import (
 )
 from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors, row_blocks
 from cemb.pmi.npy import StoredArray
+from cemb.processes import end_with_parent
 
 DEFAULT_MEMORY = "2GiB"
 # More would show progress too rarely, and memory that is used again is faster than new memory.
@@ -339,24 +339,12 @@ def _run(tasks: Sequence[Callable[[], int]], executor: Executor, progress: tqdm,
         wait(futures)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would go on with its task otherwise."""
-
-    def watch() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def process_executor(workers: int | None = None) -> Iterator[tuple[Executor, int]]:
     """An executor of processes of this machine, by default as many as it has processors, and their number."""
     check_integers(1, workers=workers)
     workers = workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
         yield pool, workers
 
 

@@ -4,6 +4,7 @@ Runs are published whole, by one rename, and never altered, so an interrupted st
 A folder of results has one study at a time.
 """
 
+import json
 import math
 import os
 import pkgutil
@@ -22,7 +23,7 @@ from cemb import files, processes
 from cemb.study import parameters, records
 from cemb.study.grid import NOTEBOOKS, PARAMETERS, Run
 from cemb.study.identity import RULE
-from cemb.study.staleness import differences, folder_of, identity, reached, runs_dir, seal, why_stale
+from cemb.study.staleness import differences, folder_of, identity, reached, runs_dir, why_stale
 
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -92,7 +93,8 @@ def execute(run: Run) -> Path:
                 f"{run.name} is not published, for what it depends on changed meanwhile: "
                 f"{'; '.join(changed.values())}; run the study again"
             )
-        seal(work, content, definitions)
+        whole = json.dumps({**content, "definitions": definitions}, indent=1, default=str)
+        (work / "identity.json").write_text(whole, encoding="utf-8")
         if target.exists():  # damaged: else it would not be run
             shutil.rmtree(target)
     return target
@@ -116,17 +118,8 @@ def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str
     runs go last, one at a time and alone. Stops at the first failure, keeping what is finished.
     """
     with processes.one_at_a_time(runs_dir(), say):
-        _remove_unfinished()  # of a study that was killed
-        try:
-            _run_todo(runs, workers, say)
-        finally:
-            _remove_unfinished()
-
-
-def _remove_unfinished() -> None:
-    """Remove runs that are no more at work, which all are while this study has the folder and runs none."""
-    for unfinished in runs_dir().glob(".*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        files.sweep(runs_dir())
+        _run_todo(runs, workers, say)
 
 
 def _run_todo(runs: list[Run], workers: int | None, say: Callable[[str], None]) -> None:

@@ -16,9 +16,6 @@ from cemb.study import records
 from cemb.study.grid import NOTEBOOKS, Run
 from cemb.study.identity import Code, Reached
 
-# What a run leaves beside its identity.json.
-RESULTS = ("run.ipynb", "records.jsonl")
-
 
 def code_cells(notebook: Path) -> str:
     """A notebook's code as one Python source; its prose and outputs do not count."""
@@ -86,43 +83,13 @@ def _plain(content: records.Record) -> records.Record:
     return plain
 
 
-def _state(path: Path) -> dict[str, object] | None:
-    """What tells a file from one that was cut or edited; None if there is none."""
+def _content(folder: Path) -> records.Record | None:
+    """A run's identity as it was; None if it cannot be read any more."""
     try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def seal(folder: Path, content: records.Record, definitions: dict[str, str]) -> None:
-    """Write a run's identity, last of its files, with the sizes and hashes of the others."""
-    states = {name: _state(folder / name) for name in RESULTS}
-    whole = {**content, "definitions": definitions, "files": states}
-    files.write_atomic(folder / "identity.json", json.dumps(whole, indent=1, default=str))
-
-
-def _sealed(folder: Path) -> records.Record | None:
-    """What `seal` wrote; None if it cannot be read any more."""
-    try:
-        sealed = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
+        found = files.read_json(folder / "identity.json")
     except (OSError, ValueError):
         return None
-    return sealed if isinstance(sealed, dict) else None
-
-
-def _damage(folder: Path, content: records.Record) -> str | None:
-    """Which file of a run's folder is not what was published there, or None."""
-    sealed = _sealed(folder) or {}
-    states = sealed.pop("files", None)
-    sealed.pop("definitions", None)
-    if differences(sealed, content) or not isinstance(states, dict):
-        return "damaged: identity.json is not what was written"
-    for name in RESULTS:
-        now = _state(folder / name)
-        if now is None or now != states.get(name):
-            return f"damaged: {name} is {'missing' if now is None else 'not what was written'}"
-    return None
+    return found if isinstance(found, dict) else None
 
 
 def why_stale(run: Run) -> str | None:
@@ -130,18 +97,21 @@ def why_stale(run: Run) -> str | None:
     content = identity(run)
     folder = folder_of(run, content)
     if folder.is_dir():
-        return _damage(folder, content)
+        try:
+            files.verify(folder, "it is run again")
+        except files.DamagedError as error:
+            return str(error)
+        return None
     # Names may be prefixes of one another; the key is always 12 hexadecimal digits.
     earlier = [
-        (p.stat().st_mtime, sealed)
+        (p.stat().st_mtime, before)
         for p in runs_dir().glob(f"{run.name}-*")
-        if re.fullmatch(r"[0-9a-f]{12}", p.name[len(run.name) + 1 :]) and (sealed := _sealed(p))
+        if re.fullmatch(r"[0-9a-f]{12}", p.name[len(run.name) + 1 :]) and (before := _content(p))
     ]
     if not earlier:
         return "never run"
     _, before = max(earlier, key=lambda one: one[0])
     definitions = before.pop("definitions", None)
-    before.pop("files", None)
     changed = differences(before, content)
     if changed.pop("code", None):
         changed["code"] = code_change(reached(run), definitions)

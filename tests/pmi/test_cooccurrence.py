@@ -142,11 +142,11 @@ def test_subsampling_keeps_as_many_as_word2vec():
         ({"window_size": 2.5}, "window_size must be an integer, got 2.5"),
         ({"window_size": 10**9}, "window_size must be at most 65536, got 1000000000"),
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"subsample_threshold": math.nan}, "subsample_threshold must be above 0, got nan"),
+        ({"subsample_threshold": math.nan}, r"subsample_threshold must lie in \(0, inf\), got nan"),
         ({"token_ids": np.array([1, 2**32 + 1])}, r"got ids from 1 to 4294967297"),
         ({"token_ids": np.array([1, -2])}, r"or be -1 for a border, got ids from -2 to 1"),
         ({"vocab_size": 2}, r"must lie in \[0, 2\), or be -1 for a border, got ids from 0 to 3"),
-        ({"subsample_threshold": 0}, "subsample_threshold must be above 0, got 0"),
+        ({"subsample_threshold": 0}, r"subsample_threshold must lie in \(0, inf\), got 0"),
     ],
 )
 def test_bad_counting_is_refused(options, message):

@@ -1,5 +1,6 @@
 """The study driver: what is stale and why, refusals, a run killed halfway."""
 
+import json
 import os
 import re
 import signal
@@ -27,10 +28,10 @@ def _pretend(run, **changes):
     definitions = changes.pop("definitions", None)
     content = {**staleness.identity(run), **changes}
     path = staleness.folder_of(run, content)
-    path.mkdir(parents=True)
-    (path / "run.ipynb").write_text("{}")
-    (path / "records.jsonl").write_text('{"kind": "pmi"}\n')
-    staleness.seal(path, content, definitions)
+    with files.atomic_directory(path) as work:
+        (work / "run.ipynb").write_text("{}")
+        (work / "records.jsonl").write_text('{"kind": "pmi"}\n')
+        (work / "identity.json").write_text(json.dumps({**content, "definitions": definitions}, default=str))
     return path
 
 
@@ -276,19 +277,21 @@ def _edited(name):
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (_emptied, "identity.json is not what was written"),
-        (_cut("identity.json"), "identity.json is not what was written"),
-        (_edited("identity.json"), "identity.json is not what was written"),
-        (_cut("records.jsonl"), "records.jsonl is not what was written"),
-        (_edited("records.jsonl"), "records.jsonl is not what was written"),
-        (_edited("run.ipynb"), "run.ipynb is not what was written"),
+        (_emptied, "it has no SHA256SUMS"),
+        (_cut("identity.json"), "the SHA-256 of identity.json"),
+        (_edited("identity.json"), "the SHA-256 of identity.json"),
+        (_cut("records.jsonl"), "the SHA-256 of records.jsonl"),
+        (_edited("records.jsonl"), "the SHA-256 of records.jsonl"),
+        (_edited("run.ipynb"), "the SHA-256 of run.ipynb"),
         (lambda path: (path / "run.ipynb").unlink(), "run.ipynb is missing"),
     ],
 )
 def test_a_damaged_run_is_named_and_run_again(damage, why, run, notebooks):
     path = study_run.execute(run)
     damage(path)
-    with pytest.raises(FileNotFoundError, match=f"1 of 1 runs .*\n  small: damaged: {why}"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"1 of 1 runs .*\n  small: '{path}' is damaged: {why}.*; it is run again"
+    ):
         staleness.current_records([run])
     said = []
     study_run.run_study([run], say=said.append)
@@ -317,7 +320,7 @@ def test_a_second_study_waits_for_the_first(run, notebooks):
 
 
 def test_what_a_killed_study_left_is_removed(run, notebooks):
-    left = staleness.runs_dir() / ".small-abcdef"
+    left = staleness.runs_dir() / ".small-abcdef.cemb-tmp"
     left.mkdir(parents=True)
     (left / "run.ipynb").touch()
     study_run.run_study([run], say=lambda text: None)
@@ -399,7 +402,9 @@ run_study([Run("bad", "Bad", "speed.ipynb", {"optimizer": "lion", "num_embedding
     assert re.search("bad failed with ValueError: optimizer must be one of .*'lion'", done.stderr)
     kept = nbformat.read(tmp_path / "results" / "local" / "failed" / "bad.ipynb", as_version=4)
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
-    assert not list((tmp_path / "results" / "local" / "runs").iterdir())
+    left = tmp_path / "results" / "local" / "runs"
+    files.sweep(left)
+    assert not list(left.iterdir())
 
 
 def test_runs_come_in_their_order_and_timed_ones_alone(tmp_path, monkeypatch):
@@ -476,7 +481,9 @@ sys.exit(processes.supervised(lambda: run_study([Run("long", "Long", "speed.ipyn
     assert time.monotonic() - start < 3
     assert process.stderr.read() == f"cemb: stopped by {signal.Signals(number).name}\n"
     assert not list(filter(is_alive, kernels))
-    assert not list((tmp_path / "results" / "local" / "runs").iterdir())
+    left = tmp_path / "results" / "local" / "runs"
+    files.sweep(left)
+    assert not list(left.iterdir())
 
 
 @pytest.mark.long
