@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from cemb.study import grid
+from cemb.study import grid, records
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / "build" / "test"
@@ -28,6 +29,37 @@ LONGEST = (
 def long(*values):
     """Values of a parameter that `make test-long` tries and `make test` leaves out."""
     return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--report", type=Path, help="file for a record of what was tried, and how often")
+
+
+class Report:
+    """Adds up what tests say they tried, by `record_property`, and writes it as one record."""
+
+    def __init__(self, config):
+        self.path, self.marks = config.getoption("--report"), config.getoption("-m")
+        self.start, self.outcomes, self.tried = time.monotonic(), Counter(), Counter()
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.outcome] += 1
+        if report.when == "call":
+            self.tried.update(dict(report.user_properties))
+
+    def pytest_sessionfinish(self):
+        which = {"kind": "tests", "is_long": self.marks == "long"}
+        outcomes = {f"num_{outcome}": self.outcomes[outcome] for outcome in ("passed", "failed", "skipped")}
+        tried = {f"tried {name}": number for name, number in sorted(self.tried.items())}
+        seconds = {"tests_s": round(time.monotonic() - self.start, 1)}
+        records.write([{**which, **outcomes, **tried, **seconds, **records.provenance()}], self.path)
+
+
+def pytest_configure(config):
+    # Under xdist its workers' reports reach the one process that has no worker's input.
+    if config.getoption("--report") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Report(config))
 
 
 def pytest_collection_modifyitems(items):

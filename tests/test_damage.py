@@ -88,7 +88,8 @@ def damage(folder, rng):
 
 @pytest.mark.parametrize("num_damages", [25, *long(200)])
 @pytest.mark.parametrize("name", READ)
-def test_damage_is_refused_or_of_no_effect(stored, tmp_path, name, num_damages):
+def test_damage_is_refused_or_of_no_effect(stored, tmp_path, record_property, name, num_damages):
+    record_property("damaged folders", num_damages)
     expected, refused = READ[name](stored / name), 0
     for seed in range(num_damages):
         folder = tmp_path / str(seed)
@@ -111,13 +112,15 @@ LIES += [[], [1], [1, 2], ["1", "2"], [10**9, 10**9], [1e300, 1]]
 
 
 @pytest.mark.parametrize("name", ["corpus", "counts", "matrix"])
-def test_a_manifest_that_lies_is_refused(stored, tmp_path, name):
+def test_a_manifest_that_lies_is_refused(stored, tmp_path, record_property, name):
     """Its sums are right: whoever wrote it meant it."""
     expected = READ[name](stored / name)
     manifest = json.loads((stored / name / "manifest.json").read_text())
     lies = [{**manifest, field: lie} for field in manifest for lie in LIES]
     lies += [{key: value for key, value in manifest.items() if key != field} for field in manifest]
-    for i, lie in enumerate([*lies, [], 3, None, "text"]):
+    lies += [[], 3, None, "text"]
+    record_property("manifests that lie", len(lies))
+    for i, lie in enumerate(lies):
         folder = tmp_path / str(i)
         shutil.copytree(stored / name, folder)
         (folder / "manifest.json").write_text(json.dumps(lie))
@@ -169,7 +172,8 @@ def test_cells_are_in_their_places(stored, tmp_path, monkeypatch, file, change, 
         CsrFolder(tmp_path / "counts")
 
 
-def test_damaged_parts_of_a_count_are_counted_again(stored, tmp_path, monkeypatch):
+def test_damaged_parts_of_a_count_are_counted_again(stored, tmp_path, monkeypatch, record_property):
+    record_property("damaged folders", 25)
     monkeypatch.setattr("cemb.pmi.out_of_core.LARGEST_TASK", 200)
     corpus = EncodedCorpus.open(stored / "corpus")
     options = {"vocab_size": len(corpus.words), "workers": 1}

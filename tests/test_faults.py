@@ -114,7 +114,8 @@ def gone(group, seconds=5):
 
 @pytest.mark.parametrize("seed", [0, *long(*range(1, 15))])
 @pytest.mark.parametrize("name", ["encode", "pmi", *long("count", "count in processes", "train")])
-def test_a_killed_command_does_its_work_when_it_is_run_again(undisturbed, tmp_path, name, seed):
+def test_a_killed_command_does_its_work_when_run_again(undisturbed, tmp_path, name, seed, record_property):
+    record_property("kills", 1)
     ready(name, undisturbed, tmp_path)
     rng = np.random.default_rng([seed, *name.encode()])
     process = start(name, tmp_path)
@@ -127,8 +128,9 @@ def test_a_killed_command_does_its_work_when_it_is_run_again(undisturbed, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["pmi", *long("encode", "count", "count in processes", "train")])
-def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path, name):
+def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path, name, record_property):
     """Files above 64 KiB are refused, as by a disk that is full at some time."""
+    record_property("full disks", 1)
     ready(name, undisturbed, tmp_path)
     status, _, error = finish(start(name, tmp_path, before="ulimit -f 128; trap '' XFSZ"))
     assert status == 2, error
@@ -139,7 +141,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["pmi", *long("encode", "count")])
-def test_few_open_files_are_enough(undisturbed, tmp_path, name):
+def test_few_open_files_are_enough(undisturbed, tmp_path, name, record_property):
+    record_property("commands with few open files", 1)
     ready(name, undisturbed, tmp_path)
     status, _, error = finish(start(name, tmp_path, before="ulimit -n 64"))
     assert status == 0, error
@@ -147,7 +150,8 @@ def test_few_open_files_are_enough(undisturbed, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["pmi", *long("encode", "count", "count in processes", "train")])
-def test_of_two_at_once_each_is_whole_or_refused(undisturbed, tmp_path, name):
+def test_of_two_at_once_each_is_whole_or_refused(undisturbed, tmp_path, name, record_property):
+    record_property("commands started twice at once", 1)
     ready(name, undisturbed, tmp_path)
     both = [start(name, tmp_path) for _ in range(2)]
     ended = [finish(process) for process in both]

@@ -44,11 +44,10 @@ def _zip(compression):
 
 
 def _zstd(data):
-    out = io.BytesIO()
+    out = pa.BufferOutputStream()
     with pa.CompressedOutputStream(out, "zstd") as stream:
         stream.write(data)
-        stream.flush()
-        return out.getvalue()
+    return out.getvalue().to_pybytes()
 
 
 def read_text(path):

@@ -26,7 +26,8 @@ def _draw_spec(rng):
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10))
-def test_random_small_cases_are_those_of_naive_pytorch(seed, monkeypatch):
+def test_random_small_cases_are_those_of_naive_pytorch(seed, monkeypatch, record_property):
+    record_property("lookups, scores and steps against naive PyTorch", CASES_A_SEED)
     rng = np.random.default_rng(seed)
     for case in range(CASES_A_SEED):
         spec = _draw_spec(rng)

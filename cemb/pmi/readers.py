@@ -210,7 +210,7 @@ class File:
                 raise ValueError(f"{self.name} {what} (zip): {error}") from None
 
     def _members(self, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-        files = [m for m in archive.infolist() if not m.is_dir()]
+        files = [m for m in archive.infolist() if not m.filename.endswith("/")]
         members = [m for m in files if m.filename == self.member]
         if self.member is None:
             members = [m for m in files if not any(map(_is_no_data, m.filename.split("/")))]
@@ -320,6 +320,8 @@ def _parquet_batches(path: Path, file: Any, column: str) -> Iterator[Any]:
     with open_parquet(path, [column], shares=True) as shared:
         for k in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(k)
+            # Of a damaged group, pyarrow's metadata end the process where its rows are an error.
+            next(file.iter_batches(1, row_groups=[k], columns=[column]), None)
             chunk = group.column(number)
             num_bytes = chunk.total_uncompressed_size
             if num_bytes <= _PARQUET_GROUP:
@@ -329,8 +331,8 @@ def _parquet_batches(path: Path, file: Any, column: str) -> Iterator[Any]:
             dictionary = 0.0
             if chunk.dictionary_page_offset:
                 dictionary = chunk.data_page_offset - chunk.dictionary_page_offset
-                dictionary *= num_bytes / chunk.total_compressed_size
-            longest = max(dictionary, num_bytes / group.num_rows)
+                dictionary *= num_bytes / max(chunk.total_compressed_size, 1)
+            longest = max(dictionary, num_bytes / max(group.num_rows, 1))
             batch_size = min(max(int(_PARQUET_BATCH / longest), 1), 1024)
             yield from file.iter_batches(batch_size, row_groups=[k], columns=[column])
 
