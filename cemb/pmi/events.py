@@ -129,6 +129,7 @@ def _batches(path: Path, names: Sequence[str]) -> Iterator[list[Any]]:
     done = 0
     try:
         for batch in read(path, names):
+            batch.validate(full=True)  # Arrow itself hands on places outside a dictionary
             columns = [batch.column(name) for name in names]
             is_event = compute.and_(columns[0].is_valid(), columns[1].is_valid())
             if columns[2:]:

@@ -238,7 +238,7 @@ class File:
                 for batch in _parquet_batches(self.path, file, self.text_field):
                     yield from self._documents(batch.column(0), done)
                     done += len(batch)
-                    now = num_bytes * done // file.metadata.num_rows
+                    now = num_bytes * done // max(file.metadata.num_rows, done, 1)
                     advance(now - reached)
                     reached = now
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -253,6 +253,8 @@ class File:
         texts, places = column, rows
         if pyarrow.types.is_dictionary(column.type):
             texts, places = column.dictionary, column.indices.fill_null(0).to_numpy()[rows]
+            if len(places) and not 0 <= places.min() <= places.max() < len(texts):
+                raise ValueError(f"{self.name} is not a whole Parquet file: rows are outside its dictionary")
         texts = texts.cast(pyarrow.large_string())
         try:
             texts.validate(full=True)
