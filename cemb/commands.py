@@ -79,11 +79,11 @@ def _save(model: dict[str, Any], path: Path) -> None:
     """Write a state_dict whole or not at all."""
     import torch
 
+    from cemb import files
+
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as work:
-            with (Path(work) / path.name).open("wb") as file:
-                torch.save(model, file)
-            (Path(work) / path.name).replace(path)
+        with files.atomic_file(path) as work, work.open("wb") as file:
+            torch.save(model, file)
     except OSError as error:
         raise _cannot_write(path, error) from None
     except RuntimeError as error:  # of torch, which closes its file when the system's was raised

@@ -110,13 +110,20 @@ def atomic_directory(path: Path, *, durable: bool = True) -> Iterator[Path]:
             _flush(path.parent)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A new file to write, which takes the name `path`, whatever file has it, if the block succeeds."""
     with _temporary(path, lambda new: new.touch(exist_ok=False)) as work:
-        work.write_text(text, encoding="utf-8")
+        yield work
         _flush(work)
         work.replace(path)
         _flush(path.parent)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with atomic_file(path) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def _flush(path: Path) -> None:
