@@ -140,6 +140,43 @@ def test_a_full_disk_is_one_line_and_loses_nothing(undisturbed, tmp_path, name, 
     check_same_and_tidy(name, undisturbed, tmp_path)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, and a function that gives the disk so many KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(kib, *options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join((*options, f"size={kib}k")), "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if not resize(4096):
+        pytest.skip("mounting a small disk takes root")
+    yield folder, lambda kib: resize(kib, "remount")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kib", [16, 64, 256, 640, 1024, 2048, 3072, 4096])
+@pytest.mark.parametrize("name", ["encode", "pmi", "train"])
+def test_a_disk_that_is_full_is_one_line_and_loses_nothing(
+    undisturbed, small_disk, record_property, name, kib
+):
+    folder, resize = small_disk
+    assert resize(100_000)
+    shutil.copy(undisturbed[0] / "text.txt", folder)
+    assert resize((folder / "text.txt").stat().st_size // 1024 + kib)
+    status, _, error = finish(start(name, folder))
+    if status:
+        assert status == 2, error
+        assert error.splitlines()[-1].startswith("cemb: "), error
+        assert "space" in error
+        assert "Traceback" not in error
+    assert resize(100_000)
+    check_same_and_tidy(name, undisturbed, folder)
+    record_property("full disks", 1)
+
+
 @pytest.mark.parametrize("name", ["pmi", *long("encode", "count")])
 def test_few_open_files_are_enough(undisturbed, tmp_path, name, record_property):
     record_property("commands with few open files", 1)
@@ -180,3 +217,68 @@ def test_two_encodings_of_one_name_are_not_mixed_up(undisturbed, tmp_path):
     (winner,) = [name for name, (status, *_) in ended.items() if status == 0]
     assert f'"corpus": [\n  "{winner}"\n ]' in (tmp_path / "corpus" / "manifest.json").read_text()
     assert all(status == 0 or "corpus' exists already" in error for status, _, error in ended.values())
+
+
+_STEPS = """
+import os, sys
+from pathlib import Path
+from cemb.pmi import out_of_core
+from cemb.study import dataset
+
+root, first, stride = Path(sys.argv[1]), *map(int, sys.argv[2:])
+out_of_core.LARGEST_TASK = 1500
+
+def build(name):
+    os.environ["CEMB_RESULTS"] = str(root / name)
+    found = dataset.load_pmi(dataset.PmiConfig(str(root / "text.txt"), min_count=2, rank=3))
+    litter = [path.name for path in (root / name / "local" / "data").iterdir() if path != found.folder]
+    return found.words, found.matrix.data.tolist(), found.optimum.left.tolist(), litter
+
+def end_at(step, is_before):
+    done = 0
+    def counted(change):
+        def changed(*arguments, **options):
+            nonlocal done
+            done += 1
+            is_step = done == step
+            if is_step and is_before:
+                os._exit(9)
+            try:
+                return change(*arguments, **options)
+            finally:
+                if is_step:
+                    os._exit(9)
+        return changed
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+
+expected, tried, step = build("undisturbed"), 0, first
+assert expected[-1] == []
+while True:
+    for is_before in (True, False):
+        name = f"{step}-{is_before}"
+        child = os.fork()
+        if not child:
+            end_at(step, is_before)
+            build(name)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            print(tried)
+            sys.exit()
+        assert os.waitstatus_to_exitcode(status) == 9, status
+        assert (found := build(name)) == expected, (name, found[-1])
+        tried += 1
+    step += stride
+"""
+
+
+@pytest.mark.parametrize(("first", "stride"), [(3, 40), pytest.param(1, 1, marks=pytest.mark.long)])
+def test_a_build_that_ends_at_any_change_of_the_disk_goes_on(tmp_path, record_property, first, stride):
+    (tmp_path / "text.txt").write_text(zipf_text(6000, 60))
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-c", _STEPS, str(tmp_path), str(first), str(stride)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) > 1
+    record_property("exits before and after a change of the disk", int(done.stdout))

@@ -161,8 +161,8 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEM
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = records.results_dir() / "local" / "data" / f"pmi-{key}"
-    if not path.exists():
-        partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".partial")
+    if not path.exists() or partial.exists():  # of a build that was killed in its last moment
         with files.exclusive(partial, wait=True):
             try:
                 if not path.exists():
