@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -83,41 +84,52 @@ def supervised(work: Callable[[], int]) -> int:
     latest after `_GRACE_S`. As shells have it, the status is then 128 and the number of the signal. So it is
     where nobody reads the output any more.
     """
-    status = 0
-
-    def end() -> None:
-        _end_descendants()
-        os._exit(status)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal status
-        for each in stoppers:
-            signal.signal(each, signal.SIG_IGN)
-        status = 128 + number
-        with suppress(OSError):  # by hand: what prints may be what was interrupted
-            os.write(2, f"cemb: stopped by {signal.Signals(number).name}\n".encode())
-            _silence(2)  # libraries have much to say of processes that end
-        _end_descendants()
-        timer = threading.Timer(_GRACE_S, end)
-        timer.daemon = True
-        timer.start()
-        raise Stopped
-
     # One that is ignored, as by nohup, stays so.
     stoppers = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    is_alone = threading.Event()  # the processes below are gone
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in stoppers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    def watch() -> None:
+        # Python runs handlers when the main thread comes back from what it waits for: wake it, or do without.
+        with open(reading, "rb", buffering=0) as numbers:  # noqa: PTH123  a descriptor
+            while number := numbers.read(1):
+                if number[0] in stoppers:
+                    break
+        if number:
+            with suppress(OSError):
+                os.write(2, f"cemb: stopped by {signal.Signals(number[0]).name}\n".encode())
+                _silence(2)  # libraries have much to say of processes that end
+            _end_descendants()
+            is_alone.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, number[0])  # ignored if `stop` was first
+            time.sleep(_GRACE_S)
+            _end_descendants()
+            os._exit(128 + number[0])
+
+    threading.Thread(target=watch, daemon=True).start()
     before = {number: signal.signal(number, stop) for number in stoppers}
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         try:
             return work()
         finally:
             flush_output()
-    except Stopped:
+    except Stopped as stopped:
+        is_alone.wait(_GRACE_S)
         # What else happens when Python ends takes seconds of a program with many modules, and is of no use.
         atexit._run_exitfuncs()
-        os._exit(status)
+        os._exit(128 + stopped.args[0])
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     finally:
+        signal.set_wakeup_fd(wakeup)
+        os.close(writing)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -121,6 +122,8 @@ def started():
 
         def start(*arguments, **options):
             pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            # Where tests run in the background of a shell, programs would inherit that SIGINT is ignored.
+            options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
             process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, text=True, **pipes, **options)
             ending.enter_context(process)
             ending.callback(process.kill)

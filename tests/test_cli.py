@@ -244,7 +244,7 @@ def test_errors_are_one_line(error, said, monkeypatch, capsys):
 def test_an_output_that_nobody_reads_ends_a_command_quietly(arguments, started):
     process = started("-m", "cemb", *arguments)
     process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == ("", 128 + signal.SIGPIPE)
+    assert (process.stderr.read(), process.wait(60)) == ("", 128 + signal.SIGPIPE)
 
 
 def test_an_output_that_is_full_is_one_line():
@@ -284,7 +284,7 @@ def test_a_signal_ends_a_program_and_all_below_it(number, doing, started):
     (grandchild,) = children(child)
     process.send_signal(number)
     start = time.monotonic()
-    assert process.wait() == 128 + number
+    assert process.wait(60) == 128 + number
     assert time.monotonic() - start < 3
     assert process.stderr.read() == f"cemb: stopped by {signal.Signals(number).name}\n"
     assert not is_alive(child)
@@ -297,7 +297,7 @@ def test_a_command_that_is_stopped_leaves_nothing(number, tmp_path, started):
     process = started(*command, env={**os.environ, "TQDM_DISABLE": "1"})
     wait_until(lambda: [*tmp_path.rglob("ids-*.npy")] or process.poll())
     process.send_signal(number)
-    assert process.wait() == 128 + number
+    assert process.wait(60) == 128 + number
     assert process.stderr.read() == f"cemb: stopped by {signal.Signals(number).name}\n"
     assert not list(tmp_path.iterdir())
 
@@ -323,5 +323,5 @@ def test_processes_do_not_outlive_a_parent_that_is_killed(tmp_path, started):
     child = int(process.stdout.readline())
     assert is_alive(child)
     process.kill()
-    process.wait()
+    process.wait(60)
     wait_until(lambda: not is_alive(child), 3)

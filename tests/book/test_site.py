@@ -184,7 +184,7 @@ def test_a_build_that_is_stopped_leaves_the_site_there_is_and_no_process(buildin
     assert found
     process.send_signal(number)
     is_killed = number == signal.SIGKILL
-    assert process.wait() == (-number if is_killed else 128 + number)
+    assert process.wait(60) == (-number if is_killed else 128 + number)
     said = "" if is_killed else f"cemb: stopped by {number.name}\n"
     assert process.stderr.read() == said
     wait_until(lambda: not any(map(is_alive, found)), 3)

@@ -477,7 +477,7 @@ sys.exit(processes.supervised(lambda: run_study([Run("long", "Long", "speed.ipyn
     kernels = children(process.pid)
     process.send_signal(number)
     start = time.monotonic()
-    assert process.wait() == 128 + number
+    assert process.wait(60) == 128 + number
     assert time.monotonic() - start < 3
     assert process.stderr.read() == f"cemb: stopped by {signal.Signals(number).name}\n"
     assert not list(filter(is_alive, kernels))
