@@ -62,10 +62,10 @@ $(TEST_STAMP): requirements-test.txt $(STAMP)
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(TEST_STAMP) ## run the tests; some minutes
-	$(PYTEST) --report results/local/tests.jsonl
+	$(PYTEST) --report=results/local/tests.jsonl
 
 test-long: $(TEST_STAMP) ## run those that take long; half an hour
-	$(PYTEST) -m long --report results/local/tests-long.jsonl
+	$(PYTEST) -m long --report=results/local/tests-long.jsonl
 
 $(PEERS_STAMP): requirements-peers.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-peers.txt

@@ -29,7 +29,7 @@ OPTIONS = ("--all", "-W", "-n", "--keep-going", "-q")
 def source_files() -> list[Path]:
     """All files of the repository that the site is made of."""
     found = [ROOT / "_config.yml", *BOOK.rglob("*"), *(ROOT / "cemb").rglob("*"), ROOT / "CHANGELOG.md"]
-    found += (ROOT / "results" / "reference").rglob("*.jsonl")
+    found += [*(ROOT / "results" / "reference").rglob("*.jsonl"), *(ROOT / "results" / "tests").iterdir()]
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 

@@ -4,9 +4,16 @@ import pandas as pd
 
 from cemb.report.provenance import Numbers, of
 from cemb.report.text import machine
+from cemb.study import records
 from cemb.study.records import Record
 
 _TRIED = "tried "
+
+
+def load() -> tuple[str, list[Record]]:
+    """Name of the reference machine that ran the tests last, and the records of that."""
+    found = [(path.stem, records.read(path)) for path in (records.ROOT / "results" / "tests").glob("*.jsonl")]
+    return max(found, key=lambda named: str(named[1][-1]["utc_time"]))
 
 
 def numbers(name: str, found: list[Record]) -> Numbers:

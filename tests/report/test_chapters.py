@@ -10,7 +10,7 @@ from cemb.report import provenance, select
 
 CODE = re.compile(r"^```\{code-cell\} ipython3\n((?::[^\n]*\n)*)(.*?)^```$", re.DOTALL | re.MULTILINE)
 PASTED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`]*))?`")
-CHAPTERS = ("index", "quality", "frontier", "records", "speed", "data", "compare", "rivals", "gpu")
+CHAPTERS = ("index", "quality", "frontier", "records", "speed", "data", "compare", "rivals", "gpu", "tested")
 
 
 @pytest.fixture(params=["the reference's corpus", "another"])
