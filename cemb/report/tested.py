@@ -3,7 +3,6 @@
 import pandas as pd
 
 from cemb.report.provenance import Numbers, of
-from cemb.report.text import machine
 from cemb.study import records
 from cemb.study.records import Record
 
@@ -23,7 +22,7 @@ def numbers(name: str, found: list[Record]) -> Numbers:
     return of(
         None,
         name=name,
-        machine=machine(found),
+        machine=f"{last['device_name']}, {last['cpu_count']} processors",
         commit=last["git_commit"][:10],
         date=last["utc_time"][:10],
         minutes=sum(record["tests_s"] for record in found) / 60,
