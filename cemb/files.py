@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 SUMS = "SHA256SUMS"
@@ -205,9 +204,7 @@ def verify(folder: Path, remedy: str) -> None:
             raise damaged(folder, f"the SHA-256 of {name} is not that of its {SUMS}", remedy)
 
 
-def read_manifest(
-    folder: Path, version: int, fields: Mapping[str, type | UnionType], remedy: str
-) -> dict[str, Any]:
+def read_manifest(folder: Path, version: int, fields: Mapping[str, Any], remedy: str) -> dict[str, Any]:
     """``manifest.json`` of a folder whose files are whole; `fields` are what it must have, and their types.
 
     Raises:

@@ -109,7 +109,7 @@ class File:
 
     @property
     def is_stream(self) -> bool:
-        """Whether it can be read only once: standard input, a pipe or a device."""
+        """Whether it can be read only once, as standard input, a pipe or a device can."""
         return self.path is None or not self.path.is_file()
 
     @property
