@@ -64,6 +64,7 @@ _LARGEST_MERGE = 2**22  # cells
 _CHUNK = 2**18  # tokens or cells read at once
 _SLACK = 16 * 2**20  # bytes of a task besides its arrays: Python's, the allocator's, rounding to pages
 _ANSWER_S = 5
+_NARROW = np.dtype(np.uint32)  # of totals, where they fit
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -405,11 +406,11 @@ def check_memory(
     vocab_size: int,
     num_tokens: int,
     workers: int | None = None,
-    dtype: npt.DTypeLike = np.uint32,
+    dtype: np.dtype[Any] = _NARROW,
 ) -> None:
     """ValueError unless so many bytes let `workers`, by default the processors there are, count at once."""
     workers = workers or os.cpu_count() or 1
-    needed = workers * _CountTask.num_bytes(min(_CHUNK, num_tokens), vocab_size, np.dtype(dtype))
+    needed = workers * _CountTask.num_bytes(min(_CHUNK, num_tokens), vocab_size, dtype)
     if memory < needed:
         raise ValueError(
             f"memory={memory / 2**20:,.0f} MiB is too little for a vocabulary of {vocab_size:,} on "
@@ -421,7 +422,7 @@ def _plan(
     num_tokens: int, vocab_size: int, windows: Windows, memory: int, workers: int
 ) -> tuple[int, np.dtype[Any]]:
     """Tokens a task, and the type of its totals."""
-    for dtype in (np.dtype(np.uint32), np.dtype(np.uint64)):
+    for dtype in (_NARROW, np.dtype(np.uint64)):
         spare = memory // workers - _CountTask.num_bytes(0, vocab_size, dtype)
         size = min(LARGEST_TASK, max(spare, 0) // 8, -(-num_tokens // workers))
         check_memory(memory, vocab_size, num_tokens, workers, dtype)
