@@ -56,8 +56,10 @@ def sweep(folder: Path) -> None:
     for left in folder.glob(f".*{_TEMPORARY}"):
         with suppress(OSError):  # it is another user's, or at work
             if not left.is_symlink() and (handle := _lock(left, wait=False)) is not None:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-                os.close(handle)
+                try:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                finally:
+                    os.close(handle)
 
 
 @contextmanager

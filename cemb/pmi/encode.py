@@ -18,7 +18,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -53,12 +53,14 @@ _SENTENCE_END = re.compile(
     re.VERBOSE,
 )
 _VERSION = 2
+_TALLY = tuple(each.name for each in fields(readers.Tally))
 _FIELDS = {
     "num_tokens": int,
     "num_words": int,
     "shard_sizes": list,
     "borders": str | None,
     "fingerprint": str,
+    **dict.fromkeys(_TALLY, int),
 }
 _REMEDY = "remove it, and encode the corpus again"
 _BLOCK_BYTES = 8 << 20
@@ -120,6 +122,7 @@ class EncodedCorpus:
     shard_sizes: tuple[int, ...]
     borders: str | None = None  # of BORDERS
     fingerprint: str = ""  # of words and ids
+    tally: readers.Tally = field(default_factory=readers.Tally)  # what reading left out or replaced
 
     def shard(self, i: int) -> npt.NDArray[np.int32]:
         """Ids of one shard, int32 ``[shard_sizes[i]]``, mapped from disk, to be read only."""
@@ -128,12 +131,6 @@ class EncodedCorpus:
     def shards(self) -> list[npt.NDArray[np.int32]]:
         """Ids of all shards in order, each as `shard` gives it."""
         return [self.shard(i) for i in range(len(self.shard_sizes))]
-
-    @property
-    def tally(self) -> readers.Tally:
-        """What reading left out or replaced, as the manifest has it."""
-        manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        return readers.Tally(*(manifest.get(field.name, 0) for field in fields(readers.Tally)))
 
     @classmethod
     def open(cls, folder: str | Path) -> "EncodedCorpus":
@@ -161,7 +158,7 @@ class EncodedCorpus:
                 )
             found = cls(
                 folder, words, counts, manifest["num_tokens"], tuple(sizes), manifest["borders"],
-                manifest["fingerprint"],
+                manifest["fingerprint"], readers.Tally(*(manifest[name] for name in _TALLY)),
             )  # fmt: skip
             found.shards()
         except (OSError, ValueError) as error:
