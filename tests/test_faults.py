@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, long, zipf_text
+from conftest import ROOT, long, wait_until, zipf_text
 from test_damage import content_of_corpus, content_of_data_set, content_of_matrix
 
 CEMB = [sys.executable, "-m", "cemb"]
@@ -83,33 +84,26 @@ def ready(name, undisturbed, folder):
         (folder / "corpus").symlink_to(undisturbed[0] / "corpus")
 
 
+def litter(folder):
+    return [str(path) for path in folder.rglob("*") if path.name.endswith((".cemb-tmp", ".partial"))]
+
+
 def check_same_and_tidy(name, undisturbed, folder):
     """Run a command again, and compare."""
     status, _, error = finish(start(name, folder))
     # It may have been done when it was disturbed.
     assert status == 0 or (name == "encode" and "exists already" in error), error
     assert COMMANDS[name][1](folder) == undisturbed[1][name][0]
-    assert not [str(path) for path in folder.rglob("*") if path.name.endswith((".cemb-tmp", ".partial"))]
+    assert not litter(folder)
 
 
-def _descendants(group):
-    found = []
+def _members(group):
+    """Ids of the processes of a group that have not ended."""
+    fields = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(path.parent.name)
-    return found
-
-
-def gone(group, seconds=5):
-    """Whether all processes of a group end within some seconds."""
-    until = time.monotonic() + seconds
-    while _descendants(group) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not _descendants(group)
+        with suppress(OSError):  # it has ended
+            fields[path.parent.name] = path.read_text().rpartition(")")[2].split()
+    return [process for process, (state, _, of, *_) in fields.items() if int(of) == group and state != "Z"]
 
 
 @pytest.mark.parametrize("seed", [0, *long(*range(1, 15))])
@@ -123,7 +117,7 @@ def test_a_killed_command_does_its_work_when_run_again(undisturbed, tmp_path, na
     time.sleep(undisturbed[1][name][1] * rng.uniform(0.3, 1))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert gone(process.pid)
+    wait_until(lambda: not _members(process.pid), 5)
     check_same_and_tidy(name, undisturbed, tmp_path)
 
 
@@ -196,7 +190,7 @@ def test_of_two_at_once_each_is_whole_or_refused(undisturbed, tmp_path, name, re
     for status, _, error in ended:
         assert status == 0 or "exists already" in error or "another process is at work" in error, error
     assert COMMANDS[name][1](tmp_path) == undisturbed[1][name][0]
-    assert not [str(path) for path in tmp_path.rglob("*") if path.name.endswith((".cemb-tmp", ".partial"))]
+    assert not litter(tmp_path)
 
 
 def test_two_encodings_of_one_name_are_not_mixed_up(undisturbed, tmp_path):
