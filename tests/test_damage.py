@@ -263,8 +263,11 @@ except OSError as error:
 
 @pytest.mark.parametrize("largest", [200, 1000, 4000, 9000])
 def test_a_file_that_grows_too_large_is_named(stored, tmp_path, largest):
-    """As on a full disk: the system's reason, the folder, and no half result."""
-    command = [sys.executable, "-c", _FULL, str(stored / "corpus"), str(tmp_path / "out"), str(largest)]
+    """As on a full disk: the system's reason, the folder, and no half result.
+
+    `-B`: Python keeps what it could write of a .pyc (to 3.13), which would damage the environment.
+    """
+    command = [sys.executable, "-B", "-c", _FULL, str(stored / "corpus"), str(tmp_path / "out"), str(largest)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "a file is too large while writing" in done.stdout
     assert "out" in done.stdout
