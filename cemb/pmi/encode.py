@@ -52,16 +52,23 @@ _SENTENCE_END = re.compile(
     | [。！？]""",
     re.VERBOSE,
 )
+_FORMAT = "cemb encoded corpus"
 _VERSION = 2
 _TALLY = tuple(each.name for each in fields(readers.Tally))
 _FIELDS = {
     "num_tokens": int,
     "num_words": int,
     "shard_sizes": list,
-    "borders": str | None,
     "fingerprint": str,
+    "min_count": int,
+    "max_vocab": int | None,
+    "borders": str | None,
+    "text_field": str | None,
+    "encoding_errors": str,
     **dict.fromkeys(_TALLY, int),
 }
+# What words and ids follow from, besides the corpus.
+OPTIONS = ("min_count", "max_vocab", "borders", "text_field", "encoding_errors")
 _REMEDY = "remove it, and encode the corpus again"
 _BLOCK_BYTES = 8 << 20
 # Runs that are not ASCII are remembered up to this; text without spaces hardly repeats one.
@@ -165,6 +172,17 @@ class EncodedCorpus:
             raise files.damaged(folder, str(error), _REMEDY) from None
         return found
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `OPTIONS` that it was encoded with."""
+        manifest = files.read_json(self.folder / "manifest.json")
+        return {name: manifest[name] for name in OPTIONS}
+
+
+def open_encoded(corpus: str | Sequence[str]) -> EncodedCorpus | None:
+    """The corpus in a folder that `encode` made, as `EncodedCorpus.open`; None if this is no such folder."""
+    return EncodedCorpus.open(corpus) if isinstance(corpus, str) and readers.is_encoded(corpus) else None
+
 
 def _shard_name(i: int) -> str:
     return f"ids-{i:05d}.npy"
@@ -226,7 +244,7 @@ def encode(
         (work / "words.txt").write_text("".join(word + "\n" for word in words), encoding="utf-8")
         npy.save(work / "word_counts.npy", counts)
         manifest = {
-            "format": "cemb encoded corpus",
+            "format": _FORMAT,
             "version": _VERSION,
             "num_tokens": numbering.num_tokens,
             "num_tokens_in_vocabulary": int(counts.sum()),

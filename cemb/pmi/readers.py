@@ -489,6 +489,11 @@ def _kind(path: Path) -> str:
     return {".parquet": "parquet", ".zip": "zip"}.get(last, "text")
 
 
+def is_encoded(corpus: str) -> bool:
+    """Whether this is a folder that `cemb.pmi.encode` made."""
+    return all((Path(corpus) / name).is_file() for name in ("manifest.json", "word_counts.npy"))
+
+
 def find_files(
     corpus: str,
     text_field: str | None = None,
@@ -513,7 +518,7 @@ def find_files(
     if corpus == STDIN:
         paths: list[Path | None] = [None]
     elif path.is_dir():
-        if (path / "manifest.json").exists() and (path / "word_counts.npy").exists():
+        if is_encoded(corpus):
             raise ValueError(f"{corpus!r} is an encoded corpus, and no text; EncodedCorpus.open reads it")
         paths = [*_each_once(_matching(path, ["**"], left_out))]
         if not paths:

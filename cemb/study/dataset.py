@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,11 +32,7 @@ from cemb.train.objective import Optimum, optimum
 
 _Stage = TypeVar("_Stage")
 _TEXT_OPTIONS = (
-    "text_field",
-    "encoding_errors",
-    "borders",
-    "min_count",
-    "max_vocab",
+    *encode.OPTIONS,
     "window_size",
     "distance_weighting",
     "subsample_threshold",
@@ -55,7 +51,8 @@ class PmiConfig:
     """
 
     corpus: CorpusName | tuple[CorpusName, ...] = corpora.DEFAULT_CORPUS
-    """Names, files, directories or quoted globs of UTF-8 text, JSON lines, Parquet, plain or compressed."""
+    """Names, files, directories or quoted globs of UTF-8 text, JSON lines, Parquet, plain or compressed; or a
+    folder that encode made, which has its own options of encoding."""
     events: str | None = None
     """Columns of users and items, as user,item, if the corpus is CSV, TSV or Parquet with an event a row."""
     count_column: str | None = None
@@ -147,7 +144,7 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEM
         memory: bytes, or a size such as 512MiB, that counting and PMI take at most; reading needs some for
             each distinct word, or for each event, besides, and the optimum some for each word.
     """
-    config, memory = config or PmiConfig(), parse_memory(memory)
+    config, memory = _with_options_of_encoding(config or PmiConfig()), parse_memory(memory)
     options = asdict(config)
     if config.events is None:
         check_memory(memory, config.max_vocab or 1, 0)
@@ -174,10 +171,30 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEM
     return read(path)
 
 
+def _with_options_of_encoding(config: PmiConfig) -> PmiConfig:
+    """The configuration with the options that its corpus was encoded with, if it is encoded already.
+
+    ValueError for options of encoding that are neither those nor left out.
+    """
+    encoded = None if config.events else encode.open_encoded(config.corpus)
+    if encoded is None:
+        return config
+    own, default = encoded.options, PmiConfig()
+    for name, value in own.items():
+        given = getattr(config, name)
+        if given not in (value, getattr(default, name)):
+            raise ValueError(
+                f"the corpus {config.corpus!r} is encoded already, with {name}={value!r}, and got "
+                f"{name}={given!r}; leave it out, or encode the corpus again"
+            )
+    return replace(config, **own)
+
+
 def _fingerprint(config: PmiConfig) -> str:
-    if config.events is None:
-        return corpora.fingerprint(config.corpus, config.text_field)
-    return events.fingerprint(config.corpus)
+    if config.events is not None:
+        return events.fingerprint(config.corpus)
+    encoded = encode.open_encoded(config.corpus)
+    return encoded.fingerprint if encoded else corpora.fingerprint(config.corpus, config.text_field)
 
 
 def _kept(folder: Path, read: Callable[[Path], _Stage]) -> _Stage | None:
@@ -219,17 +236,10 @@ def _check_rank(config: PmiConfig, shape: tuple[int, ...], partial: Path) -> Non
 def _count_text(
     config: PmiConfig, identity: records.Record, partial: Path, memory: int, done: Callable[[str], None]
 ) -> _Counted:
-    encoded = _kept(partial / "corpus", encode.EncodedCorpus.open)
+    encoded = encode.open_encoded(config.corpus) or _kept(partial / "corpus", encode.EncodedCorpus.open)
     if encoded is None:
-        encoded = encode.encode(
-            config.corpus,
-            partial / "corpus",
-            min_count=config.min_count,
-            max_vocab=config.max_vocab,
-            text_field=config.text_field,
-            encoding_errors=config.encoding_errors,
-            borders=config.borders,
-        )
+        options = {name: getattr(config, name) for name in encode.OPTIONS}
+        encoded = encode.encode(config.corpus, partial / "corpus", **options)
         _check_unchanged(config, identity, partial / "corpus")
     _check_rank(config, 2 * (len(encoded.words),), partial)
     done("encode")

@@ -221,14 +221,9 @@ def sgns_record(
     data.check_is_text("skip-gram with negative sampling")
     used = data.summary
     with tempfile.TemporaryDirectory() as scratch:
-        encoded = encode.encode(
-            used["corpus"],
-            Path(scratch) / "corpus",
-            min_count=used["min_count"],
-            max_vocab=used["max_vocab"],
-            text_field=used.get("text_field"),
-            encoding_errors=used.get("encoding_errors", "strict"),
-            borders=used.get("borders"),
+        options = {name: used[name] for name in encode.OPTIONS}
+        encoded = encode.open_encoded(used["corpus"]) or encode.encode(
+            used["corpus"], Path(scratch) / "corpus", **options
         )
         token_ids = np.concatenate(encoded.shards())
     if encoded.words != data.words:

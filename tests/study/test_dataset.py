@@ -11,6 +11,8 @@ import scipy.sparse as sp
 import torch
 
 from cemb import cli
+from cemb.files import DamagedError
+from cemb.pmi.encode import encode
 from cemb.study import dataset, frontier, quality
 from cemb.study.dataset import PmiConfig, load_pmi
 from cemb.train import objective as train_objective
@@ -107,6 +109,26 @@ def test_a_data_set_is_built_once_and_read_back(tmp_path):
     # A changed text is another data set.
     path.write_text("the cat sat on the mat and the dog ran on the cat and a mat " * 20)
     assert load_pmi(config).summary["corpus_fingerprint"] != again.summary["corpus_fingerprint"]
+
+
+def test_an_encoded_corpus_is_used_as_it_is(tmp_path):
+    """It makes the matrix that its text makes with the same options; others are refused, and so is damage."""
+    text, folder = tmp_path / "text.txt", tmp_path / "encoded"
+    text.write_text("the cat sat on the mat. and the dog sat on the cat. and a mat. " * 20)
+    encode(str(text), folder, min_count=30, borders="sentence")
+    from_text = load_pmi(PmiConfig(str(text), min_count=30, borders="sentence", rank=2))
+    text.unlink()
+    found = load_pmi(PmiConfig(str(folder), rank=2))
+    assert found.words == from_text.words
+    assert (found.matrix != from_text.matrix).nnz == 0
+    differing = {name for name, value in found.summary.items() if value != from_text.summary[name]}
+    assert {name for name in differing if not name.endswith("_s")} == {"corpus", "corpus_fingerprint"}
+    assert load_pmi(PmiConfig(str(folder), min_count=30, rank=2)).folder == found.folder
+    with pytest.raises(ValueError, match="is encoded already, with min_count=30, and got min_count=7; leave"):
+        load_pmi(PmiConfig(str(folder), min_count=7, rank=2))
+    (folder / "words.txt").write_text("other\n")
+    with pytest.raises(DamagedError, match=r"words\.txt"):
+        load_pmi(PmiConfig(str(folder), rank=2))
 
 
 def _events(folder, suffix):
