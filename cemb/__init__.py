@@ -7,10 +7,20 @@ if TYPE_CHECKING:
     from cemb import optim
     from cemb.hashing import HashSpec
     from cemb.model import PairModel
+    from cemb.saved import load, save
     from cemb.tables import FullEmbedding, HashedEmbedding, HashedEmbeddingBag
 
 __version__ = "0.1.0"
-__all__ = ["FullEmbedding", "HashSpec", "HashedEmbedding", "HashedEmbeddingBag", "PairModel", "optim"]
+__all__ = [
+    "FullEmbedding",
+    "HashSpec",
+    "HashedEmbedding",
+    "HashedEmbeddingBag",
+    "PairModel",
+    "load",
+    "optim",
+    "save",
+]
 
 _HOME = {
     "FullEmbedding": "cemb.tables",
@@ -18,6 +28,8 @@ _HOME = {
     "HashedEmbedding": "cemb.tables",
     "HashedEmbeddingBag": "cemb.tables",
     "PairModel": "cemb.model",
+    "load": "cemb.saved",
+    "save": "cemb.saved",
 }
 
 

@@ -5,6 +5,7 @@ too. A temporary name is locked while its writer lives: so what a killed one lef
 work, and the next writer beside it removes it.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,11 @@ SUMS = "SHA256SUMS"
 _TEMPORARY = ".cemb-tmp"
 # Within this time a file may change twice and keep its times, which the system counts in ticks.
 _CLOCK_TICK_NS = 50_000_000
+_FULL = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file is too large",
+}
 
 
 class DamagedError(ValueError):
@@ -125,6 +131,21 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say what could not be written where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"{_FULL[error.errno]} while writing {str(path)!r}; nothing half-written is used: "
+            "make room and run it again",
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The pair model: the score of (word, context) is a dot product of two looked-up vectors, plus biases."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -176,7 +177,7 @@ class PairModel(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """All word vectors ``[num_words, dim]`` and context vectors ``[num_contexts, dim]``."""
-        device = next(self.parameters()).device
+        device = next(itertools.chain(self.parameters(), self.buffers())).device
         words = self.word_table(torch.arange(self.word_table.num_embeddings, device=device))
         if self.first_context:
             return words[: self.first_context], words[self.first_context :]

@@ -4,10 +4,8 @@ A folder holds ``indptr.npy`` (int64), ``indices.npy`` (int32, or int64 from 2^3
 it), ``data.npy`` and ``manifest.json``, which is written last.
 """
 
-import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +21,6 @@ _WIDE_FROM = 2**31
 _CHECKED_CELLS = 2**18  # at once
 _FIELDS = {"shape": list, "num_cells": int, "index_dtype": str, "data_dtype": str}
 _REMEDY = "remove it, and make it again"
-_FULL = {
-    errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file is too large",
-}
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Say what could not be written where the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"{_FULL[error.errno]} while writing {str(path)!r}; nothing half-written is used: "
-            "make room and run it again",
-        ) from error
 
 
 class CsrWriter:

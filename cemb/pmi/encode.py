@@ -29,7 +29,6 @@ from tqdm import tqdm
 from cemb import files
 from cemb.checks import check_integers
 from cemb.pmi import corpora, npy, readers, tokenizer
-from cemb.pmi.csr import disk_errors
 from cemb.pmi.npy import StoredArray
 from cemb.pmi.threads import in_order
 
@@ -235,7 +234,7 @@ def encode(
         raise FileExistsError(f"{folder} exists already; an encoded corpus is written to a new folder")
     tally = readers.Tally()
     sources = corpora.find_sources(corpus, text_field, encoding_errors, tally)
-    with disk_errors(folder), files.atomic_directory(folder) as work:
+    with files.disk_errors(folder), files.atomic_directory(folder) as work:
         numbering = _Numbering(work, 0 if borders is None else BORDERS[borders], shard_tokens)
         numbering.read(sources, threads or len(os.sched_getaffinity(0)))
         words, counts, final = numbering.vocabulary(min_count, max_vocab)

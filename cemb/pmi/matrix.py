@@ -14,10 +14,10 @@ import scipy.sparse as sp
 from numba import get_num_threads
 from tqdm import tqdm
 
+from cemb import files
 from cemb.checks import check_integers, check_reals
-from cemb.files import atomic_directory
 from cemb.kernels.cache import cached
-from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
+from cemb.pmi.csr import CsrFolder, CsrWriter
 from cemb.pmi.threads import in_order
 
 
@@ -220,8 +220,8 @@ def write_pmi(
             return block.nnz, _pmi_block(block, first, logs, options)
 
         with (
-            disk_errors(out),
-            atomic_directory(out) as work,
+            files.disk_errors(out),
+            files.atomic_directory(out) as work,
             CsrWriter(work, counts.shape[1], np.float32, counts.num_cells) as writer,
             ThreadPoolExecutor(threads) as pool,
         ):

@@ -53,7 +53,7 @@ from cemb.pmi.cooccurrence import (
     subsample,
     total_dtype,
 )
-from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors, row_blocks
+from cemb.pmi.csr import CsrFolder, CsrWriter, row_blocks
 from cemb.pmi.npy import StoredArray
 from cemb.processes import end_with_parent
 
@@ -160,7 +160,11 @@ def _is_done(folder: str) -> bool:
 def _published(folder: str) -> Iterator[Path]:
     """A task's folder to fill; one that another worker made meanwhile is as good."""
     path = Path(folder)
-    with disk_errors(path), suppress(FileExistsError), files.atomic_directory(path, durable=False) as work:
+    with (
+        files.disk_errors(path),
+        suppress(FileExistsError),
+        files.atomic_directory(path, durable=False) as work,
+    ):
         yield work
 
 
@@ -517,7 +521,7 @@ def _count(
 ) -> None:
     """Count into `out`; `sizes` are those of a task: tokens, bytes of memory, and the type of its totals."""
     windows = Windows(options["window_size"], options["distance_weighting"], options["symmetric"])
-    with disk_errors(partial):
+    with files.disk_errors(partial):
         plan = _begin(partial, options, sizes)
         stream = _open_stream(partial, plan, shards, word_counts, executor is not None)
     size, dtype, memory = plan["task_tokens"], np.dtype(plan["dtype"]), sizes["task_memory"]
@@ -544,7 +548,7 @@ def _count(
         cells = sum(task.num_cells for task in merges)
         with tqdm(total=cells, desc="merging", unit=" cells", unit_scale=True) as progress:
             _run(merges, pool, progress, again)
-    with disk_errors(out), files.atomic_directory(out) as work:
+    with files.disk_errors(out), files.atomic_directory(out) as work:
         _assemble(work, merges, stream.vocab_size, {**options, "denominator": windows.denominator})
 
 

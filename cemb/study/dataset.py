@@ -23,7 +23,7 @@ from cemb.checks import check_integers, check_reals
 from cemb.pmi import corpora, encode, events, readers
 from cemb.pmi.cooccurrence import DistanceWeighting, Windows
 from cemb.pmi.corpora import CorpusName
-from cemb.pmi.csr import CsrFolder, CsrWriter, disk_errors
+from cemb.pmi.csr import CsrFolder, CsrWriter
 from cemb.pmi.matrix import PmiOptions, write_pmi
 from cemb.pmi.out_of_core import DEFAULT_MEMORY, CooccurrenceCounts, check_memory, count, parse_memory
 from cemb.study import records
@@ -275,7 +275,7 @@ def _count_events(
             config.corpus, config.events, count_column=config.count_column, tally=tally
         )
         with (
-            disk_errors(folder),
+            files.disk_errors(folder),
             files.atomic_directory(folder) as work,
             CsrWriter(work, cells.shape[1], np.int64, cells.nnz) as writer,
         ):
@@ -350,7 +350,7 @@ def _build(config: PmiConfig, identity: records.Record, partial: Path, path: Pat
         **seconds,
         **records.provenance(),
     }
-    with disk_errors(path), files.atomic_directory(path) as work:
+    with files.disk_errors(path), files.atomic_directory(path) as work:
         np.savez(work / "optimum.npz", left=best.left, singular_values=best.singular_values, right=best.right)
         np.savez(work / "counts.npz", words=counted.word_counts, contexts=counted.context_counts)
         _write_names(work / "names.json", counted.words, counted.contexts)

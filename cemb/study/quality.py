@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cemb import vectors
 from cemb.checks import check_integers, check_reals
 from cemb.model import COMPRESSED_TABLES, TABLES, PairModel, build_compressed_model, build_model
 from cemb.pmi import encode
@@ -172,12 +173,12 @@ def score(
 def score_vectors(
     words: npt.NDArray[Any], contexts: npt.NDArray[Any], vocabulary: list[str]
 ) -> records.Record:
-    """Record fields of word vectors: similarity, also of the `evaluate.balanced` ones, and analogies.
+    """Record fields of word vectors: similarity, also of the `cemb.vectors.balanced` ones, and analogies.
 
     Null where gensim, which brings the sets, is not installed or the vocabulary does not cover them.
     """
     fields: records.Record = {}
-    balanced = similarity.balanced(words, contexts)
+    balanced = vectors.balanced(words, contexts)
     for name in similarity.SIMILARITY_SETS:
         found = similarity.similarity(words, vocabulary, name)
         fields |= {f"{name}_{field}": value for field, value in found.items()}

@@ -4,7 +4,8 @@ A table is an `nn.Module` with the integers `num_embeddings` and `embedding_dim`
 any shape to ``[*ids.shape, embedding_dim]``. All its parameters and buffers are what it costs to store, see
 `num_bytes`. Tables that score pairs of ids without making vectors have a `pair_scores`, see
 `cemb.ops.pair_scores`. Those of other papers have a `within`, which builds the largest table of a kind that
-a number of bytes allows.
+a number of bytes allows. `arguments` are those by which ``type(table)(**arguments)`` is another of the same
+shape, to load values into: numbers, truth values and None, as JSON has them.
 """
 
 import itertools

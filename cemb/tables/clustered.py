@@ -1,6 +1,7 @@
 """Rows quantized while they are learned: clusters of vectors plus hashed corrections."""
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,15 @@ class ClusteredEmbedding(nn.Module):
         shape = num_columns, num_clusters, embedding_dim // num_columns
         self.centroids = nn.Parameter(torch.empty(shape))
         self.helper = nn.Parameter(torch.empty(shape))
-        self.register_buffer("hash_seed", torch.tensor(hash_seed))
-        codes = self._hashes(torch.arange(num_embeddings))
+        codes = self._hashes(torch.arange(num_embeddings), hash_seed)
         self.register_buffer("codes", codes.to(_code_dtype(num_clusters)))
-        self.hash_seed += 1
+        self.register_buffer("hash_seed", torch.tensor(hash_seed + 1))
         self.reset_parameters()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        names = ("num_embeddings", "embedding_dim", "num_clusters", "num_columns", "init_std")
+        return {name: getattr(self, name) for name in names}  # the seed of the hash is a value
 
     @classmethod
     def within(
@@ -110,9 +115,8 @@ class ClusteredEmbedding(nn.Module):
         nn.init.normal_(self.centroids, std=self.init_std / 2**0.5)
         nn.init.normal_(self.helper, std=self.init_std / 2**0.5)
 
-    def _hashes(self, ids: Tensor) -> Tensor:
-        """Rows of the helper ``[..., num_columns]``, as hash seed and ids have them."""
-        seed = int(self.hash_seed)
+    def _hashes(self, ids: Tensor, seed: int) -> Tensor:
+        """Rows of the helper ``[..., num_columns]``, as ids and the seed of the hash have them."""
         spec = HashSpec(self.num_embeddings, self.num_columns, self.num_clusters, hash_seed=seed)
         return reference.locate(ids, spec)[0]
 
@@ -125,7 +129,7 @@ class ClusteredEmbedding(nn.Module):
         reference.check_ids(ids, self.num_embeddings)
         ids = ids.long()
         centroids = self._look_up(self.centroids, self.codes[ids].long())
-        return centroids + self._look_up(self.helper, self._hashes(ids))
+        return centroids + self._look_up(self.helper, self._hashes(ids, int(self.hash_seed)))
 
     @torch.no_grad()
     def recluster(self, *, num_steps: int = 3, max_samples: int = 16_384) -> None:

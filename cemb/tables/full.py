@@ -19,6 +19,12 @@ class FullEmbedding(nn.Embedding):
         self.init_std = init_std
         super().__init__(num_embeddings, embedding_dim, **kwargs)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        own = ("num_embeddings", "embedding_dim", "init_std")
+        of_torch = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        return {name: getattr(self, name) for name in (*own, *of_torch)}
+
     def reset_parameters(self) -> None:
         """Draw the weights anew from torch's default generator."""
         nn.init.normal_(self.weight, std=self.init_std)

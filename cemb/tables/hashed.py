@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -222,6 +223,10 @@ class HashedEmbedding(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError("TorchScript cannot compile the hash's kernels: use torch.export")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**asdict(self.spec), "padding_idx": self.padding_idx, "init_std": self.init_std}
 
     @property
     def num_embeddings(self) -> int:

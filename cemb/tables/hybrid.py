@@ -1,5 +1,7 @@
 """Frequent rows exact, rare ones hashed."""
 
+from typing import Any, cast
+
 from cemb.checks import check_integers, check_reals
 from cemb.tables.checks import check_budget
 from cemb.tables.full import FullEmbedding
@@ -43,6 +45,16 @@ class HybridEmbedding(TieredEmbedding):
             init_std=init_std,
         )
         super().__init__([*exact, hashed])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        hashed = cast(HashedEmbedding, self.tiers[-1])
+        names = ("embedding_dim", "pool_size", "block_size", "hash_seed", "signed", "init_std")
+        sizes = {
+            "num_embeddings": self.num_embeddings,
+            "num_exact": self.num_embeddings - hashed.num_embeddings,
+        }
+        return sizes | {name: hashed.arguments[name] for name in names}
 
     @classmethod
     def within(

@@ -1,6 +1,7 @@
 """The table as a product of two thin matrices."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ class LowRankEmbedding(nn.Module):
         self.rows = nn.Parameter(torch.empty(num_embeddings, rank))
         self.projection = nn.Parameter(torch.empty(rank, embedding_dim))
         self.reset_parameters()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        names = ("num_embeddings", "embedding_dim", "rank", "init_std")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def within(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 from cemb.checks import check_integers, check_reals
 from cemb.tables.checks import check_budget
@@ -71,6 +72,12 @@ class MixedDimensionEmbedding(TieredEmbedding):
                 for rows, dim in layout
             ]
         )
+        self.base_dim, self.temperature, self.init_std = base_dim, temperature, init_std
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        names = ("num_embeddings", "embedding_dim", "base_dim", "temperature", "init_std")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def within(

@@ -1,5 +1,7 @@
 """Rows as weighted sums of hashed rows, with weights of their own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,6 +47,17 @@ class MultiHashEmbedding(nn.Module):
         self.components = nn.Parameter(torch.empty(num_components, embedding_dim))
         self.importance = nn.Parameter(torch.empty(num_embeddings, num_hashes))
         self.reset_parameters()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "num_components": self.spec.pool_size,
+            "num_hashes": self.spec.embedding_dim,
+            "hash_seed": self.spec.hash_seed,
+            "init_std": self.init_std,
+        }
 
     @classmethod
     def within(

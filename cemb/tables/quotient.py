@@ -1,6 +1,7 @@
 """Rows as products of a quotient's row and a remainder's."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ class QuotientRemainderEmbedding(nn.Module):
         self.quotients = nn.Parameter(torch.empty(-(-num_embeddings // num_remainders), embedding_dim))
         self.remainders = nn.Parameter(torch.empty(num_remainders, embedding_dim))
         self.reset_parameters()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        names = ("num_embeddings", "embedding_dim", "num_remainders", "init_std")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def within(

@@ -9,12 +9,14 @@ lower the loss most.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cemb.checks import check_integers
 from cemb.reference import check_ids
 from cemb.tables.checks import check_budget
 from cemb.tables.kmeans import nearest_level
@@ -78,8 +80,9 @@ def _unscaled(scales: Tensor, scale_range: Tensor) -> Tensor:
 class TransformCodedEmbedding(nn.Module):
     """A table of codes of 0 to 8 bits, their number depending on tier and column. Holds no Parameter.
 
-    Made by `from_vectors`. Row i of a tier is the i-th segment of ``bits[tier].sum()`` bits in the tier's
-    part of `codes`, the columns in order, low bits first.
+    Made by `from_vectors`; a new table has zeros for all that it stores, and is to be loaded. Row i of a tier
+    is the i-th segment of ``bits[tier].sum()`` bits in the tier's part of `codes`, the columns in order, low
+    bits first.
     """
 
     bits: Tensor
@@ -89,19 +92,24 @@ class TransformCodedEmbedding(nn.Module):
     levels: Tensor
     codes: Tensor
 
-    def __init__(self, normalized: NormalizedVectors, bits: Tensor):
+    def __init__(self, num_embeddings: int, embedding_dim: int, num_code_bytes: int):
         super().__init__()
-        self.num_embeddings, self.embedding_dim = normalized.values.shape
-        self.register_buffer("bits", bits)
-        self.register_buffer("scales", normalized.scales)
-        self.register_buffer("scale_range", normalized.scale_range)
-        self.register_buffer("deviations", normalized.deviations)
-        levels, codes = _encode(normalized.values, bits)
-        self.register_buffer("levels", levels)
-        self.register_buffer("codes", codes)
-        self._borders = torch.from_numpy(tier_borders(self.num_embeddings))
-        widths = self.bits.sum(dim=1)
-        self._first_bits = nn.functional.pad((self._borders.diff() * widths).cumsum(0), (1, 0))
+        check_integers(1, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        check_integers(0, num_code_bytes=num_code_bytes)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._borders = torch.from_numpy(tier_borders(num_embeddings))
+        by_tier = len(self._borders) - 1, embedding_dim
+        self.register_buffer("bits", torch.zeros(by_tier, dtype=torch.uint8))
+        self.register_buffer("scales", torch.zeros(num_embeddings, dtype=torch.uint8))
+        self.register_buffer("scale_range", torch.zeros(2))
+        self.register_buffer("deviations", torch.zeros(by_tier, dtype=torch.float16))
+        self.register_buffer("levels", torch.zeros(2 ** (MAX_BITS + 1) - 1, dtype=torch.float16))
+        self.register_buffer("codes", torch.zeros(num_code_bytes, dtype=torch.uint8))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim}
+        return {**sizes, "num_code_bytes": len(self.codes)}
 
     @classmethod
     def from_vectors(cls, vectors: Tensor, importance: Tensor, bits: Tensor) -> "TransformCodedEmbedding":
@@ -109,24 +117,33 @@ class TransformCodedEmbedding(nn.Module):
 
         `importance` ``[dim]`` is what a unit of squared error costs in each column. Deterministic.
         """
-        return cls(NormalizedVectors.of(vectors, importance), bits)
+        normalized = NormalizedVectors.of(vectors, importance)
+        levels, codes = _encode(normalized.values, bits)
+        num_rows, dim = vectors.shape
+        table = cls(num_rows, dim, len(codes))
+        table.bits, table.levels, table.codes = bits, levels, codes
+        table.scales, table.scale_range = normalized.scales, normalized.scale_range
+        table.deviations = normalized.deviations
+        return table
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)
         flat = ids.reshape(-1).long()
         tier_of = torch.bucketize(flat, self._borders[1:], right=True)
         out = torch.empty(flat.numel(), self.embedding_dim)
+        tier_bits = self._borders.diff() * self.bits.sum(dim=1)
+        first_bits = tier_bits.cumsum(0) - tier_bits
         for tier in tier_of.unique().tolist():
             chosen = (tier_of == tier).nonzero().squeeze(1)
-            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier])
+            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier], first_bits[tier])
         out *= _unscaled(self.scales[flat], self.scale_range)[:, None]
         return out.view(*ids.shape, self.embedding_dim)
 
-    def _decode(self, tier: int, rows: Tensor) -> Tensor:
+    def _decode(self, tier: int, rows: Tensor, first_bit: Tensor) -> Tensor:
         bits = self.bits[tier].long()
         if not bits.any():
             return torch.zeros(len(rows), self.embedding_dim)
-        first_bits = self._first_bits[tier] + rows[:, None] * bits.sum() + (bits.cumsum(0) - bits)
+        first_bits = first_bit + rows[:, None] * bits.sum() + (bits.cumsum(0) - bits)
         # A code of at most 8 bits ends in the next byte at the latest. After the last there is none.
         first = (first_bits >> 3).clamp(max=len(self.codes) - 1)
         second = (first + 1).clamp(max=len(self.codes) - 1)

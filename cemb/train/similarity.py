@@ -12,34 +12,12 @@ import scipy.sparse.linalg
 import scipy.special
 
 from cemb.checks import check_integers
-
-
-def _check_finite(vectors: npt.NDArray[Any]) -> None:
-    """Raise ValueError if a vector has no cosine."""
-    wrong = np.count_nonzero(~np.isfinite(vectors).all(axis=1))
-    if wrong:
-        raise ValueError(f"vectors must be finite, got {wrong:,} of {len(vectors):,} with NaN or infinity")
-
-
-def balanced(words: npt.NDArray[Any], contexts: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Word vectors ``U(CᵀC)^½`` ``[words, dim]``, whose dot products are those of the rows of ``UCᵀ``.
-
-    They depend on ``UCᵀ`` alone, up to a rotation, and not on how U and C share it: UA and CA⁻ᵀ give the
-    same cosines. Those of a truncated SVD are U·S. Computed in float64, returned in the type of `words`.
-    ValueError for factors that are not finite.
-    """
-    _check_finite(words)
-    _check_finite(contexts)
-    contexts = contexts.astype(np.float64)
-    values, basis = np.linalg.eigh(contexts.T @ contexts)
-    root = basis * np.sqrt(values.clip(min=0)) @ basis.T
-    turned: npt.NDArray[Any] = words @ root
-    return turned.astype(words.dtype)
+from cemb.vectors import check_finite
 
 
 def normalized(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Rows scaled to length 1; zero rows stay zero. ValueError for rows that are not finite."""
-    _check_finite(vectors)
+    check_finite(vectors)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)
 

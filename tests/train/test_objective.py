@@ -11,6 +11,7 @@ import torch
 from cemb.train import objective as train_objective
 from cemb.train import similarity
 from cemb.train.batches import PairBatches
+from cemb.vectors import balanced
 
 
 @pytest.mark.parametrize("block_columns", [7, 4096])
@@ -130,9 +131,9 @@ def test_balanced_vectors_do_not_depend_on_how_factors_share():
     mixed = words @ mix, contexts @ np.linalg.inv(mix).T
     expected = cosines(words @ contexts.T)
     for factors in ((words, contexts), mixed):
-        np.testing.assert_allclose(cosines(similarity.balanced(*factors)), expected, atol=1e-9)
+        np.testing.assert_allclose(cosines(balanced(*factors)), expected, atol=1e-9)
     assert np.abs(cosines(mixed[0]) - cosines(words)).max() > 0.1
-    single = similarity.balanced(words.astype(np.float32), contexts.astype(np.float32))
+    single = balanced(words.astype(np.float32), contexts.astype(np.float32))
     assert single.dtype == np.float32
     np.testing.assert_allclose(cosines(single), expected, atol=1e-5)
 
@@ -140,7 +141,7 @@ def test_balanced_vectors_do_not_depend_on_how_factors_share():
 def test_balanced_vectors_of_an_svd_are_scaled_by_its_singular_values(random_matrix):
     best = train_objective.optimum(random_matrix, 5)
     for power in (0, 0.5, 1):
-        found = similarity.balanced(*best.factors(power))
+        found = balanced(*best.factors(power))
         np.testing.assert_allclose(found, best.left * best.singular_values, rtol=1e-4, atol=1e-4)
 
 
@@ -249,7 +250,7 @@ def test_vectors_without_a_cosine_are_refused(wordsim, bad):
     for call in (
         lambda: similarity.similarity(vectors, words, "wordsim353"),
         lambda: similarity.neighbours(vectors, words, words[0]),
-        lambda: similarity.balanced(vectors, vectors[:5]),
+        lambda: balanced(vectors, vectors[:5]),
     ):
         with pytest.raises(ValueError, match=r"vectors must be finite, got \d of \d+ with NaN or infinity"):
             call()
@@ -260,7 +261,7 @@ def test_balanced_vectors_of_dependent_contexts_are_finite():
     contexts = np.outer(np.random.default_rng(0).normal(size=30), np.arange(1.0, 7)) / 3
     assert np.linalg.eigvalsh(contexts.T @ contexts).min() < 0
     words = np.random.default_rng(1).normal(size=(9, 6))
-    found = similarity.balanced(words, contexts)
+    found = balanced(words, contexts)
     scores = words @ contexts.T
     np.testing.assert_allclose(found @ found.T, scores @ scores.T, rtol=1e-6, atol=1e-6)
 

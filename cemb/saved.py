@@ -1,0 +1,258 @@
+"""Models in folders that stand alone: values, what tables they are, and the words they are of.
+
+A folder holds ``model.safetensors`` (all values, shared ones once), ``words.json`` (an array, for names may
+hold line breaks), ``manifest.json`` (classes of the tables and arguments to make them anew, hash version,
+SHA-256 of ``words.json``, and details that whoever saves it adds) and ``SHA256SUMS`` of these. Nothing in it
+is code or a pickle: only the classes of `cemb.tables` are made, by name.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cemb import files
+from cemb.checks import check_integers
+from cemb.hashing import HASH_VERSION
+from cemb.model import COMPRESSED_TABLES, TABLES, PairModel
+from cemb.tables import ProductQuantizedEmbedding, RowQuantizedEmbedding, TransformCodedEmbedding, all_rows
+from cemb.vectors import Vectors, balanced
+
+VERSION = 1
+_FIELDS = {
+    "kind": str,
+    "hash_version": int,
+    "num_words": int,
+    "words_sha256": str,
+    "model": dict,
+    "details": dict,
+}
+_REMEDY = "train or make it again, or take a whole copy of it"
+_QUANTIZED = (RowQuantizedEmbedding, ProductQuantizedEmbedding, TransformCodedEmbedding)
+_CLASSES: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (*TABLES.values(), *COMPRESSED_TABLES.values(), *_QUANTIZED)
+}
+# Of a table, whatever a manifest claims: some things grow with them that are no values.
+_LARGEST = {"num_embeddings": 2**40, "embedding_dim": 2**20}
+
+
+class SavedModel(NamedTuple):
+    """A model of words, as `load` reads it."""
+
+    model: Any  # a PairModel, or a table without contexts
+    words: list[str]
+    manifest: dict[str, Any]
+
+    def vectors(self, balanced: bool = False, *, contexts: bool = False) -> Vectors:
+        """The words' vectors, float32 ``[words, dim]``, or those of the contexts, which are words, too.
+
+        Args:
+            balanced: those of `cemb.vectors.balanced`, which do not depend on how words and contexts share
+                their product.
+            contexts: the contexts' vectors in place of the words'.
+
+        Raises ValueError for a table without contexts where these are needed.
+        """
+        return _vectors(self, balanced, contexts)
+
+
+def _vectors(saved: SavedModel, is_balanced: bool, of_contexts: bool) -> Vectors:
+    model = saved.model
+    if not isinstance(model, PairModel):
+        if is_balanced or of_contexts:
+            raise ValueError(
+                f"a {type(model).__name__} alone has no contexts, which balanced vectors and those of "
+                "contexts need"
+            )
+        return Vectors(saved.words, all_rows(model).cpu().numpy())
+    with torch.no_grad():
+        sides = [side.float().cpu().numpy() for side in model.factors()]
+    own, other = sides[::-1] if of_contexts else sides
+    if len(own) != len(saved.words):
+        raise ValueError(f"the model has {len(own):,} contexts, which are not its {len(saved.words):,} words")
+    return Vectors(saved.words, np.ascontiguousarray(balanced(own, other) if is_balanced else own))
+
+
+def _check_sizes(arguments: Mapping[str, Any]) -> None:
+    for name, largest in _LARGEST.items():
+        check_integers(1, largest, **{name: arguments[name]})
+
+
+def _describe_table(table: Any) -> dict[str, Any]:
+    name = type(table).__name__
+    if _CLASSES.get(name) is not type(table):
+        raise ValueError(f"a model's tables are of {', '.join(_CLASSES)}, and this one is a {name}")
+    _check_sizes(table.arguments)
+    return {"class": name, "arguments": table.arguments}
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """What `_build` makes a model like this one from."""
+    if not isinstance(model, PairModel):
+        return _describe_table(model)
+    words, contexts = model.word_table, model.context_table
+    bias = (
+        "none"
+        if model.word_bias is None
+        else "shared"
+        if model.context_bias is model.word_bias
+        else "separate"
+    )
+    return {
+        "class": "PairModel",
+        "word_table": _describe_table(words),
+        "context_table": None if contexts is words else _describe_table(contexts),
+        "shares_pool": contexts is not words
+        and getattr(contexts, "weight", 0) is getattr(words, "weight", 1),
+        "bias": bias,
+        "dropout": model.dropout,
+        "first_context": model.first_context,
+    }
+
+
+def _build_table(told: Mapping[str, Any], **others: Any) -> nn.Module:
+    if told["class"] not in _CLASSES:
+        raise ValueError(f"there is no table {told['class']!r}; there are {', '.join(_CLASSES)}")
+    _check_sizes(told["arguments"])
+    table: nn.Module = _CLASSES[told["class"]](**told["arguments"], **others)
+    return table
+
+
+def _build(told: Mapping[str, Any]) -> nn.Module:
+    """A model as `_describe` tells of it, whose values take no memory."""
+    with torch.device("meta"):
+        if told["class"] != "PairModel":
+            return _build_table(told)
+        word_table = _build_table(told["word_table"])
+        shared = {"weight": word_table.weight} if told["shares_pool"] else {}
+        context_table = told["context_table"] and _build_table(told["context_table"], **shared)
+        options = {name: told[name] for name in ("bias", "dropout", "first_context")}
+        return PairModel(word_table, context_table or None, **options)
+
+
+def _values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a model by name, those under several names once, and that name for each."""
+    found: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    names = {name: found.setdefault(id(value), name) for name, value in state.items()}
+    return {name: state[name] for name in found.values()}, names
+
+
+def save(folder: Path | str, model: nn.Module, words: Sequence[str], *, details: Mapping[str, Any]) -> None:
+    """Write a model into a new folder, whole or not at all.
+
+    Args:
+        model: a `PairModel` of tables of `cemb.tables`, or such a table alone.
+        words: a name for each of its words.
+        details: what the manifest shall say besides, as JSON has it.
+
+    Raises ValueError for other models, for words that are not distinct texts, one for each of the model's,
+    and for details that are not JSON; FileExistsError if `folder` exists.
+    """
+    folder = Path(folder)
+    told = _describe(model)
+    num_words = model.num_words if isinstance(model, PairModel) else model.num_embeddings
+    if len(words) != num_words or len({*words}) != num_words:
+        raise ValueError(
+            f"a model of {num_words:,} words needs as many names, got {len({*words}):,} distinct ones"
+        )
+    names = json.dumps(list(words), ensure_ascii=False).encode()
+    manifest = {
+        "kind": "model",
+        "version": VERSION,
+        "hash_version": HASH_VERSION,
+        "num_words": num_words,
+        "words_sha256": hashlib.sha256(names).hexdigest(),
+        "model": told,
+        "details": details,
+    }
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    values = {name: value.detach().cpu().contiguous() for name, value in _values(model)[0].items()}
+    with files.disk_errors(folder), files.atomic_directory(folder) as work:
+        save_file(values, work / "model.safetensors")
+        (work / "words.json").write_bytes(names)
+        (work / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def load(folder: Path | str, *, device: torch.device | str = "cpu") -> SavedModel:
+    """The model in a folder that `save` or ``cemb train --out`` wrote, bit for bit.
+
+    It is in training mode, as new modules are. Takes memory for what the files hold, whatever the manifest
+    claims.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        DamagedError: a file is not what was written, or they do not belong together.
+        ValueError: the folder is of another kind or version, or of another version of the hash.
+    """
+    folder = Path(folder)
+    manifest = files.read_manifest(folder, VERSION, _FIELDS, _REMEDY)
+    if manifest["kind"] != "model" or manifest["hash_version"] != HASH_VERSION:
+        raise ValueError(
+            f"{str(folder)!r} is a {manifest['kind']} of hash version {manifest['hash_version']}, and this "
+            f"reads a model of hash version {HASH_VERSION}"
+        )
+    try:
+        words = _read_words(folder, manifest)
+        model = _build(manifest["model"])
+        num_words = model.num_words if isinstance(model, PairModel) else model.num_embeddings
+        if num_words != len(words):
+            raise ValueError(f"a model of {num_words:,} words has {len(words):,} names")
+        _read_values(folder, model, torch.device(device))
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        SafetensorError,
+    ) as error:
+        raise files.damaged(folder, str(error), _REMEDY) from None
+    return SavedModel(model, words, manifest)
+
+
+def _read_words(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    words = files.read_json(folder / "words.json")
+    if not isinstance(words, list) or not all(type(word) is str for word in words):
+        raise ValueError("words.json is no array of texts")
+    if len(words) != manifest["num_words"] or len({*words}) != len(words):
+        raise ValueError(
+            f"words.json has {len({*words}):,} distinct words, manifest.json {manifest['num_words']:,}"
+        )
+    if files.file_hash(folder / "words.json") != f"sha256:{manifest['words_sha256']}":
+        raise ValueError("words_sha256 of manifest.json is not that of words.json")
+    return words
+
+
+def _read_values(folder: Path, model: nn.Module, device: torch.device) -> None:
+    """Put the values of a folder into a model without any, if they have its names, shapes and types."""
+    wanted, names = _values(model)
+    with safe_open(folder / "model.safetensors", framework="pt", backend="pread") as stored:
+        if {*stored.keys()} != {*wanted}:
+            raise ValueError(
+                f"model.safetensors has {sorted(stored.keys())}, and should have {sorted(wanted)}"
+            )
+        for name, value in wanted.items():
+            shape = stored.get_slice(name).get_shape()
+            if shape != [*value.shape]:
+                raise ValueError(
+                    f"{name} of model.safetensors has shape {shape}, and should have {[*value.shape]}"
+                )
+        found = {}
+        for name, value in wanted.items():
+            tensor = stored.get_tensor(name).to(device)
+            is_parameter = isinstance(value, nn.Parameter)
+            if tensor.dtype != value.dtype and not (is_parameter and tensor.is_floating_point()):
+                raise ValueError(
+                    f"{name} of model.safetensors is {tensor.dtype}, and should be {value.dtype}"
+                )
+            found[name] = nn.Parameter(tensor) if is_parameter else tensor
+    model.load_state_dict({name: found[once] for name, once in names.items()}, assign=True)
