@@ -50,12 +50,30 @@ def _cannot_write(path: Path, error: OSError) -> OSError:
     return type(error)(f"cannot write {str(path)!r}: {error.strerror or error}")
 
 
+def _check_parent(path: Path) -> None:
+    """Refuse, before any work, a place in which nothing can be written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _check_new(folder: Path | None) -> None:
+    """Refuse, before any work, a folder that is there already or could not be made."""
+    if folder is None:
+        return
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{str(folder)!r} exists already; remove it, or name another")
+    _check_parent(folder)
+
+
 def _check_output(path: Path | None) -> None:
     """Refuse, before any work, a file that could not be written or would replace what is no file."""
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {str(path)!r}: there is no directory {str(path.parent)!r}")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {str(path)!r}: it is a directory")
     if path.is_symlink():
@@ -68,11 +86,7 @@ def _check_output(path: Path | None) -> None:
             f"cannot write {str(path)!r}: it is a device, pipe or socket, which would be replaced; name a "
             "file, or leave it out for standard output"
         )
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+    _check_parent(path)
 
 
 def _save(model: dict[str, Any], path: Path) -> None:
@@ -318,7 +332,9 @@ def pmi() -> Command:
 
 
 def train() -> Command:
-    """Train a table on a PMI matrix and print its record as JSON."""
+    """Train a table on a PMI matrix and print its record as JSON; --out keeps the model."""
+    from cemb import saved
+    from cemb.study import records
     from cemb.study.dataset import load_pmi
     from cemb.study.quality import Trainings
 
@@ -326,24 +342,49 @@ def train() -> Command:
         trainings: Trainings,
         *,
         save: Annotated[Path | None, arg(help="write the model's state_dict here")] = None,
-        out: Records = None,
+        out: Annotated[
+            Path | None, arg(help="folder to make of the model and its words, for export and cemb.load")
+        ] = None,
     ) -> None:
-        for path in (save, out):
-            _check_output(path)
-        if save is not None and len(trainings.seeds) > 1:
-            raise ValueError(f"--save keeps one model, and there are seeds {[*trainings.seeds]}")
-        models = []
+        _check_output(save)
+        _check_new(out)
+        for option, path in (("--save", save), ("--out", out)):
+            if path is not None and len(trainings.seeds) > 1:
+                raise ValueError(f"{option} keeps one model, and there are seeds {[*trainings.seeds]}")
+        data = load_pmi(trainings.data)
+        for record, model in trainings.measure(data):
+            _put([record])
+            if model is None and (save or out):
+                raise RuntimeError(f"there is no model to save: {record['failure']}")
+            if model is not None and save is not None:
+                _save(model.state_dict(), save)
+            if model is not None and out is not None:
+                details = {"data": data.summary, "training": json.loads(records.to_json(record))}
+                saved.save(out, model, data.words, details=details)
 
-        def measured() -> Iterable["Record"]:
-            for record, model in trainings.measure(load_pmi(trainings.data)):
-                models.append(model)
-                yield record
+    return command
 
-        found = _put(measured(), out)
-        if save is not None:
-            if models[0] is None:
-                raise RuntimeError(f"there is no model to save: {found[0]['failure']}")
-            _save(models[0].state_dict(), save)
+
+def export() -> Command:
+    """Write the vectors of a model that train made in a format of other tools."""
+    from cemb import saved, vectors
+
+    def command(
+        folder: Annotated[Positional[Path], arg(help="that train made")],
+        *,
+        format: vectors.Format,
+        out: Annotated[Path, arg(help="file to write, or of npy and tsv the folder to make")],
+        balanced: Annotated[
+            bool, arg(help="vectors that do not depend on how words and contexts share their product")
+        ] = False,
+        contexts: Annotated[bool, arg(help="the words' vectors as contexts")] = False,
+        escape: Annotated[bool, arg(help="write white space in words as _, and do not refuse it")] = False,
+    ) -> None:
+        _check_new(out) if format in vectors.FOLDERS else _check_output(out)
+        found = saved.load(folder).vectors(balanced, contexts=contexts)
+        vectors.write(out, found, format, escape=escape)
+        num_words, dim = found.values.shape
+        _put([{"kind": "vectors", "format": format, "num_words": num_words, "embedding_dim": dim}])
 
     return command
 
@@ -451,6 +492,7 @@ COMMANDS: dict[str, Callable[[], Command]] = {
     "scaling": scaling,
     "pmi": pmi,
     "train": train,
+    "export": export,
     "frontier": frontier,
     "rates": rates,
     "study": study,

@@ -8,9 +8,11 @@ is code or a pickle: only the classes of `cemb.tables` are made, by name.
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,12 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cemb import files
+from cemb import files, vectors
 from cemb.checks import check_integers
 from cemb.hashing import HASH_VERSION
 from cemb.model import COMPRESSED_TABLES, TABLES, PairModel
-from cemb.tables import ProductQuantizedEmbedding, RowQuantizedEmbedding, TransformCodedEmbedding, all_rows
-from cemb.vectors import Vectors, balanced
+from cemb.tables import (
+    HashedEmbedding,
+    ProductQuantizedEmbedding,
+    RowQuantizedEmbedding,
+    TransformCodedEmbedding,
+    all_rows,
+)
+from cemb.vectors import Vectors
 
 VERSION = 1
 _FIELDS = {
@@ -34,6 +42,11 @@ _FIELDS = {
     "model": dict,
     "details": dict,
 }
+# What making a model raises for what it cannot be made from.
+_NO_MODEL = (
+    *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError),
+    *(FileNotFoundError, SafetensorError),
+)
 _REMEDY = "train or make it again, or take a whole copy of it"
 _QUANTIZED = (RowQuantizedEmbedding, ProductQuantizedEmbedding, TransformCodedEmbedding)
 _CLASSES: dict[str, type[Any]] = {
@@ -60,24 +73,50 @@ class SavedModel(NamedTuple):
 
         Raises ValueError for a table without contexts where these are needed.
         """
-        return _vectors(self, balanced, contexts)
+        model = self.model
+        if not isinstance(model, PairModel):
+            if balanced or contexts:
+                raise ValueError(
+                    f"a {type(model).__name__} alone has no contexts, which balanced vectors and those of "
+                    "contexts need"
+                )
+            return Vectors(self.words, all_rows(model).cpu().numpy())
+        with torch.no_grad():
+            own, other = (side.float().cpu().numpy() for side in model.factors())
+        if contexts:
+            own, other = other, own
+        if len(own) != len(self.words):
+            raise ValueError(f"there are {len(own):,} contexts, which are not the {len(self.words):,} words")
+        return Vectors(self.words, np.ascontiguousarray(vectors.balanced(own, other) if balanced else own))
 
 
-def _vectors(saved: SavedModel, is_balanced: bool, of_contexts: bool) -> Vectors:
-    model = saved.model
-    if not isinstance(model, PairModel):
-        if is_balanced or of_contexts:
-            raise ValueError(
-                f"a {type(model).__name__} alone has no contexts, which balanced vectors and those of "
-                "contexts need"
-            )
-        return Vectors(saved.words, all_rows(model).cpu().numpy())
-    with torch.no_grad():
-        sides = [side.float().cpu().numpy() for side in model.factors()]
-    own, other = sides[::-1] if of_contexts else sides
-    if len(own) != len(saved.words):
-        raise ValueError(f"the model has {len(own):,} contexts, which are not its {len(saved.words):,} words")
-    return Vectors(saved.words, np.ascontiguousarray(balanced(own, other) if is_balanced else own))
+def _num_words(model: nn.Module) -> int:
+    return model.num_words if isinstance(model, PairModel) else cast(int, model.num_embeddings)
+
+
+def _check_words(words: Sequence[Any], num_words: int) -> None:
+    """Raise ValueError unless there are so many words, which are distinct texts."""
+    for word in words:
+        if type(word) is not str:
+            raise ValueError(f"words must be texts, and one is {word!r}")
+    if not len(words) == len({*words}) == num_words:
+        raise ValueError(
+            f"a model of {num_words:,} words needs a name for each, got {len(words):,}, of which "
+            f"{len({*words}):,} are distinct"
+        )
+
+
+def _write_values(values: dict[str, Tensor], path: Path) -> None:
+    """`save_file`, which makes a file for the user alone, and hides errors of the system."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(values, path)
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(number := int(found[1]), os.strerror(number)) from None
+    path.chmod(mode)
 
 
 def _check_sizes(arguments: Mapping[str, Any]) -> None:
@@ -98,20 +137,14 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, PairModel):
         return _describe_table(model)
     words, contexts = model.word_table, model.context_table
-    bias = (
-        "none"
-        if model.word_bias is None
-        else "shared"
-        if model.context_bias is model.word_bias
-        else "separate"
-    )
+    is_hashed = isinstance(words, HashedEmbedding) and isinstance(contexts, HashedEmbedding)
+    bias = "shared" if model.context_bias is model.word_bias else "separate"
     return {
         "class": "PairModel",
         "word_table": _describe_table(words),
         "context_table": None if contexts is words else _describe_table(contexts),
-        "shares_pool": contexts is not words
-        and getattr(contexts, "weight", 0) is getattr(words, "weight", 1),
-        "bias": bias,
+        "shares_pool": is_hashed and contexts is not words and contexts.weight is words.weight,
+        "bias": "none" if model.word_bias is None else bias,
         "dropout": model.dropout,
         "first_context": model.first_context,
     }
@@ -146,7 +179,7 @@ def _values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save(folder: Path | str, model: nn.Module, words: Sequence[str], *, details: Mapping[str, Any]) -> None:
-    """Write a model into a new folder, whole or not at all.
+    """Write a model into a new folder, whole or not at all. Values on other devices come by the CPU.
 
     Args:
         model: a `PairModel` of tables of `cemb.tables`, or such a table alone.
@@ -158,26 +191,26 @@ def save(folder: Path | str, model: nn.Module, words: Sequence[str], *, details:
     """
     folder = Path(folder)
     told = _describe(model)
-    num_words = model.num_words if isinstance(model, PairModel) else model.num_embeddings
-    if len(words) != num_words or len({*words}) != num_words:
-        raise ValueError(
-            f"a model of {num_words:,} words needs as many names, got {len({*words}):,} distinct ones"
-        )
-    names = json.dumps(list(words), ensure_ascii=False).encode()
+    num_words = _num_words(model)
+    _check_words(words, num_words)
+    listed = json.dumps(list(words), ensure_ascii=False).encode()
     manifest = {
         "kind": "model",
         "version": VERSION,
         "hash_version": HASH_VERSION,
         "num_words": num_words,
-        "words_sha256": hashlib.sha256(names).hexdigest(),
+        "words_sha256": hashlib.sha256(listed).hexdigest(),
         "model": told,
         "details": details,
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    values = {name: value.detach().cpu().contiguous() for name, value in _values(model)[0].items()}
+    values, names = _values(model)
+    if names != _values(_build(told))[1]:
+        raise ValueError("the tables share values in another way than by one pool, which is not kept")
+    values = {name: value.detach().cpu().contiguous() for name, value in values.items()}
     with files.disk_errors(folder), files.atomic_directory(folder) as work:
-        save_file(values, work / "model.safetensors")
-        (work / "words.json").write_bytes(names)
+        _write_values(values, work / "model.safetensors")
+        (work / "words.json").write_bytes(listed)
         (work / "manifest.json").write_text(text, encoding="utf-8")
 
 
@@ -202,37 +235,24 @@ def load(folder: Path | str, *, device: torch.device | str = "cpu") -> SavedMode
     try:
         words = _read_words(folder, manifest)
         model = _build(manifest["model"])
-        num_words = model.num_words if isinstance(model, PairModel) else model.num_embeddings
-        if num_words != len(words):
-            raise ValueError(f"a model of {num_words:,} words has {len(words):,} names")
-        _read_values(folder, model, torch.device(device))
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-        SafetensorError,
-    ) as error:
+        _check_words(words, _num_words(model))
+        _read_values(folder, model)
+    except _NO_MODEL as error:
         raise files.damaged(folder, str(error), _REMEDY) from None
-    return SavedModel(model, words, manifest)
+    return SavedModel(model.to(device), words, manifest)
 
 
 def _read_words(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     words = files.read_json(folder / "words.json")
-    if not isinstance(words, list) or not all(type(word) is str for word in words):
-        raise ValueError("words.json is no array of texts")
-    if len(words) != manifest["num_words"] or len({*words}) != len(words):
-        raise ValueError(
-            f"words.json has {len({*words}):,} distinct words, manifest.json {manifest['num_words']:,}"
-        )
+    if not isinstance(words, list):
+        raise ValueError("words.json is no array")
+    _check_words(words, manifest["num_words"])
     if files.file_hash(folder / "words.json") != f"sha256:{manifest['words_sha256']}":
         raise ValueError("words_sha256 of manifest.json is not that of words.json")
     return words
 
 
-def _read_values(folder: Path, model: nn.Module, device: torch.device) -> None:
+def _read_values(folder: Path, model: nn.Module) -> None:
     """Put the values of a folder into a model without any, if they have its names, shapes and types."""
     wanted, names = _values(model)
     with safe_open(folder / "model.safetensors", framework="pt", backend="pread") as stored:
@@ -248,7 +268,7 @@ def _read_values(folder: Path, model: nn.Module, device: torch.device) -> None:
                 )
         found = {}
         for name, value in wanted.items():
-            tensor = stored.get_tensor(name).to(device)
+            tensor = stored.get_tensor(name)
             is_parameter = isinstance(value, nn.Parameter)
             if tensor.dtype != value.dtype and not (is_parameter and tensor.is_floating_point()):
                 raise ValueError(
