@@ -45,7 +45,7 @@ _FIELDS = {
 # What making a model raises for what it cannot be made from.
 _NO_MODEL = (
     *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError),
-    *(FileNotFoundError, SafetensorError),
+    *(AssertionError, FileNotFoundError, SafetensorError),  # the first of torch's constructors
 )
 _REMEDY = "train or make it again, or take a whole copy of it"
 _QUANTIZED = (RowQuantizedEmbedding, ProductQuantizedEmbedding, TransformCodedEmbedding)
@@ -274,5 +274,7 @@ def _read_values(folder: Path, model: nn.Module) -> None:
                 raise ValueError(
                     f"{name} of model.safetensors is {tensor.dtype}, and should be {value.dtype}"
                 )
+            if not value.is_meta and not torch.equal(tensor, value):  # what a table hashes by
+                raise ValueError(f"{name} of model.safetensors is not what manifest.json tells of the hash")
             found[name] = nn.Parameter(tensor) if is_parameter else tensor
     model.load_state_dict({name: found[once] for name, once in names.items()}, assign=True)

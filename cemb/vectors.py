@@ -245,9 +245,9 @@ def read(path: Path | str) -> Vectors:
     """Vectors in a file of word2vec, text or binary, or of GloVe, each plain or compressed by gzip.
 
     Which of them it is, its content says, not its name: the first line of word2vec is two whole numbers, and
-    text if the next line is a word and as many numbers as that says. Words and numbers are those that
-    `gensim.models.KeyedVectors.load_word2vec_format` reads, in float32. Takes memory for what has been read,
-    whatever a first line claims.
+    text follows if the next line is a word and as many numbers as that says, whatever else it may be. Words
+    and numbers are those that `gensim.models.KeyedVectors.load_word2vec_format` reads, in float32. Takes
+    memory for what has been read, whatever a first line claims.
 
     Raises ValueError, which names file and line or row, for other formats, and for damaged or cut files,
     another number of rows or columns than the first line has, words that are not UTF-8, empty or there
@@ -272,7 +272,7 @@ def read(path: Path | str) -> Vectors:
                 dim = len(_row(line)[1])
                 if dim == 0 or len(line) == _LONGEST_LINE or _numbers(_row(line)[1]) is None:
                     raise ValueError(
-                        f"{path} is not a file of vectors; its first line is {line[:60]!r}; {READABLE}"
+                        f"{path} is not a file of vectors, its first line is {line[:60]!r}; {READABLE}"
                     )
                 stream.seek(0)
                 return _read_text(stream, rows(dim, "line", 1), None, dim)

@@ -18,9 +18,10 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from conftest import ROOT, children, is_alive, wait_until
+from conftest import ROOT, children, is_alive, wait_until, zipf_text
 
-from cemb import cli, commands
+import cemb
+from cemb import cli, commands, vectors
 from cemb.commands import COMMANDS
 from cemb.model import COMPRESSED_TABLES, TABLES
 from cemb.pmi import encode, out_of_core
@@ -29,6 +30,7 @@ from cemb.study import bench, counting_bench, frontier, grid, parameters, qualit
 from cemb.study import run as study_run
 from cemb.study.dataset import PmiConfig, load_pmi
 from cemb.study.identity import parse
+from cemb.train.loops import DivergenceError
 
 
 def _help(command, monkeypatch, capsys):
@@ -173,7 +175,7 @@ def test_notebooks_build_what_their_parameters_are_checked_against(notebook):
 
 @pytest.mark.parametrize(
     "command",
-    ["speed", "bench", "bench-counting", "scaling", "pmi", "train --table full", "frontier", "rates"],
+    ["speed", "bench", "bench-counting", "scaling", "pmi", "frontier", "rates"],
 )
 def test_records_replace_no_device_and_no_link(command, tmp_path, capsys):
     fifo, link = tmp_path / "fifo", tmp_path / "link"
@@ -200,6 +202,86 @@ def test_records_replace_no_device_and_no_link(command, tmp_path, capsys):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(options, path, why, capsys):
     assert cli.main([*options, path, "--corpus", "/none/either"]) == 2
     assert capsys.readouterr().err == f"cemb: cannot write '{path}': {why}\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --table full --corpus /none/either --out",
+        "export /none/either --format npy --out",
+        "export /none/either --format tsv --out",
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(command, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path, said in (
+        (tmp_path, f"'{tmp_path}' exists already; remove it, or name another"),
+        (tmp_path / "link", f"'{tmp_path / 'link'}' exists already; remove it, or name another"),
+        ("/proc/new", "cannot write '/proc/new': No such file or directory"),
+        ("/none/new", "cannot write '/none/new': there is no directory '/none'"),
+    ):
+        assert cli.main([*command.split(), str(path)]) == 2
+        assert capsys.readouterr() == ("", f"cemb: {said}\n")
+
+
+@pytest.mark.parametrize("format", [name for name in vectors.FORMATS if name not in vectors.FOLDERS])
+def test_export_replaces_files_alone(format, tmp_path, capsys):
+    assert cli.main(["export", "/none/either", "--format", format, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"cemb: cannot write '{tmp_path}': it is a directory\n"
+
+
+def test_one_model_is_kept(tmp_path, capsys):
+    for option in ("--save", "--out"):
+        command = ["train", "--table", "full", "--seeds", "1", "2", "--corpus", "/none/either"]
+        assert cli.main([*command, option, str(tmp_path / "new")]) == 2
+        assert capsys.readouterr().err == f"cemb: {option} keeps one model, and there are seeds [1, 2]\n"
+
+
+def test_what_is_trained_is_loaded_and_exported(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(zipf_text(4000, 60))
+    folder = tmp_path / "model"
+    command = ["train", "--corpus", str(tmp_path / "text.txt"), "--min-count", "2", "--rank", "3"]
+    command += ["--table", "full", "--num-steps", "3", "--out", str(folder), "--save", str(tmp_path / "pt")]
+    assert cli.main(command) == 0
+    record = json.loads(capsys.readouterr().out)
+    found = cemb.load(folder)
+    assert found.manifest["details"]["training"] == record
+    data = found.manifest["details"]["data"]
+    assert (data["rank"], data["window_size"], data["num_words"]) == (3, 5, len(found.words))
+    assert data["corpus_fingerprint"] == record["pmi_corpus_fingerprint"]
+    for name, value in torch.load(tmp_path / "pt", weights_only=True).items():
+        assert torch.equal(found.model.state_dict()[name], value)
+    for options in ([], ["--balanced"], ["--contexts"], ["--balanced", "--contexts"]):
+        out = tmp_path / "-".join(["out", *options])
+        export = ["export", str(folder), "--format", "word2vec-binary", "--out", str(out), *options]
+        assert cli.main(export) == 0
+        said = {"kind": "vectors", "format": "word2vec-binary", "num_words": len(found.words)}
+        assert json.loads(capsys.readouterr().out) == {**said, "embedding_dim": 3}
+        expected = found.vectors("--balanced" in options, contexts="--contexts" in options)
+        written = vectors.read(out)
+        assert written.words == expected.words
+        assert written.values.tobytes() == expected.values.tobytes()
+    with (tmp_path / "model" / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    assert cli.main(["export", str(folder), "--format", "glove", "--out", str(tmp_path / "other")]) == 2
+    assert f"cemb: '{folder}' is damaged: the SHA-256 of model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_training_that_diverges_makes_no_model(tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.txt").write_text(zipf_text(4000, 60))
+
+    def diverging(train, rate):
+        train(rate)
+        raise DivergenceError("it did not converge")
+
+    monkeypatch.setattr(quality, "halve_until_stable", diverging)
+    command = ["train", "--corpus", str(tmp_path / "text.txt"), "--rank", "3", "--table", "full"]
+    assert cli.main([*command, "--out", str(tmp_path / "model")]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["failure"] == "it did not converge"
+    assert said.err.endswith("cemb: there is no model to save: it did not converge\n")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_model_that_does_not_fit_leaves_the_one_there_was(tmp_path, monkeypatch):

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from conftest import ROOT, long, zipf_text
 
+import cemb
 from cemb import files
+from cemb.model import build_model
 from cemb.pmi.csr import CsrFolder
 from cemb.pmi.encode import EncodedCorpus, encode
 from cemb.pmi.matrix import write_pmi
 from cemb.pmi.out_of_core import CooccurrenceCounts, count
 from cemb.study import dataset
 
-REMEDIES = ("encode the corpus again", "make it again", "it is built again")
+REMEDIES = ("encode the corpus again", "make it again", "it is built again", "take a whole copy of it")
 
 
 def content_of_corpus(folder):
@@ -37,11 +39,18 @@ def content_of_data_set(folder):
     return found.words, counts, left, found.matrix.data.tolist(), found.summary
 
 
+def content_of_model(folder):
+    found = cemb.load(folder)
+    values = {name: value.tolist() for name, value in found.model.state_dict().items()}
+    return found.words, values, found.manifest
+
+
 READ = {
     "corpus": content_of_corpus,
     "counts": content_of_matrix,
     "matrix": content_of_matrix,
     "data set": content_of_data_set,
+    "model": content_of_model,
 }
 
 
@@ -57,6 +66,8 @@ def stored(tmp_path_factory):
         patch.setenv("CEMB_RESULTS", str(folder / "results"))
         built = dataset.load_pmi(dataset.PmiConfig(str(folder / "text.txt"), min_count=2, rank=3))
     shutil.copytree(built.folder, folder / "data set")
+    model = build_model("hashed", len(built.words), 3, pool_size=50, shared_table=False, bias="separate")
+    cemb.save(folder / "model", model, built.words, details={"data": built.summary})
     return folder
 
 
@@ -124,7 +135,7 @@ def test_a_manifest_that_lies_is_refused(stored, tmp_path, record_property, name
         folder = tmp_path / str(i)
         shutil.copytree(stored / name, folder)
         (folder / "manifest.json").write_text(json.dumps(lie))
-        _sum_again(folder)
+        sum_again(folder)
         try:
             found = READ[name](folder)
         except ValueError as error:
@@ -135,7 +146,7 @@ def test_a_manifest_that_lies_is_refused(stored, tmp_path, record_property, name
             assert found == expected or any(lie[name] != manifest[name] for name in informs), lie
 
 
-def _sum_again(folder):
+def sum_again(folder):
     (folder / files.SUMS).unlink()
     with files.atomic_directory(folder.with_suffix(".new"), durable=False) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True)
@@ -167,7 +178,7 @@ def test_cells_are_in_their_places(stored, tmp_path, monkeypatch, file, change, 
     assert content_of_matrix(stored / "counts")
     shutil.copytree(stored / "counts", tmp_path / "counts")
     _altered(tmp_path / "counts" / f"{file}.npy", change)
-    _sum_again(tmp_path / "counts")
+    sum_again(tmp_path / "counts")
     with pytest.raises(files.DamagedError, match=f"{file}.npy .*{what}"):
         CsrFolder(tmp_path / "counts")
 

@@ -6,7 +6,9 @@ import io
 import json
 import lzma
 import resource
+import tempfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ from conftest import long, zipf_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cemb import cli
+from cemb import cli, vectors
 from cemb.commands import COMMANDS
 from cemb.pmi import readers
 from cemb.pmi.corpora import find_sources
@@ -59,6 +61,21 @@ def events_of(path):
     return counts.shape == (len(users), len(items))
 
 
+def _vectors(format):
+    values = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out"
+        vectors.write(path, vectors.Vectors([f"wörd{i}" for i in range(60)], values), format)
+        return path.read_bytes()
+
+
+def read_vectors(path):
+    words, values = vectors.read(path)
+    assert len({*words}) == len(words) == len(values)
+    assert np.isfinite(values).all()
+    return words
+
+
 INPUTS = {
     "a.txt": (TEXT, read_text),
     "a.txt.gz": (gzip.compress(TEXT), read_text),
@@ -77,6 +94,11 @@ INPUTS = {
     "a.csv.gz": (gzip.compress(EVENTS), events_of),
     "c.parquet": (_parquet("snappy"), events_of),
     "records.jsonl": (LINES, records.read),
+    "text.vec": (_vectors("word2vec-text"), read_vectors),
+    "text.vec.gz": (gzip.compress(_vectors("word2vec-text")), read_vectors),
+    "vectors.bin": (_vectors("word2vec-binary"), read_vectors),
+    "vectors.bin.gz": (gzip.compress(_vectors("word2vec-binary")), read_vectors),
+    "glove.txt": (_vectors("glove"), read_vectors),
 }
 OTHERS = (
     b"\0",

@@ -128,7 +128,7 @@ class TransformCodedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)
-        flat = ids.reshape(-1).long()
+        flat = ids.reshape(-1).long().contiguous()
         tier_of = torch.bucketize(flat, self._borders[1:], right=True)
         out = torch.empty(flat.numel(), self.embedding_dim)
         tier_bits = self._borders.diff() * self.bits.sum(dim=1)
