@@ -19,7 +19,7 @@ from cemb.pmi import encode
 from cemb.study import records, timing
 from cemb.study.dataset import PmiConfig, PmiDataset
 from cemb.tables import num_bytes
-from cemb.train import similarity
+from cemb.train import evaluation_sets, similarity
 from cemb.train.batches import PairBatches
 from cemb.train.learning_rates import default_learning_rate, search_learning_rate
 from cemb.train.loops import (
@@ -179,14 +179,15 @@ def score_vectors(
     """
     fields: records.Record = {}
     balanced = vectors.balanced(words, contexts)
-    for name in similarity.SIMILARITY_SETS:
-        found = similarity.similarity(words, vocabulary, name)
-        fields |= {f"{name}_{field}": value for field, value in found.items()}
-        found = similarity.similarity(balanced, vocabulary, name)
-        fields |= {f"{name}_balanced_{field}": found[field] for field in ("score", "low", "high")}
-    analogies = similarity.analogies(words, vocabulary, max_questions=2000)
-    fields |= {f"analogies_{field}": value for field, value in analogies.items()}
-    return fields
+    interval = ("score", "low", "high")
+    for pairs in evaluation_sets.bundled_similarity():
+        found = similarity.similarity(words, vocabulary, pairs)
+        fields |= {f"{pairs.name}_{field}": found[field] for field in (*interval, "pairs", "pairs_total")}
+        found = similarity.similarity(balanced, vocabulary, pairs)
+        fields |= {f"{pairs.name}_balanced_{field}": found[field] for field in interval}
+    found = similarity.analogies(words, vocabulary, evaluation_sets.bundled_analogies(), max_questions=2000)
+    kept = ("score", "mul_score", "low", "high", "questions", "questions_total")
+    return fields | {f"analogies_{field}": found[field] for field in kept}
 
 
 def svd_record(data: PmiDataset, singular_value_power: float = 0.5) -> records.Record:

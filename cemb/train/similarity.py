@@ -2,17 +2,20 @@
 
 import math
 import zlib
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse.linalg
 import scipy.special
+from tqdm import tqdm
 
 from cemb.checks import check_integers
+from cemb.train.evaluation_sets import AnalogySet, SimilaritySet, unmarked
 from cemb.vectors import check_finite
+
+# Cosines of the analogies' words with the vocabulary that are computed at once.
+_MOST_COSINES = 2**28
 
 
 def normalized(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -45,91 +48,117 @@ def _correlations(
     return found
 
 
-SIMILARITY_SETS = {"wordsim353": "wordsim353.tsv", "simlex999": "simlex999.txt"}
+class _Vocabulary:
+    """Rows of words: as written, else case-folded, of several then the first."""
 
+    def __init__(self, words: list[str]):
+        self._exact = {word: row for row, word in enumerate(words)}
+        self._folded = {words[row].casefold(): row for row in reversed(range(len(words)))}
 
-def _test_data(name: str) -> list[str]:
-    """Lines of an evaluation set that ships in gensim's wheel; none if gensim is not installed."""
-    try:
-        path = Path(str(distribution("gensim").locate_file(f"gensim/test/test_data/{name}")))
-    except PackageNotFoundError:
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    def row(self, word: str) -> int | None:
+        row = self._exact.get(word)
+        return self._folded.get(word.casefold()) if row is None else row
 
 
 def similarity(
-    vectors: npt.NDArray[Any], words: list[str], name: str, *, num_bootstrap: int = 500
-) -> dict[str, float]:
+    vectors: npt.NDArray[Any], words: list[str], test_set: SimilaritySet, *, num_bootstrap: int = 500
+) -> dict[str, Any]:
     """Spearman correlation of cosines with human judgements, in per cent, with a bootstrap interval.
+
+    A word of the set is looked up as written, else case-folded; if it is not there and all words of the set
+    have part-of-speech marks, so again without its mark. Pairs with a word that is not there are left out.
 
     Args:
         vectors: ``[words, dim]``.
-        name: ``"wordsim353"`` (Finkelstein et al., 2002) or ``"simlex999"`` (Hill et al., 2015).
 
     Returns:
-        ``score``, the 95% interval ``low`` and ``high`` over pairs resampled with a fixed seed, ``pairs``
-        evaluated and ``pairs_total``. Scores are NaN where fewer than 3 pairs are in the vocabulary, or all
-        cosines are the same.
+        ``score``, the 95% interval ``low`` and ``high`` over pairs resampled with a seed that the set's name
+        gives, ``pairs`` evaluated of ``pairs_total``, and ``coverage``, their ratio in per cent. Where there
+        is no score, the three are NaN and ``no_score`` says why, which is None otherwise: ``too few pairs``,
+        if fewer than 3 are in the vocabulary, or ``no variation``, if all cosines or all judgements are the
+        same.
 
     Raises ValueError for vectors that are not finite.
     """
     check_integers(1, num_bootstrap=num_bootstrap)
-    index = {word: i for i, word in enumerate(words)}
-    pairs = [line.casefold().split("\t") for line in _test_data(SIMILARITY_SETS[name])]
-    known = [(index[a], index[b], float(s)) for a, b, s in pairs if a in index and b in index]
-    result = {"pairs": len(known), "pairs_total": len(pairs)}
+    check_finite(vectors)
+    vocabulary = _Vocabulary(words)
+
+    def row(word: str) -> int | None:
+        found = vocabulary.row(word)
+        return vocabulary.row(unmarked(word)) if found is None and test_set.is_marked else found
+
+    rows = [(row(a), row(b), score) for a, b, score in test_set.pairs]
+    known = [(a, b, score) for a, b, score in rows if a is not None and b is not None]
+    result: dict[str, Any] = dict.fromkeys(("score", "low", "high"), math.nan)
+    result |= {"pairs": len(known), "pairs_total": len(rows)}
+    result |= {"coverage": 100 * len(known) / max(1, len(rows)), "no_score": None}
     if len(known) < 3:
-        return {"score": math.nan, "low": math.nan, "high": math.nan, **result}
+        return result | {"no_score": f"too few pairs: {len(known)} in the vocabulary, and 3 are needed"}
     left, right, human = (np.array(column) for column in zip(*known, strict=True))
-    unit = normalized(vectors)
-    cosines = np.einsum("ij,ij->i", unit[left], unit[right])
-    if np.ptp(cosines) == 0:  # there is no correlation with what does not vary
-        return {"score": math.nan, "low": math.nan, "high": math.nan, **result}
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    cosines = np.einsum("ij,ij->i", normalized(vectors[left]), normalized(vectors[right]))
+    rounding = 8 * np.finfo(cosines.dtype).eps
+    for what, values, least in (("cosines", cosines, rounding), ("judgements", human, 0)):
+        if np.ptp(values) <= least:  # there is no correlation with what does not vary
+            return result | {"no_score": f"no variation: all {what} are the same"}
+    rng = np.random.default_rng(zlib.crc32(test_set.name.encode()))
     samples = rng.integers(len(known), size=(num_bootstrap, len(known)))
     low, high = np.nanpercentile(_correlations(human, cosines, samples), [2.5, 97.5])
     (score,) = _correlations(human, cosines, np.arange(len(known))[None])
-    return {"score": 100 * float(score), "low": 100 * float(low), "high": 100 * float(high), **result}
+    return result | {"score": 100 * float(score), "low": 100 * float(low), "high": 100 * float(high)}
 
 
 def analogies(
     vectors: npt.NDArray[Any],
     words: list[str],
+    test_set: AnalogySet,
     *,
     batch_size: int = 512,
     max_questions: int | None = None,
-) -> dict[str, float]:
-    """Google's analogy questions (Mikolov et al., 2013), answered over the whole vocabulary.
+) -> dict[str, Any]:
+    """Analogy questions, answered over the whole vocabulary but for the three words given.
 
     3CosAdd and 3CosMul answer them (Levy and Goldberg, 2014), the latter on cosines shifted to [0, 1] and
-    with 0.001 added to the divisor.
+    with 0.001 added to the divisor. Words are looked up as written, else case-folded; questions with a word
+    that is not there are left out.
+
+    Args:
+        vectors: ``[words, dim]``.
+        batch_size: questions answered at once, at most; fewer in a large vocabulary.
+        max_questions: an even sample of the questions with all words; None: all.
 
     Returns:
         The shares answered rightly in per cent, by 3CosAdd as ``score`` and by 3CosMul as ``mul_score``;
         the bootstrap 95% interval ``low`` and ``high`` of the former over resampled questions;
-        ``questions`` evaluated of ``questions_total``. Shares are NaN if no question is covered.
-        `max_questions` takes an even sample.
+        ``questions`` evaluated of ``questions_total``; ``coverage``, the share in per cent that has all its
+        words in the vocabulary. If that is none, shares are NaN and ``no_score`` says so, which is None
+        otherwise.
 
     Raises ValueError for vectors that are not finite.
     """
     check_integers(1, batch_size=batch_size, max_questions=max_questions)
-    index = {word: i for i, word in enumerate(words)}
-    questions = [line.casefold().split() for line in _test_data("questions-words.txt") if line[0] != ":"]
-    known = np.array([[index[w] for w in q] for q in questions if all(w in index for w in q)])
+    check_finite(vectors)
+    vocabulary = _Vocabulary(words)
+    rows = [[vocabulary.row(word) for word in question] for question in test_set.questions]
+    known = np.array([question for question in rows if None not in question], dtype=np.int64)
+    coverage = 100 * len(known) / max(1, len(rows))
     if max_questions is not None and len(known) > max_questions:
         known = known[np.linspace(0, len(known) - 1, max_questions).astype(int)]
-    result: dict[str, float] = {"questions": len(known), "questions_total": len(questions)}
+    result = {"questions": len(known), "questions_total": len(rows), "coverage": coverage, "no_score": None}
     if len(known) == 0:
-        return dict.fromkeys(("score", "mul_score", "low", "high"), math.nan) | result
-    unit = normalized(vectors).astype(np.float32)
+        why = "too few questions: none has all its words in the vocabulary"
+        return dict.fromkeys(("score", "mul_score", "low", "high"), math.nan) | result | {"no_score": why}
+    unit = normalized(vectors).astype(np.float32, copy=False)
+    batch_size = max(1, min(batch_size, _MOST_COSINES // (3 * len(unit))))
     added = multiplied = 0
-    for first in range(0, len(known), batch_size):
+    for first in tqdm(range(0, len(known), batch_size), desc="analogies", unit="batch", delay=2):
         batch = known[first : first + batch_size]
         # Questions share their words, so a batch needs far fewer rows of cosines than it has words.
-        given, rows = np.unique(batch[:, :3], return_inverse=True)
-        cosines = (unit[given] @ unit.T + 1) / 2
-        for (*given_words, answer), (i, j, k) in zip(batch, rows.reshape(-1, 3), strict=True):
+        given, places = np.unique(batch[:, :3], return_inverse=True)
+        cosines = unit[given] @ unit.T
+        cosines += 1
+        cosines /= 2
+        for (*given_words, answer), (i, j, k) in zip(batch, places.reshape(-1, 3), strict=True):
             a, b, c = cosines[i], cosines[j], cosines[k]
             sums, products = b - a + c, b * c / (a + 1e-3)
             sums[given_words] = products[given_words] = -np.inf

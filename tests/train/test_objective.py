@@ -8,8 +8,8 @@ import scipy.sparse as sp
 import scipy.stats
 import torch
 
+from cemb.train import evaluation_sets, similarity
 from cemb.train import objective as train_objective
-from cemb.train import similarity
 from cemb.train.batches import PairBatches
 from cemb.vectors import balanced
 
@@ -198,19 +198,19 @@ def test_factors_of_a_matrix_of_lower_rank_are_zero_beyond_it(power):
 
 @pytest.fixture
 def wordsim():
-    """The words of WordSim-353 and vectors under which cosines follow the human scores."""
-    lines = [line.casefold().split("\t") for line in similarity._test_data("wordsim353.tsv")]
-    words = sorted({word for a, b, _ in lines for word in (a, b)})
-    return lines, words
+    """WordSim-353, case-folded, and its words."""
+    found = evaluation_sets.bundled_similarity()[0]
+    folded = found._replace(pairs=[(a.casefold(), b.casefold(), score) for a, b, score in found.pairs])
+    return folded, sorted({word for a, b, _ in folded.pairs for word in (a, b)})
 
 
 def test_similarity_equals_scipys_and_lies_in_its_interval(wordsim):
-    lines, words = wordsim
+    test_set, words = wordsim
     vectors = np.random.default_rng(0).normal(size=(len(words), 10))
-    found = similarity.similarity(vectors, words, "wordsim353")
+    found = similarity.similarity(vectors, words, test_set)
     unit = similarity.normalized(vectors)
-    cosines = [unit[words.index(a)] @ unit[words.index(b)] for a, b, _ in lines]
-    expected = scipy.stats.spearmanr([float(s) for *_, s in lines], cosines).statistic
+    cosines = [unit[words.index(a)] @ unit[words.index(b)] for a, b, _ in test_set.pairs]
+    expected = scipy.stats.spearmanr([s for *_, s in test_set.pairs], cosines).statistic
     assert found["score"] == pytest.approx(100 * expected)
     assert found["pairs"] == found["pairs_total"] == 353
     assert found["low"] < found["score"] < found["high"]
@@ -220,12 +220,13 @@ def test_similarity_equals_scipys_and_lies_in_its_interval(wordsim):
 
 @pytest.mark.parametrize("num_known", [2, 3, 40])
 def test_the_interval_is_that_of_resampled_pairs(wordsim, num_known):
-    lines, _ = wordsim
+    test_set, _ = wordsim
+    lines = test_set.pairs
     known = lines[4 : 4 + num_known]  # of words that make no other pair, if they are few
     words = sorted({word for a, b, _ in known for word in (a, b)})
     covered = [(words.index(a), words.index(b), float(s)) for a, b, s in lines if {a, b} <= set(words)]
     vectors = np.random.default_rng(1).normal(size=(len(words), 10))
-    found = similarity.similarity(vectors, words, "wordsim353")
+    found = similarity.similarity(vectors, words, test_set)
     assert found["pairs"] == len(covered) == (num_known if num_known < 4 else len(covered))
     if num_known < 3:
         assert math.isnan(found["score"])
@@ -244,11 +245,11 @@ def test_the_interval_is_that_of_resampled_pairs(wordsim, num_known):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_vectors_without_a_cosine_are_refused(wordsim, bad):
-    _, words = wordsim
+    test_set, words = wordsim
     vectors = np.random.default_rng(0).normal(size=(len(words), 4))
     vectors[[1, 3], 2] = bad
     for call in (
-        lambda: similarity.similarity(vectors, words, "wordsim353"),
+        lambda: similarity.similarity(vectors, words, test_set),
         lambda: similarity.neighbours(vectors, words, words[0]),
         lambda: balanced(vectors, vectors[:5]),
     ):
@@ -266,12 +267,22 @@ def test_balanced_vectors_of_dependent_contexts_are_finite():
     np.testing.assert_allclose(found @ found.T, scores @ scores.T, rtol=1e-6, atol=1e-6)
 
 
+PAIRS = evaluation_sets.SimilaritySet("pairs", [("a", "b", 1.0)])
+QUESTIONS = evaluation_sets.AnalogySet("questions", [("a", "b", "a", "b")])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda *given: similarity.similarity(*given, "wordsim353", num_bootstrap=0), "num_bootstrap must"),
-        (lambda *given: similarity.analogies(*given, batch_size=0), "batch_size must be at least 1, got 0"),
-        (lambda *given: similarity.analogies(*given, max_questions=-1), "max_questions must be at least 1"),
+        (lambda *given: similarity.similarity(*given, PAIRS, num_bootstrap=0), "num_bootstrap must"),
+        (
+            lambda *given: similarity.analogies(*given, QUESTIONS, batch_size=0),
+            "batch_size must be at least 1",
+        ),
+        (
+            lambda *given: similarity.analogies(*given, QUESTIONS, max_questions=-1),
+            "max_questions must be at least 1",
+        ),
         (lambda *given: similarity.neighbours(*given, "a", 0), "count must be at least 1, got 0"),
     ],
 )
@@ -291,15 +302,15 @@ def test_ranks_of_resampled_values_equal_scipys(num_values):
 
 
 def test_similarity_of_vectors_in_one_direction_is_nan(wordsim):
-    _, words = wordsim
-    found = similarity.similarity(np.ones((len(words), 1), np.float32), words, "wordsim353")
+    test_set, words = wordsim
+    found = similarity.similarity(np.ones((len(words), 1), np.float32), words, test_set)
     assert math.isnan(found["score"])
     assert math.isnan(found["low"])
     assert found["pairs"] == 353
 
 
 def test_similarity_of_uncovered_words_is_nan(wordsim):
-    found = similarity.similarity(np.eye(2), ["zzz", "king"], "wordsim353")
+    found = similarity.similarity(np.eye(2), ["zzz", "king"], wordsim[0])
     assert math.isnan(found["score"])
     assert found["pairs"] == 0
 
@@ -307,12 +318,12 @@ def test_similarity_of_uncovered_words_is_nan(wordsim):
 def test_analogies_answers_a_built_vocabulary_and_not_noise():
     base = {"athens": (1, 0, 0, 0), "greece": (1, 0, 0, 1), "baghdad": (0, 1, 0, 0), "iraq": (0, 1, 0, 1)}
     base |= {"bangkok": (0, 0, 1, 0), "thailand": (0, 0, 1, 1)}
-    vectors = np.array(list(base.values()), float)
-    found = similarity.analogies(vectors, list(base), batch_size=2)
+    vectors, google = np.array(list(base.values()), float), evaluation_sets.bundled_analogies()
+    found = similarity.analogies(vectors, list(base), google, batch_size=2)
     assert found["score"] == found["mul_score"] == found["low"] == found["high"] == 100
     assert 0 < found["questions"] < found["questions_total"]
-    assert similarity.analogies(vectors, list(base), max_questions=2)["questions"] == 2
-    none = similarity.analogies(np.eye(2), ["a", "b"])
+    assert similarity.analogies(vectors, list(base), google, max_questions=2)["questions"] == 2
+    none = similarity.analogies(np.eye(2), ["a", "b"], google)
     assert all(math.isnan(none[name]) for name in ("score", "mul_score", "low", "high"))
 
 
@@ -320,7 +331,7 @@ def test_analogies_answers_a_built_vocabulary_and_not_noise():
 def noisy_capitals():
     """Capitals and countries, each pair's vectors alike and noisy, and the questions over them."""
     lines = [
-        line.casefold().split() for line in similarity._test_data("questions-words.txt") if line[0] != ":"
+        [word.casefold() for word in question] for question in evaluation_sets.bundled_analogies().questions
     ]
     questions = lines[:506]
     words = sorted({word for question in questions for word in question})
@@ -350,7 +361,8 @@ def test_analogies_equal_the_formulas_word_by_word(noisy_capitals, batch_size):
             best["mul_score"] = max(best["mul_score"], (product, x))
         for name, (_, word) in best.items():
             right[name] += word == answer
-    found = similarity.analogies(vectors, words, batch_size=batch_size)
+    test_set = evaluation_sets.bundled_analogies()
+    found = similarity.analogies(vectors, words, test_set, batch_size=batch_size)
     assert found["questions"] == len(questions)
     for name, count in right.items():
         assert found[name] == pytest.approx(100 * count / len(questions))
@@ -380,8 +392,11 @@ def test_sparse_products_accept_a_matrix_without_cells():
 
 def test_scores_without_the_sets_are_nan(monkeypatch):
     def missing(name):
-        raise similarity.PackageNotFoundError(name)
+        raise evaluation_sets.PackageNotFoundError(name)
 
-    monkeypatch.setattr(similarity, "distribution", missing)
-    assert math.isnan(similarity.similarity(np.eye(2), ["tiger", "cat"], "wordsim353")["score"])
-    assert math.isnan(similarity.analogies(np.eye(2), ["tiger", "cat"])["score"])
+    monkeypatch.setattr(evaluation_sets, "distribution", missing)
+    words = ["tiger", "cat"]
+    for pairs in evaluation_sets.bundled_similarity():
+        assert math.isnan(similarity.similarity(np.eye(2), words, pairs)["score"])
+    questions = evaluation_sets.bundled_analogies()
+    assert math.isnan(similarity.analogies(np.eye(2), words, questions)["score"])
