@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cemb.checks import check_integers
 from cemb.reference import check_ids
@@ -24,6 +25,7 @@ from cemb.tables.kmeans import nearest_level
 MAX_BITS = 8
 NUM_TIERS = 24
 _SCALE_STEPS = 255
+_BLOCK_ROWS = 2**13  # coded at once
 
 
 def tier_borders(num_rows: int) -> npt.NDArray[np.int64]:
@@ -32,9 +34,16 @@ def tier_borders(num_rows: int) -> npt.NDArray[np.int64]:
 
 
 def lloyd_levels(values: Tensor, bits: int, iterations: int = 30) -> Tensor:
-    """The levels ``[2^bits]`` to which `values` ``[n]``, sorted, are rounded with the least squared error."""
+    """The levels ``[2^bits]`` to which `values` ``[n]``, sorted, are rounded with the least squared error.
+
+    They start as dense as the cube root of the values' density, which is best for many levels (Panter and
+    Dite, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels", Proc. IRE
+    1951); from the values' own quantiles, 256 levels take thousands of iterations.
+    """
     count = 2**bits
-    levels = values[((torch.arange(count) + 0.5) / count * len(values)).long()]
+    knots = values[torch.linspace(0, len(values) - 1, min(len(values), 16 * count)).long()]
+    reach = nn.functional.pad(knots.diff().double().pow(2 / 3).cumsum(0), (1, 0))
+    levels = knots[torch.searchsorted(reach, (torch.arange(count) + 0.5) / count * reach[-1])]
     sums = nn.functional.pad(values.cumsum(0, dtype=torch.float64), (1, 0))
     ends = torch.tensor([0, len(values)])
     for _ in range(iterations):
@@ -168,18 +177,26 @@ def _encode(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
             levels[2**b - 1 : 2 ** (b + 1) - 1] = lloyd_levels(own.sort().values, b)
     levels = levels.half()
     packed = []
-    for tier, own_bits in zip(tiers, bits.long(), strict=True):
-        codes = torch.zeros(tier.shape, dtype=torch.int32)
-        for b in own_bits.unique().tolist():
-            if b:
-                columns = own_bits == b
-                own_levels = levels[2**b - 1 : 2 ** (b + 1) - 1].float()
-                codes[:, columns] = nearest_level(tier[:, columns].contiguous(), own_levels).int()
-        columns = torch.arange(len(own_bits)).repeat_interleave(own_bits)
-        places = torch.arange(len(columns)) - (own_bits.cumsum(0) - own_bits)[columns]
-        packed.append(((codes[:, columns] >> places.int()) & 1).to(torch.uint8).flatten())
+    with tqdm(total=len(values), desc="coding", unit="row", unit_scale=True, delay=2) as progress:
+        for tier, own_bits in zip(tiers, bits.long(), strict=True):
+            for rows in tier.split(_BLOCK_ROWS):
+                packed.append(_codes(rows, own_bits, levels))
+                progress.update(len(rows))
     bytes_ = np.packbits(torch.cat(packed).numpy(), bitorder="little")
     return levels, torch.from_numpy(bytes_)
+
+
+def _codes(values: Tensor, bits: Tensor, levels: Tensor) -> Tensor:
+    """Bits of the codes of rows of one tier, in order, each as a byte."""
+    codes = torch.zeros(values.shape, dtype=torch.uint8)
+    for b in bits.unique().tolist():
+        if b:
+            columns = bits == b
+            own_levels = levels[2**b - 1 : 2 ** (b + 1) - 1].float()
+            codes[:, columns] = nearest_level(values[:, columns], own_levels).to(torch.uint8)
+    columns = torch.arange(len(bits)).repeat_interleave(bits)
+    places = torch.arange(len(columns)) - (bits.cumsum(0) - bits)[columns]
+    return ((codes[:, columns] >> places.to(torch.uint8)) & 1).flatten()
 
 
 def overhead_bytes(num_rows: int, dim: int) -> int:

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from cemb.tables import TransformCodedEmbedding, all_rows, num_bytes
+from cemb.tables.kmeans import nearest_level
 from cemb.tables.transform_coded import allocate_bits, lloyd_levels, overhead_bytes, tier_borders
 
 
@@ -215,6 +218,16 @@ def test_levels_of_a_gaussian_are_those_of_max(bits, positive, distortion):
     assert torch.allclose(levels, expected, atol=0.015)
     error = (values[:, None] - levels).abs().amin(dim=1).square().mean().item()
     assert error == pytest.approx(distortion, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_many_levels_of_a_gaussian_are_near_the_best(bits):
+    """By Panter and Dite's limit of many levels, which the best are just below: 2.72 · 4⁻ᵇ."""
+    values = torch.randn(2**18).sort().values
+    levels = lloyd_levels(values, bits)
+    error = (values - levels[nearest_level(values, levels)]).square().mean().item()
+    assert error < 1.05 * math.pi * math.sqrt(3) / 2 * 4**-bits
+    assert (levels.diff() > 0).all()
 
 
 def test_levels_of_few_values_are_these():
