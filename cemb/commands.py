@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from cemb.checks import check_integers, check_reals
+
 if TYPE_CHECKING:
     from cemb.study.records import Record
 
@@ -389,6 +391,76 @@ def export() -> Command:
     return command
 
 
+def evaluate() -> Command:
+    """Score vectors on sets of similarity and analogies; prints a record for each set."""
+    from cemb.study import evaluation
+
+    def command(
+        vectors: Annotated[
+            Positional[tuple[Path, ...]],
+            arg(help="folders of models, or files of word2vec or GloVe, one after another"),
+        ],
+        *,
+        similarity: Annotated[
+            Sequence[Path], arg(help="files of two words and a score a line; by default gensim's two")
+        ] = (),
+        analogies: Annotated[
+            Sequence[Path], arg(help="files of four words a line; by default Google's, which gensim has")
+        ] = (),
+        max_questions: Annotated[
+            int | None, arg(help="an even sample of each file's analogies; None: all")
+        ] = None,
+        balanced: Annotated[
+            bool, arg(help="of models, vectors that do not depend on how words and contexts share")
+        ] = False,
+        out: Records = None,
+    ) -> None:
+        _check_output(out)
+        if not vectors:
+            raise ValueError("evaluate needs vectors: folders of models, or files of word2vec or GloVe")
+        check_integers(1, max_questions=max_questions)
+        evaluation.check_readable(vectors)
+        sets = evaluation.read_sets(similarity, analogies)
+
+        def measured() -> Iterable["Record"]:
+            for path in vectors:
+                given = evaluation.read_vectors(path, balanced=balanced)
+                print(f"{path}: {len(given.words):,} words, {given.values.shape[1]} values", file=sys.stderr)
+                for record in evaluation.evaluate(given, sets, max_questions=max_questions):
+                    print(f"  {evaluation.line(record)}", file=sys.stderr)
+                    yield {"vectors": str(path), "is_balanced": balanced, **record}
+
+        _put(measured(), out)
+
+    return command
+
+
+def compress() -> Command:
+    """Make vectors small by transform coding, as a folder that cemb.load reads; prints a record as JSON."""
+    from cemb.study import evaluation
+    from cemb.train.evaluation_sets import bundled_similarity
+
+    def command(
+        vectors: Annotated[
+            Positional[Path],
+            arg(help="a model's folder, or a file of word2vec or GloVe; rows by falling frequency"),
+        ],
+        *,
+        out: Annotated[Path, arg(help="folder to make")],
+        times: Annotated[float, arg(help="how many times smaller than in float32")] = 16,
+        similarity: Annotated[
+            Sequence[Path], arg(help="sets to score before and after; by default those of gensim, if any")
+        ] = (),
+    ) -> None:
+        check_reals("[1, inf)", times=times)
+        _check_new(out)
+        evaluation.check_readable([vectors])
+        sets = evaluation.read_sets(similarity, ()) if similarity else bundled_similarity()
+        _put([evaluation.compress(vectors, out, times=times, sets=sets)])
+
+    return command
+
+
 def frontier() -> Command:
     """Measure quality against bytes of tables in fewer of them."""
     from cemb.study.frontier import Frontier
@@ -493,6 +565,8 @@ COMMANDS: dict[str, Callable[[], Command]] = {
     "pmi": pmi,
     "train": train,
     "export": export,
+    "evaluate": evaluate,
+    "compress": compress,
     "frontier": frontier,
     "rates": rates,
     "study": study,
