@@ -1,6 +1,7 @@
 """Models in folders: loaded bit for bit, of the classes that are ours, and refused where they lie."""
 
 import errno
+import inspect
 import json
 import resource
 import sys
@@ -19,10 +20,18 @@ import cemb
 from cemb import files
 from cemb.model import BIASES, COMPRESSED_TABLES, TABLES, PairModel, build_compressed_model, build_model
 from cemb.tables import (
+    ClusteredEmbedding,
     FullEmbedding,
+    FusedFullEmbedding,
     HashedEmbedding,
     HashedEmbeddingBag,
+    HybridEmbedding,
+    LowRankEmbedding,
+    MixedDimensionEmbedding,
+    MultiHashEmbedding,
     ProductQuantizedEmbedding,
+    QuotientRemainderEmbedding,
+    ReferenceHashedEmbedding,
     RowQuantizedEmbedding,
     TransformCodedEmbedding,
     all_rows,
@@ -168,6 +177,63 @@ def test_tables_of_any_size_are_loaded_bit_for_bit(tmp_path, num_examples):
         assert np.array_equal(found.vectors().values, all_rows(table).numpy())
 
     check()
+
+
+SIZES = {"num_embeddings": 40, "embedding_dim": 6}
+OF_TORCH = {"padding_idx": 1, "max_norm": 2.0, "norm_type": 1.0, "scale_grad_by_freq": True, "sparse": True}
+HASHED = {
+    "pool_size": 30,
+    "block_size": 2,
+    "hash_seed": 5,
+    "signed": True,
+    "table_offset": 3,
+    "padding_idx": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (FullEmbedding, {"init_std": 0.3, **OF_TORCH}),
+        (FusedFullEmbedding, {"init_std": 0.3, **OF_TORCH}),
+        (HashedEmbedding, {"init_std": 0.3, **HASHED}),
+        (ReferenceHashedEmbedding, {"init_std": 0.3, **HASHED}),
+        (
+            HybridEmbedding,
+            {
+                "num_exact": 7,
+                "pool_size": 30,
+                "block_size": 2,
+                "hash_seed": 5,
+                "signed": True,
+                "init_std": 0.3,
+            },
+        ),
+        (MixedDimensionEmbedding, {"base_dim": 2.5, "temperature": 0.7, "init_std": 0.3}),
+        (QuotientRemainderEmbedding, {"num_remainders": 7, "init_std": 0.3}),
+        (MultiHashEmbedding, {"num_components": 7, "num_hashes": 3, "hash_seed": 5, "init_std": 0.3}),
+        (LowRankEmbedding, {"rank": 2, "init_std": 0.3}),
+        (ClusteredEmbedding, {"num_clusters": 7, "num_columns": 3, "init_std": 0.3}),
+        (RowQuantizedEmbedding, {"bits": 4}),
+        (ProductQuantizedEmbedding, {"num_groups": 5}),
+        (TransformCodedEmbedding, {"num_code_bytes": 99}),
+    ],
+)
+def test_arguments_are_those_that_were_given(kind, arguments):
+    assert kind(**SIZES, **arguments).arguments == {**SIZES, **arguments}
+    # All of them are, but for what hashed tables refuse, what gives values, and what has become a value.
+    parameters = set(inspect.signature(kind).parameters) - {
+        "kwargs",
+        "weight",
+        "compression_ratio",
+        "device",
+        "dtype",
+    }
+    if issubclass(kind, HashedEmbedding):
+        parameters -= {"max_norm", "norm_type", "scale_grad_by_freq", "sparse"}
+    if kind is ClusteredEmbedding:
+        parameters -= {"hash_seed"}
+    assert parameters <= {*SIZES, *arguments}
 
 
 def test_arguments_make_a_table_of_the_same_shape():

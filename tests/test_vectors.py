@@ -193,6 +193,30 @@ def test_words_that_no_format_has(tmp_path, format, word, what):
     assert not list(tmp_path.iterdir())
 
 
+def test_keyed_vectors_of_any_size_are_one_file(tmp_path):
+    """gensim puts arrays of more than 10·2^20 values into files of their own."""
+    values = np.arange(5300 * 2000, dtype=np.float32).reshape(5300, 2000)
+    expected = Vectors([str(i) for i in range(5300)], values)
+    write(tmp_path / "out", expected, "keyedvectors")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    check_same(by_gensim(tmp_path / "out", "keyedvectors"), expected)
+
+
+@pytest.mark.parametrize("row", [0, 3, 8])
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_value_that_is_not_finite_is_found_in_any_block(tmp_path, monkeypatch, binary, row):
+    values = np.ones((9, 2), np.float32)
+    values[row, 1] = np.inf
+    keyed = KeyedVectors(2, count=0)
+    keyed.add_vectors([f"w{i}" for i in range(9)], values)
+    keyed.save_word2vec_format(str(tmp_path / "out"), binary=binary)
+    place = f"binary row {row + 1}" if binary else f"line {row + 2}"
+    for block in (1, 4, 6, 1000):
+        monkeypatch.setattr(vectors, "_BLOCK_VALUES", block)
+        with pytest.raises(ValueError, match=f"{place}: the vector of 'w{row}' is not finite"):
+            read(tmp_path / "out")
+
+
 def test_words_that_escape_alike_are_refused(tmp_path):
     both = Vectors(["a b", "c", "a_b"], np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match="'a_b' is there twice when white space is escaped"):
