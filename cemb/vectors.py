@@ -47,6 +47,7 @@ _MOST_DEFLATED = 1032  # bytes that one of a deflated stream stands for, at most
 _LONGEST_WORD = 2**16  # bytes
 _LONGEST_LINE = 2**20
 _PIECE = 2**20
+_LARGEST_DIM = 2**20
 _BLOCK_VALUES = 2**18  # checked and written at once
 
 
@@ -143,19 +144,14 @@ class _Rows:
         return Vectors(list(self._words), self._values)
 
 
-def _row(line: bytes) -> tuple[bytes, list[bytes]]:
-    """Word and fields of a line of text, parted as gensim does."""
-    word, *fields = line.rstrip().split(b" ")
-    return word, fields
-
-
-def _numbers(fields: Sequence[bytes]) -> list[float] | None:
-    """Fields of text as numbers; None if one is none."""
+def _row(line: bytes) -> tuple[bytes, list[float] | None]:
+    """Word and numbers of a line of text, parted as gensim does; None if they are no numbers, or none."""
+    word, _, rest = line.rstrip().partition(b" ")
     try:
         # Python's numbers may hold underscores.
-        return None if any(b"_" in field for field in fields) else list(map(float, fields))
+        return word, None if b"_" in rest else list(map(float, rest.split(b" ")))
     except ValueError:
-        return None
+        return word, None
 
 
 def _is_text(head: bytes, num_rows: int, dim: int) -> bool:
@@ -166,7 +162,7 @@ def _is_text(head: bytes, num_rows: int, dim: int) -> bool:
     whole = head if len(head) < _PIECE else head[: head.rfind(b"\n") + 1]
     lines = whole.split(b"\n", 1)[:1] if dim > 1 else whole.rstrip().split(b"\n")
     rows = [_row(line)[1] for line in lines]
-    return len(rows) <= num_rows and all(len(row) == dim and _numbers(row) is not None for row in rows)
+    return len(rows) <= num_rows and all(row is not None and len(row) == dim for row in rows)
 
 
 def _read_text(stream: IO[bytes] | gzip.GzipFile, rows: _Rows, num_rows: int | None, dim: int) -> Vectors:
@@ -176,12 +172,11 @@ def _read_text(stream: IO[bytes] | gzip.GzipFile, rows: _Rows, num_rows: int | N
             raise rows.error(f"it has more than {_LONGEST_LINE:,} bytes")
         if number == num_rows:
             raise rows.error(f"more follows the {num_rows:,} rows of the first line")
-        word, fields = _row(line)
-        if len(fields) != dim:
-            raise rows.error(f"{len(fields):,} fields follow the word {word[:60]!r}, and should be {dim:,}")
-        values = _numbers(fields)
+        word, values = _row(line)
         if values is None:
             raise rows.error(f"what follows the word {word[:60]!r} is not {dim:,} numbers")
+        if len(values) != dim:
+            raise rows.error(f"{len(values):,} numbers follow the word {word[:60]!r}, and should be {dim:,}")
         rows.append(word, values)
         number += 1
     if num_rows is not None and number < num_rows:
@@ -233,8 +228,13 @@ def _decompressed(file: BufferedReader, size: int) -> Iterator[tuple[IO[bytes] |
 
 
 def _check_size(name: str, num_rows: int, dim: int, row_bytes: int, most: int) -> None:
-    """Raise ValueError if so many rows, of `row_bytes` at least, are more than there can be."""
-    if num_rows < 1 or dim < 1 or num_rows * row_bytes > most:
+    """Raise ValueError if so many rows, of `row_bytes` at least, are none, or more than there can be."""
+    if num_rows < 1 or not 1 <= dim <= _LARGEST_DIM:
+        raise ValueError(
+            f"{name}: the first line tells of {num_rows:,} rows of {dim:,} numbers; a file has one row or more, "
+            f"of at most {_LARGEST_DIM:,}"
+        )
+    if num_rows * row_bytes > most:
         raise ValueError(
             f"{name}: the first line tells of {num_rows:,} rows of {dim:,} numbers, which take at least "
             f"{num_rows * row_bytes:,} bytes, and at most {most:,} can be there"
@@ -269,13 +269,13 @@ def read(path: Path | str) -> Vectors:
             line = stream.readline(_LONGEST_LINE)
             head = re.fullmatch(rb"\s*(\d{1,99})\s+(\d{1,99})\s*", line)
             if head is None:
-                dim = len(_row(line)[1])
-                if dim == 0 or len(line) == _LONGEST_LINE or _numbers(_row(line)[1]) is None:
+                _, numbers = _row(line)
+                if numbers is None or len(line) == _LONGEST_LINE:
                     raise ValueError(
                         f"{path} is not a file of vectors, its first line is {line[:60]!r}; {READABLE}"
                     )
                 stream.seek(0)
-                return _read_text(stream, rows(dim, "line", 1), None, dim)
+                return _read_text(stream, rows(len(numbers), "line", 1), None, len(numbers))
             num_rows, dim = map(int, head.groups())
             start = stream.tell()
             _check_size(str(path), num_rows, dim, 2 + 2 * dim, most - start + 1)
