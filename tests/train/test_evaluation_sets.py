@@ -192,8 +192,10 @@ def test_no_score_says_why():
     assert few["no_score"] == "too few pairs: 2 in the vocabulary, and 3 are needed"
     assert (few["pairs"], few["pairs_total"], few["coverage"]) == (2, 8, 25)
     # All in one direction, at lengths whose cosines differ by rounding.
-    line = np.outer(np.arange(1.0, 7) / 7, np.arange(1.0, 8) / 3)
+    line = np.outer(np.sqrt(np.arange(3.0, 9)), np.cbrt(np.arange(1.0, 40)))
     for dtype in (np.float32, np.float64):
+        unit = similarity.normalized(line.astype(dtype))
+        assert np.ptp(np.einsum("ij,ij->i", unit[1:], unit[:-1])) > 0
         for vectors in (line.astype(dtype), np.ones((6, 3), dtype), np.zeros((6, 3), dtype)):
             found = score(words, SimilaritySet("set", pairs), vectors)
             assert found["no_score"] == "no variation: all cosines are the same"
