@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    processes.join_launcher()
     try:
         status = parse(arguments)() or 0
         processes.flush_output()
@@ -104,7 +105,7 @@ def _run(arguments: Sequence[str]) -> int:
         said = f"there is not enough memory{f': {error}' if str(error) else ''}"
     except (ValueError, OSError, RuntimeError, OverflowError) as error:
         said = str(error)
-    print(f"cemb: {said}", file=sys.stderr)
+    processes.tell_end(said)
     return 2
 
 

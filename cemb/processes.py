@@ -19,6 +19,10 @@ _GRACE_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
+# What helps after a signal or the loss of another process, such as that the same command resumes.
+_remedy = ""
+
+
 class Stopped(KeyboardInterrupt):
     """Raised in the main thread by a signal that ends the program."""
 
@@ -32,6 +36,46 @@ def end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def rank_and_number() -> tuple[int, int]:
+    """Which of how many processes torchrun has started this one is; (0, 1) without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def join_launcher() -> None:
+    """Under torchrun, end when that does, and leave progress to rank 0. Call it before tqdm is imported."""
+    if rank_and_number()[1] > 1:
+        end_with_parent()
+        if rank_and_number()[0]:
+            os.environ["TQDM_DISABLE"] = "1"
+
+
+def set_remedy(text: str) -> None:
+    """What a program that is stopped says from now on, after what stopped it."""
+    global _remedy
+    _remedy = text
+
+
+def with_remedy(why: str) -> str:
+    """What stopped a program, and the remedy that was set."""
+    return why + (_remedy and f"; {_remedy}")
+
+
+def tell_end(why: str) -> None:
+    """Say on standard error, in one line, why the program ends; of torchrun's processes the first does."""
+    if place := os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    ):  # of this process; others' lie in folders beside it
+        with suppress(OSError):
+            try:
+                (Path(place).parent.parent / "cemb-told").touch(exist_ok=False)
+            except FileExistsError:
+                return
+    with suppress(OSError):
+        os.write(2, f"cemb: {why}\n".encode())
 
 
 def _descendants() -> list[int]:
@@ -102,8 +146,9 @@ def supervised(work: Callable[[], int]) -> int:
                 if number[0] in stoppers:
                     break
         if number:
+            by = " of torchrun, which ends all processes when one ends" if rank_and_number()[1] > 1 else ""
+            tell_end(with_remedy(f"stopped by {signal.Signals(number[0]).name}{by}"))
             with suppress(OSError):
-                os.write(2, f"cemb: stopped by {signal.Signals(number[0]).name}\n".encode())
                 _silence(2)  # libraries have much to say of processes that end
             _end_descendants()
             is_alone.set()
