@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cemb.checks import check_integers, check_reals
 from cemb.kernels.cache import cached
+from cemb.optim import SquaredError
 from cemb.pmi.matrix import canonical
 
 
@@ -34,10 +35,11 @@ def _read_cells(indptr: Any, indices: Any, data: Any, rows: Any, columns: Any, o
 
 
 class PairBatches:
-    """Batches of (word, context) pairs, with a matrix's cells as targets; one iteration is one epoch.
+    """Batches of (word, context) pairs, with a matrix's cells as targets; `len` of them are an epoch.
 
     Every stored cell comes once an epoch, in random order. A share of each batch are negative samples:
-    cells drawn from the whole matrix, almost all of them zero.
+    cells drawn from the whole matrix, almost all of them zero. What a batch holds follows from seed and step
+    alone, so that training may begin at any of them, and several processes may each take a part.
 
     Args:
         matrix: ``[words, contexts]``; what `cemb.pmi.matrix.canonical` makes of it counts.
@@ -48,12 +50,13 @@ class PairBatches:
         weighted: also yield sample weights, with which a batch's sum of squared errors has as its expectation
             the error of all cells divided by the number of words. They are 0 for negative samples that hit a
             stored cell, since those are all in the other part.
-        seed: of the order and the negative samples; each epoch continues the sequence.
+        seed: of the order and the negative samples.
+        part: ``(rank, number of ranks)``: every so many'th pair of each batch, from the rank'th on. Parts are
+            equal up to one pair; only their own cells are looked up.
         device: where batches go.
 
-    Yields ``(pairs, targets)`` or ``(pairs, targets, sample_weights)``: int64 ``[n, 2]``, float32 ``[n]``.
-    ValueError for a `batch_size` or share that leaves no stored cell, or no negative sample where `weighted`,
-    and for a matrix that is not finite.
+    Raises ValueError for a `batch_size` or share that leaves no stored cell, or no negative sample where
+    `weighted`, for a matrix that is not finite, and for a rank that is not below their number.
     """
 
     def __init__(
@@ -65,10 +68,13 @@ class PairBatches:
         context_shares: npt.NDArray[np.float64] | None = None,
         weighted: bool = False,
         seed: int = 0,
+        part: tuple[int, int] = (0, 1),
         device: torch.device | str | None = None,
     ):
         check_integers(1, batch_size=batch_size)
         check_reals("[0, 1)", negative_share=negative_share)
+        check_integers(1, number_of_ranks=part[1])
+        check_integers(0, part[1] - 1, rank=part[0])
         self.num_negative = round(batch_size * negative_share)
         self.num_positive = batch_size - self.num_negative
         if self.num_positive < 1:
@@ -93,40 +99,68 @@ class PairBatches:
         if len(shares) != num_contexts or not np.all((shares > 0) & np.isfinite(shares)):
             raise ValueError(f"context_shares must be {num_contexts} positive numbers")
         self._sums = np.cumsum(self.context_shares)
-        self.device = device
+        self.device, self.seed, self.part = device, seed, part
         self._rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
-        self._rng = np.random.default_rng(seed)
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None  # of cells, in the epoch that is read
 
     def __len__(self) -> int:
         num_cells: int = self.matrix.nnz
         return math.ceil(num_cells / self.num_positive)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order = self._rng.permutation(self.matrix.nnz)
-        for first in range(0, len(order), self.num_positive):
-            yield self._batch(order[first : first + self.num_positive])
+    def _rng(self, *place: int) -> np.random.Generator:
+        """The generator of an epoch's order, or of the negative samples of an epoch's batch."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=place))
 
-    def _batch(self, cells: npt.NDArray[np.int64]) -> tuple[Tensor, ...]:
+    def _cells(self, step: int) -> tuple[npt.NDArray[np.int64], int]:
+        """The stored cells of a whole batch, and how many negative samples it has."""
+        epoch, index = divmod(step, len(self))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._rng(epoch).permutation(self.matrix.nnz)
+        cells = self._order[1][index * self.num_positive : (index + 1) * self.num_positive]
         num_negative = self.num_negative * len(cells) // self.num_positive
-        if self.weighted:
-            num_negative = max(1, num_negative)
-        pairs = np.empty((len(cells) + num_negative, 2), np.int64)
+        return cells, max(1, num_negative) if self.weighted else num_negative
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of an epoch, from 0 on."""
+        return map(self.batch, range(number * len(self), (number + 1) * len(self)))
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """The part of the batch of a step, counted over all epochs.
+
+        Returns ``(pairs, targets)`` or ``(pairs, targets, sample_weights)``: int64 ``[n, 2]``, float32
+        ``[n]``.
+        """
+        cells, num_negative = self._cells(step)
+        num_cells, (rank, num_ranks) = len(cells), self.part
+        rng = self._rng(*divmod(step, len(self)))
+        drawn = [rng.integers(self.matrix.shape[0], size=num_negative), rng.random(num_negative)]
+        cells = cells[rank::num_ranks]
+        rows, places = (values[(rank - num_cells) % num_ranks :: num_ranks] for values in drawn)
+        columns = np.searchsorted(self._sums, places * self._sums[-1], side="right")
+        pairs = np.empty((len(cells) + len(rows), 2), np.int64)
         pairs[: len(cells), 0] = self._rows[cells]
         pairs[: len(cells), 1] = self.matrix.indices[cells]
-        pairs[len(cells) :, 0] = self._rng.integers(self.matrix.shape[0], size=num_negative)
-        drawn = np.searchsorted(self._sums, self._rng.random(num_negative) * self._sums[-1], side="right")
-        pairs[len(cells) :, 1] = drawn
+        pairs[len(cells) :, 0] = rows
+        pairs[len(cells) :, 1] = columns
         targets = np.empty(len(pairs), np.float32)
         targets[: len(cells)] = self.matrix.data[cells]
-        negatives = pairs[len(cells) :].T
         matrix = self.matrix
-        _read_cells(matrix.indptr, matrix.indices, matrix.data, *negatives, targets[len(cells) :])
+        _read_cells(matrix.indptr, matrix.indices, matrix.data, *pairs[len(cells) :].T, targets[len(cells) :])
         batch: list[npt.NDArray[Any]] = [pairs, targets]
         if self.weighted:
-            sample_weights = np.full(
-                len(pairs), self.matrix.nnz / len(cells) / self.matrix.shape[0], np.float32
-            )
-            sample_weights[len(cells) :] = self._sums[-1] / (num_negative * self.context_shares[drawn])
+            sample_weights = np.full(len(pairs), matrix.nnz / num_cells / matrix.shape[0], np.float32)
+            sample_weights[len(cells) :] = self._sums[-1] / (num_negative * self.context_shares[columns])
             sample_weights[len(cells) :][targets[len(cells) :] != 0] = 0
             batch.append(sample_weights)
         return tuple(torch.from_numpy(array).to(self.device) for array in batch)
+
+    def of_whole(self, loss: SquaredError, step: int) -> SquaredError:
+        """What a loss of the part adds to that of the step's whole batch: of all parts, it is their sum."""
+        if self.weighted or self.part[1] == 1:
+            return loss
+        cells, num_negative = self._cells(step)
+        share = len(loss.targets) / (len(cells) + num_negative)
+        weights = loss.sample_weights
+        if weights is None:
+            weights = torch.full_like(loss.targets, 1 / max(1, len(loss.targets)))
+        return SquaredError(loss.targets, share * weights)

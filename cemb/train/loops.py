@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from tqdm import tqdm
 from cemb import optim
 from cemb.checks import check_integers, check_reals
 from cemb.model import PairModel
+from cemb.train import distributed
 from cemb.train.batches import PairBatches
+from cemb.train.checkpoints import Checkpoints, Progress
 from cemb.train.objective import AllCellsLoss, WeightedLoss
 
 OPTIMIZERS = ("sgd", "adagrad", "adam")
@@ -112,6 +114,7 @@ def train_full_batch(
     learning_rate: float,
     num_steps: int,
     evaluate_every: int = 10,
+    checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, float]]:
     """Minimize the all-cells squared error by `num_steps` exact gradient steps.
 
@@ -120,18 +123,24 @@ def train_full_batch(
     decay and searches along lines, takes about one to a move. Tables that recluster do so as often as the
     loss is noted, if not under L-BFGS, whose memory is of one function.
 
+    With `checkpoints` training goes on from the newest, with the same bits on the CPU as if it had not been
+    stopped, for a number of threads.
+
     Returns:
         ``{"step", "loss", "seconds"}`` at every `evaluate_every`-th step and after the last: the all-cells
         error before that step, and the time since the start.
 
     Raises:
         DivergenceError: the loss grew tenfold (not for L-BFGS, which may try such points) or is not finite.
-        ValueError: a rate that is negative or not finite, or fewer than one step.
+        ValueError: a rate that is negative or not finite, fewer than one step, or `checkpoints` of L-BFGS.
     """
     check_integers(1, num_steps=num_steps, evaluate_every=evaluate_every)
     check_reals("[0, inf)", learning_rate=learning_rate)
+    if optimizer == "lbfgs" and checkpoints is not None:
+        raise ValueError(
+            "L-BFGS is one search over all steps, which has no checkpoints: use adam without them"
+        )
     num_words = model.num_words
-    history: list[dict[str, float]] = []
     tables = _reclustering(model)
     # Before the clock starts: torch's first optimizer in a process imports for seconds.
     step_of: torch.optim.Optimizer
@@ -139,12 +148,14 @@ def train_full_batch(
         step_of = _lbfgs(model, learning_rate, num_steps)
     else:
         step_of = make_optimizer(optimizer, model.parameters(), learning_rate)
-    start = time.perf_counter()
+    done = checkpoints.resume(model, step_of) if checkpoints else Progress()
+    history = done.history
+    start = time.perf_counter() - done.seconds
 
     def note(step: int, loss: float) -> None:
         history.append({"step": step, "loss": loss, "seconds": time.perf_counter() - start})
 
-    with tqdm(total=num_steps, desc=f"full batch, {optimizer}", unit="step") as progress:
+    with tqdm(total=num_steps, initial=done.step, desc=f"full batch, {optimizer}", unit="step") as progress:
 
         def evaluate(step: int) -> Tensor:
             loss = objective(*model.factors())
@@ -166,7 +177,7 @@ def train_full_batch(
 
             step_of.step(closure)
         else:
-            for step in range(num_steps):
+            for step in range(done.step, num_steps):
                 if step and step % evaluate_every == 0:
                     for table in tables:
                         table.recluster()
@@ -174,6 +185,9 @@ def train_full_batch(
                 evaluate(step)
                 step_of.step()
                 step_of.zero_grad()
+                if checkpoints:
+                    done.step, done.seconds = step + 1, time.perf_counter() - start
+                    checkpoints.step_done(done, learning_rate, model, step_of)
     with torch.no_grad():
         last_loss = objective(*model.factors()).item()
     if not math.isfinite(last_loss):
@@ -201,83 +215,114 @@ def _lbfgs(model: PairModel, learning_rate: float, num_steps: int) -> torch.opti
 
 def train_mini_batches(
     model: PairModel,
-    batches: PairBatches | Sequence[tuple[Tensor, ...]],
+    batches: PairBatches,
     loss_function: Callable[..., optim.SquaredError],
     *,
     optimizer: str,
     learning_rate: float,
     num_epochs: int,
     reports_per_epoch: int = 4,
-    sparse_gradients: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> list[dict[str, float]]:
     """Train on batches of pairs, by explicit steps of `cemb.optim` where the model has them.
 
+    Where `batches` are a part of several, all ranks take part, of `cemb.train.distributed`, which sums losses
+    and gradients: by autograd, for such steps have none. They end with the same bits. Losses are those of one
+    process up to the order of float32 sums. Full tables should have sparse gradients then.
+
     Args:
-        batches: pairs, targets and what else `loss_function` takes; iterated once an epoch.
-        loss_function: of `cemb.train.losses`.
+        loss_function: of `cemb.train.losses`, from what batches hold beside the pairs.
         reports_per_epoch: entries of the history an epoch.
-        sparse_gradients: the model's full tables have them.
+        checkpoints: training goes on from the newest, with the same bits on the CPU as if it had not been
+            stopped, for numbers of threads and ranks.
 
     Returns:
         ``{"step", "epoch", "loss", "seconds"}`` for each report: steps and epochs done, the latter in
         fractions, the mean loss of the batches since the last report, each taken before its own step, and
-        the time since the start.
+        the time since the start. Of several ranks also ``"bytes_sent_per_step"``: bytes of gradients that a
+        rank has handed over in a step, the mean of all so far; the loss is 16 more.
 
     Raises:
         DivergenceError: a batch's loss is ten times the first batch's or not finite.
-        ValueError: a rate that is negative or not finite, or fewer than one epoch.
+        ValueError: a rate that is negative or not finite, or fewer than one epoch; Adam of several ranks on
+            a pool of which it moves only what a batch reads.
+        RankLostError: another rank has ended. RuntimeError: one ended with other values.
 
     Tables that recluster do so after each report but the last.
     """
     check_integers(1, num_epochs=num_epochs, reports_per_epoch=reports_per_epoch)
-    pair_steps = model.has_pair_step and next(model.parameters()).device.type == "cpu"
+    num_ranks = batches.part[1]
+    has_pair_steps = model.has_pair_step and next(model.parameters()).device.type == "cpu"
+    is_lazy = has_pair_steps and optim.plan(model.word_table.spec).way == "pair_step"
+    if num_ranks > 1 and is_lazy and optimizer == "adam":
+        raise ValueError(
+            f"Adam on {model.num_parameters:,} values moves only those that a batch reads, which several "
+            "processes cannot: use a smaller pool, sgd, adagrad, or one process"
+        )
+    pair_steps = has_pair_steps and num_ranks == 1
     step_of = make_optimizer(
         optimizer,
         model.parameters(),
         learning_rate,
-        sparse_gradients=sparse_gradients,
+        sparse_gradients=any(getattr(module, "sparse", False) for module in model.modules()),
         pair_steps=pair_steps,
-        lazy=pair_steps and optim.plan(model.word_table.spec).way == "pair_step",
+        lazy=pair_steps and is_lazy,
         betas=MINI_BATCH_ADAM_BETAS,
     )
-    start = time.perf_counter()
+    done = checkpoints.resume(model, step_of) if checkpoints else Progress()
+    start = time.perf_counter() - done.seconds
     total = num_epochs * len(batches)
     report_every = max(1, len(batches) // reports_per_epoch)
-    history: list[dict[str, float]] = []
-    losses: list[float] = []
-    first_loss: float | None = None
-    step = 0
     tables = _reclustering(model)
     model.train()
-    with tqdm(total=total, desc=f"mini-batches, {optimizer}", unit="step") as progress:
-        for _ in range(num_epochs):
-            for pairs, *labels in batches:
-                _decay(step_of, learning_rate, step / total)
-                wanted = loss_function(*labels)
-                if isinstance(step_of, optim.PairStepOptimizer):
-                    loss = model.pair_step(step_of, pairs, wanted)
-                else:
-                    loss = wanted(model(pairs))
-                    loss.backward()
-                losses.append(loss.item())
-                first_loss = losses[0] if first_loss is None else first_loss
-                _check(losses[-1], first_loss, step, learning_rate)
-                if not isinstance(step_of, optim.PairStepOptimizer):
-                    step_of.step()
-                    step_of.zero_grad()
-                step += 1
-                if step % report_every == 0 or step == total:
-                    epoch = step / len(batches)
-                    seconds = time.perf_counter() - start
-                    mean = sum(losses) / len(losses)
-                    history.append({"step": step, "epoch": epoch, "loss": mean, "seconds": seconds})
-                    losses = []
-                    if step < total:
-                        for table in tables:
-                            table.recluster()
-                progress.update()
+    with tqdm(total=total, initial=done.step, desc=f"mini-batches, {optimizer}", unit="step") as progress:
+        for step in range(done.step, total):
+            pairs, *labels = batches.batch(step)
+            _decay(step_of, learning_rate, step / total)
+            wanted = batches.of_whole(loss_function(*labels), step)
+            if isinstance(step_of, optim.PairStepOptimizer):
+                loss = model.pair_step(step_of, pairs, wanted).item()
+            else:
+                part = wanted(model(pairs))
+                part.backward()
+                loss = part.item()
+            if num_ranks > 1:
+                own_bytes = distributed.sum_gradients(model.parameters())
+                loss, sent_bytes = distributed.sum_numbers(loss, own_bytes)
+                done.bytes_sent += sent_bytes
+            done.first_loss = loss if done.first_loss is None else done.first_loss
+            _check(loss, done.first_loss, step, learning_rate)
+            if not isinstance(step_of, optim.PairStepOptimizer):
+                step_of.step()
+                step_of.zero_grad()
+            done.losses.append(loss)
+            done.step, done.seconds = step + 1, time.perf_counter() - start
+            if done.step % report_every == 0 or done.step == total:
+                _report(done, len(batches), num_ranks)
+                if done.step < total:
+                    for table in tables:
+                        table.recluster()
+            if checkpoints:
+                checkpoints.step_done(done, learning_rate, model, step_of)
+            progress.update()
     model.eval()
-    return history
+    if num_ranks > 1:
+        distributed.check_equal(model)
+    return done.history
+
+
+def _report(done: Progress, steps_per_epoch: int, num_ranks: int) -> None:
+    """Add an entry to the history of mini-batches."""
+    entry = {
+        "step": done.step,
+        "epoch": done.step / steps_per_epoch,
+        "loss": sum(done.losses) / len(done.losses),
+        "seconds": done.seconds,
+    }
+    if num_ranks > 1:
+        entry["bytes_sent_per_step"] = done.bytes_sent / done.step / num_ranks
+    done.history.append(entry)
+    done.losses.clear()
 
 
 def halve_until_stable(

@@ -179,7 +179,7 @@ def test_cells_listed_twice_are_summed(random_matrix):
         strict=True,
     ):
         assert found.squared_norm == expected.squared_norm
-    (pairs, targets), *_ = PairBatches(listed, 4 * random_matrix.nnz, negative_share=0)
+    (pairs, targets), *_ = PairBatches(listed, 4 * random_matrix.nnz, negative_share=0).epoch(0)
     np.testing.assert_array_equal(random_matrix.toarray()[tuple(pairs.T.numpy())], targets.numpy())
     assert len(targets) == random_matrix.nnz
 

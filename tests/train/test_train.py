@@ -248,8 +248,9 @@ def test_weighted_batches_of_all_cells_have_the_loss_of_all_cells(random_matrix)
     batches = PairBatches(
         random_matrix, cells + stored, negative_share=cells / (cells + stored), weighted=True
     )
-    batches._rng = Enumerated(random_matrix.shape)
-    ((pairs, values, weights),) = batches
+    enumerated = Enumerated(random_matrix.shape)
+    batches._rng = lambda *place: enumerated
+    ((pairs, values, weights),) = batches.epoch(0)
     scores = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     dense = (scores - torch.from_numpy(random_matrix.toarray())).square().sum() / num_words
     loss = all_cells_loss(values, weights)(scores[tuple(pairs.T)])
@@ -275,7 +276,10 @@ def test_weighted_batches_expect_the_loss_of_all_cells(negative_share, is_unifor
         seed=1,
     )
     losses = np.array(
-        [[all_cells_loss(v, w)(scores[tuple(p.T)]).item() for p, v, w in batches] for _ in range(600)]
+        [
+            [all_cells_loss(v, w)(scores[tuple(p.T)]).item() for p, v, w in batches.epoch(number)]
+            for number in range(600)
+        ]
     )
     assert losses.shape == (600, len(batches))
     # Each batch of an epoch by itself, also the last, which is smaller.
@@ -287,7 +291,8 @@ def test_weighted_batches_need_negative_samples(random_matrix):
     with pytest.raises(ValueError, match=r"batch_size=8 with negative_share=0\.01 leaves no negative sample"):
         PairBatches(random_matrix, 8, negative_share=0.01, weighted=True)
     # The last batch of an epoch has one at least.
-    *_, (pairs, _, _) = PairBatches(random_matrix, 242 * 3 // 2, negative_share=1 / 3, weighted=True)
+    batches = PairBatches(random_matrix, 242 * 3 // 2, negative_share=1 / 3, weighted=True)
+    *_, (pairs, _, _) = batches.epoch(0)
     assert random_matrix.nnz == 243
     assert len(pairs) == 1 + 1
 
@@ -308,7 +313,6 @@ def test_mini_batches_lower_their_loss(optimizer, table, random_matrix):
         learning_rate={"sgd": 2.0, "adagrad": 0.2, "adam": 0.03}[optimizer],
         num_epochs=20,
         reports_per_epoch=1,
-        sparse_gradients=is_full,
     )
     assert [entry["epoch"] for entry in history] == list(range(1, 21))
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
