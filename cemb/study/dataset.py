@@ -131,6 +131,19 @@ class PmiDataset:
             )
 
 
+def identity(config: PmiConfig) -> records.Record:
+    """All that a data set depends on: options, the corpus's content, the meaning of code, and versions."""
+    options = asdict(config)
+    if config.events is not None:
+        options = {name: value for name, value in options.items() if name not in _TEXT_OPTIONS}
+    return {
+        **options,
+        "corpus_fingerprint": _fingerprint(config),
+        "code_hash": Code.of_folder(records.PACKAGE).reach(_BUILDS).hash,
+        **{name: value for name, value in records.environment().items() if name.endswith("_version")},
+    }
+
+
 def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEMORY) -> PmiDataset:
     """The data set of a configuration, from results/local/data or built anew and put there.
 
@@ -145,25 +158,17 @@ def load_pmi(config: PmiConfig | None = None, *, memory: int | str = DEFAULT_MEM
             each distinct word, or for each event, besides, and the optimum some for each word.
     """
     config, memory = _with_options_of_encoding(config or PmiConfig()), parse_memory(memory)
-    options = asdict(config)
     if config.events is None:
         check_memory(memory, config.max_vocab or 1, 0)
-    else:
-        options = {name: value for name, value in options.items() if name not in _TEXT_OPTIONS}
-    identity = {
-        **options,
-        "corpus_fingerprint": _fingerprint(config),
-        "code_hash": Code.of_folder(records.PACKAGE).reach(_BUILDS).hash,
-        **{name: value for name, value in records.environment().items() if name.endswith("_version")},
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    found = identity(config)
+    key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     path = records.results_dir() / "local" / "data" / f"pmi-{key}"
     partial = path.with_name(path.name + ".partial")
     if not path.exists() or partial.exists():  # of a build that was killed in its last moment
         with files.exclusive(partial, wait=True):
             try:
                 if not path.exists():
-                    _build(config, identity, partial, path, memory)
+                    _build(config, found, partial, path, memory)
                 shutil.rmtree(partial)
             finally:
                 with suppress(OSError):  # it is gone, or holds what was finished

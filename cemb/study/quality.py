@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -12,15 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cemb import vectors
+from cemb import processes, vectors
 from cemb.checks import check_integers, check_reals
 from cemb.model import COMPRESSED_TABLES, TABLES, PairModel, build_compressed_model, build_model
 from cemb.pmi import encode
-from cemb.study import records, timing
+from cemb.study import dataset, records, timing
 from cemb.study.dataset import PmiConfig, PmiDataset
+from cemb.study.identity import Code
 from cemb.tables import num_bytes
-from cemb.train import evaluation_sets, similarity
+from cemb.train import checkpoints as training_checkpoints
+from cemb.train import distributed, evaluation_sets, similarity
 from cemb.train.batches import PairBatches
+from cemb.train.checkpoints import Checkpoints
 from cemb.train.learning_rates import default_learning_rate, search_learning_rate
 from cemb.train.loops import (
     ADAM_BETAS,
@@ -150,8 +154,22 @@ class QualityCase:
             block_size=self.block_size,
             signed=self.signed,
             hash_seed=self.seed,
+            sparse_gradients=self.table == "full" and self.training == "mini-batch",
             shared_table=False,
         )
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raise ValueError for what several processes cannot train; says what they can."""
+        if num_ranks > 1 and self.training != "mini-batch":
+            raise ValueError(
+                f"{num_ranks} processes share the pairs of mini-batches, got training={self.training!r}: "
+                "give --training mini-batch, or train in one process"
+            )
+        if num_ranks > 1 and self.table == "full-fused":
+            raise ValueError(
+                "full-fused is stepped in one call, and its gradients are as large as the table: give "
+                f"--table full, of which {num_ranks} processes exchange the rows of a batch, or train in one"
+            )
 
 
 def score(
@@ -322,12 +340,19 @@ def search_learning_rates(case: QualityCase, data: PmiDataset) -> records.Record
     }
 
 
-def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record, PairModel | None]:
+def measure_quality(
+    case: QualityCase,
+    data: PmiDataset,
+    checkpoints: Checkpoints | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> tuple[records.Record, PairModel | None]:
     """Train the case on the data; its record, with the learning curve as ``history``, and the model.
 
     If training diverges at every rate tried, the record says so in ``failure``, its scores are null and there
-    is no model. Deterministic for a seed and a number of threads. Raises ValueError for data of events: its
-    tables have as many words as contexts.
+    is no model. Deterministic for a seed and numbers of threads and ranks, also if it goes on from
+    `checkpoints`. `part` is rank and number of ranks, as `cemb.train.distributed.joined` yields them; those
+    other than rank 0 return no record and no model. Raises ValueError for data of events: its tables have as
+    many words as contexts.
     """
     data.check_is_text("training a table")
     num_words, rank = data.matrix.shape[0], len(data.optimum.singular_values)
@@ -344,6 +369,8 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
 
     def train(learning_rate: float) -> list[dict[str, float]]:
         nonlocal model
+        if checkpoints and checkpoints.resumes_below(learning_rate):
+            raise DivergenceError(f"training diverged before its checkpoint, with {learning_rate=:g}")
         model = case.build(num_words, rank)
         if is_full_batch:
             return train_full_batch(
@@ -352,6 +379,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
                 optimizer=case.optimizer,
                 learning_rate=learning_rate,
                 num_steps=case.num_steps,
+                checkpoints=checkpoints,
             )
         batches = PairBatches(
             data.matrix,
@@ -360,6 +388,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
             context_shares=_context_shares(data.word_counts, case.negative_power),
             weighted=case.loss == "all-cells",
             seed=case.seed,
+            part=part,
         )
         return train_mini_batches(
             model,
@@ -368,6 +397,7 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
             optimizer=case.optimizer,
             learning_rate=learning_rate,
             num_epochs=case.num_epochs,
+            checkpoints=checkpoints,
         )
 
     asked = case.learning_rate
@@ -385,7 +415,9 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
         history, learning_rate = halve_until_stable(train, asked)
     except DivergenceError as error:
         failure = str(error)
-    seconds = time.perf_counter() - start
+    seconds = checkpoints.train_s if checkpoints else time.perf_counter() - start
+    if part[0]:
+        return {}, None
     if is_full_batch:
         history = [{**entry, "gap": optimum.gap(entry["loss"])} for entry in history]
     if failure:
@@ -408,6 +440,8 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
         "inference_bytes": inference_bytes,
         "training_bytes": inference_bytes + optimizer_bytes(model, case.optimizer),
         "compression_ratio": 4 * table_values / inference_bytes,
+        "num_processes": part[1],
+        "bytes_sent_per_step": history[-1].get("bytes_sent_per_step") if history else None,
         "train_s": seconds,
         "failure": failure,
         "history": history,
@@ -415,6 +449,16 @@ def measure_quality(case: QualityCase, data: PmiDataset) -> tuple[records.Record
         **records.provenance(),
     }
     return record, None if failure else model
+
+
+def _meanings() -> dict[str, str]:
+    """What the definitions mean that a training reaches, by their names, wherever they stand."""
+    reached = Code.of_folder(records.PACKAGE).reach("from cemb.study.quality import Trainings\nTrainings")
+    found: dict[str, str] = {}
+    for name, meaning in sorted(reached.definitions().items(), key=lambda item: item[1]):
+        key = f"code of {name.rpartition('.')[2]}"
+        found[key] = " ".join(filter(None, (found.get(key), meaning)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -433,12 +477,42 @@ class Trainings:
         for seed in self.seeds:
             replace(self.case, seed=seed)  # refuses what it cannot be
 
-    def measure(self, data: PmiDataset) -> Iterator[tuple[records.Record, PairModel | None]]:
-        """What `measure_quality` returns, for each seed."""
+    def measure(
+        self, data: PmiDataset, checkpoints: Checkpoints | None = None
+    ) -> Iterator[tuple[records.Record, PairModel | None]]:
+        """What `measure_quality` returns, for each seed; nothing on torchrun's ranks other than 0."""
         timing.set_threads(self.threads)
-        for seed in self.seeds or (self.case.seed,):
-            # Named, so that runs are keyed by its definition.
-            yield measure_quality(QualityCase(**{**asdict(self.case), "seed": seed}), data)
+        with distributed.joined() as part:
+            if checkpoints:
+                checkpoints.share()
+            for seed in self.seeds or (self.case.seed,):
+                # Named, so that runs are keyed by its definition.
+                case = QualityCase(**{**asdict(self.case), "seed": seed})
+                record, model = measure_quality(case, data, checkpoints, part)
+                if part[0] == 0:
+                    yield record, model
+
+    def checkpoints(self, out: Path, every: int | None) -> AbstractContextManager[Checkpoints]:
+        """Checkpoints of the one training, in ``OUT.partial``, see `cemb.train.checkpoints.opened`.
+
+        They are of the case, the data set, numbers of threads and processes, machine, versions, and the
+        meaning of the code. ValueError for L-BFGS with `every`.
+        """
+        if self.case.optimizer == "lbfgs" and every is not None:
+            raise ValueError(
+                "L-BFGS is one search over all steps, which has no checkpoints: leave out "
+                "--checkpoint-every, or give another optimizer"
+            )
+        timing.set_threads(self.threads)
+        identity = {
+            **asdict(self.case),
+            **dataset.identity(self.data),
+            **records.environment(),
+            "threads": torch.get_num_threads(),
+            "num_processes": processes.rank_and_number()[1],
+            **_meanings(),
+        }
+        return training_checkpoints.opened(out.with_name(f"{out.name}.partial"), identity, every)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from cemb import files, processes
 from cemb.checks import check_integers
 from cemb.memory import advise_huge_pages
-from cemb.pmi.csr import disk_errors
 from cemb.train import distributed
 
 _VERSION = 1
@@ -135,7 +134,10 @@ class Checkpoints:
                 state.setdefault(int(index), {})[entry] = advise_huge_pages(torch.empty_like(value)).copy_(
                     value
                 )
-            optimizer.load_state_dict({"state": state, "param_groups": manifest["groups"]})
+            groups = manifest["groups"]
+            if [group.keys() for group in groups] != [group.keys() for group in optimizer.param_groups]:
+                raise ValueError(f"its optimizer's options are {groups}")
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise files.damaged(
                 self.folder, f"its checkpoint does not fit the training: {error}", self._remedy
@@ -176,7 +178,7 @@ class Checkpoints:
         }
         self._number += 1
         path = self.folder / f"checkpoint-{self._number:06d}"
-        with disk_errors(path), files.atomic_directory(path) as work:
+        with files.disk_errors(path), files.atomic_directory(path) as work:
             content = safetensors.torch.save({**tensors, "generator": torch.get_rng_state()})
             (work / "tensors.safetensors").write_bytes(content)
             (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -136,10 +136,8 @@ def train_full_batch(
     """
     check_integers(1, num_steps=num_steps, evaluate_every=evaluate_every)
     check_reals("[0, inf)", learning_rate=learning_rate)
-    if optimizer == "lbfgs" and checkpoints is not None:
-        raise ValueError(
-            "L-BFGS is one search over all steps, which has no checkpoints: use adam without them"
-        )
+    if optimizer == "lbfgs" and checkpoints is not None and checkpoints.every is not None:
+        raise ValueError("L-BFGS is one search over all steps, which has no checkpoints")
     num_words = model.num_words
     tables = _reclustering(model)
     # Before the clock starts: torch's first optimizer in a process imports for seconds.
