@@ -334,11 +334,16 @@ def pmi() -> Command:
 
 
 def train() -> Command:
-    """Train a table on a PMI matrix and print its record as JSON; --out keeps the model."""
-    from cemb import saved
+    """Train a table on a PMI matrix and print its record as JSON; --out keeps the model.
+
+    Mini-batches train on several processes: torchrun --standalone --nproc-per-node 2 -m cemb train ... They
+    use gloo on the CPU. torchrun gives each one thread unless $OMP_NUM_THREADS or --threads says otherwise.
+    """
+    from cemb import processes, saved
     from cemb.study import records
     from cemb.study.dataset import load_pmi
     from cemb.study.quality import Trainings
+    from cemb.train import checkpoints
 
     def command(
         trainings: Trainings,
@@ -347,22 +352,33 @@ def train() -> Command:
         out: Annotated[
             Path | None, arg(help="folder to make of the model and its words, for export and cemb.load")
         ] = None,
+        checkpoint_every: Annotated[
+            int | None,
+            arg(help="keep a checkpoint in OUT.partial at every so many steps; the same command resumes"),
+        ] = None,
     ) -> None:
+        trainings.case.check_ranks(processes.rank_and_number()[1])
+        if out is None and checkpoint_every is not None:
+            raise ValueError("--checkpoint-every needs --out: checkpoints wait in OUT.partial")
+        if out is not None:
+            checkpoints.tidy(out)
         _check_output(save)
         _check_new(out)
         for option, path in (("--save", save), ("--out", out)):
             if path is not None and len(trainings.seeds) > 1:
                 raise ValueError(f"{option} keeps one model, and there are seeds {[*trainings.seeds]}")
-        data = load_pmi(trainings.data)
-        for record, model in trainings.measure(data):
-            _put([record])
-            if model is None and (save or out):
-                raise RuntimeError(f"there is no model to save: {record['failure']}")
-            if model is not None and save is not None:
-                _save(model.state_dict(), save)
-            if model is not None and out is not None:
-                details = {"data": data.summary, "training": json.loads(records.to_json(record))}
-                saved.save(out, model, data.words, details=details)
+        with trainings.checkpoints(out, checkpoint_every) if out else nullcontext() as kept:
+            data = load_pmi(trainings.data)
+            for record, model in trainings.measure(data, kept):
+                _put([record])
+                if model is None and (save or out):
+                    raise RuntimeError(f"there is no model to save: {record['failure']}")
+                if model is not None and save is not None:
+                    _save(model.state_dict(), save)
+                if model is not None and out is not None:
+                    details = {"data": data.summary, "training": json.loads(records.to_json(record))}
+                    saved.save(out, model, data.words, details=details)
+                    checkpoints.tidy(out)
 
     return command
 

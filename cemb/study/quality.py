@@ -512,7 +512,7 @@ class Trainings:
             "num_processes": processes.rank_and_number()[1],
             **_meanings(),
         }
-        return training_checkpoints.opened(out.with_name(f"{out.name}.partial"), identity, every)
+        return training_checkpoints.opened(out, identity, every)
 
 
 @dataclass(frozen=True)

@@ -204,11 +204,21 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return [*shown, f"and {len(names) - 4} more"] if len(names) > 4 else shown
 
 
-@contextmanager
-def opened(folder: Path, identity: Mapping[str, Any], every: int | None = None) -> Iterator[Checkpoints]:
-    """The checkpoints in a folder, which is this process's alone meanwhile, and rank 0's of several.
+def _folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
 
-    An empty folder is removed in the end.
+
+def tidy(out: Path) -> None:
+    """Remove the checkpoints of a training that has made its folder."""
+    if out.exists():
+        shutil.rmtree(_folder(out), ignore_errors=True)
+
+
+@contextmanager
+def opened(out: Path, identity: Mapping[str, Any], every: int | None = None) -> Iterator[Checkpoints]:
+    """The checkpoints of a training that shall make a folder `out`, in ``OUT.partial``.
+
+    The folder is this process's alone meanwhile, and rank 0's of several; it is removed if it is empty.
 
     Raises:
         RuntimeError: another process has the folder.
@@ -216,6 +226,7 @@ def opened(folder: Path, identity: Mapping[str, Any], every: int | None = None) 
         DamagedError: it is not what was written.
     """
     check_integers(1, checkpoint_every=every)
+    folder = _folder(out)
     checkpoints = Checkpoints(folder, identity, every)
     is_first = processes.rank_and_number()[0] == 0
     with files.exclusive(folder, wait=False) if is_first else nullcontext():

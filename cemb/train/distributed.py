@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def from_rank_0(content: bytes) -> bytes:
         dist.broadcast(size, 0)
         buffer = torch.empty(int(size), dtype=torch.uint8)
         if dist.get_rank() == 0:
-            buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            buffer.numpy()[:] = np.frombuffer(content, np.uint8)
         dist.broadcast(buffer, 0)
     return buffer.numpy().tobytes()
 

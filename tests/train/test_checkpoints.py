@@ -98,11 +98,11 @@ def test_training_that_stops_goes_on_with_the_same_bits(
     where = (PairBatches, "batch") if train is mini_batches else (objective.AllCellsLoss, "__call__")
     for number in (7, 3, 9):
         stopping(*where, number)
-        with pytest.raises(Stop), checkpoints.opened(folder, IDENTITY, every) as kept:
+        with pytest.raises(Stop), checkpoints.opened(tmp_path / "model", IDENTITY, every) as kept:
             kept.share()
             torch.manual_seed(99)  # what is drawn meanwhile
             train(table, optimizer, square_matrix, kept)
-    with checkpoints.opened(folder, IDENTITY, every) as kept:
+    with checkpoints.opened(tmp_path / "model", IDENTITY, every) as kept:
         kept.share()
         trained = train(table, optimizer, square_matrix, kept)
     assert content(trained) == expected
@@ -129,13 +129,13 @@ def test_a_checkpoint_keeps_the_halved_rate_and_the_time(square_matrix, tmp_path
     folder = tmp_path / "model.partial"
     for number in (3 * len(attempts) + 12, 9):  # in the last attempt
         stopping(objective.AllCellsLoss, "__call__", number)
-        with pytest.raises(Stop), checkpoints.opened(folder, IDENTITY, 2) as kept:
+        with pytest.raises(Stop), checkpoints.opened(tmp_path / "model", IDENTITY, 2) as kept:
             kept.share()
             train(kept)
         manifest = json.loads(next(folder.glob("*/manifest.json")).read_text())
         assert manifest["learning_rate"] == rate
     tried.clear()
-    with checkpoints.opened(folder, IDENTITY, 2) as kept:
+    with checkpoints.opened(tmp_path / "model", IDENTITY, 2) as kept:
         kept.share()
         assert kept.train_s > manifest["train_s"] > manifest["progress"]["seconds"] > 0
         again, same_rate = train(kept)
@@ -148,23 +148,23 @@ def stopped(square_matrix, tmp_path, stopping):
     """The folder of a training that has stopped, with a checkpoint at step 6."""
     folder = tmp_path / "model.partial"
     stopping(PairBatches, "batch", 7)
-    with pytest.raises(Stop), checkpoints.opened(folder, IDENTITY, 3) as kept:
+    with pytest.raises(Stop), checkpoints.opened(tmp_path / "model", IDENTITY, 3) as kept:
         mini_batches("hashed", "adam", square_matrix, kept)
     return folder
 
 
 def go_on(folder, identity=IDENTITY, *, table="hashed", optimizer="adam", matrix=None):
-    with checkpoints.opened(folder, identity) as kept:
+    with checkpoints.opened(folder.with_suffix(""), identity) as kept:
         kept.share()
         if matrix is not None:
             mini_batches(table, optimizer, matrix, kept)
 
 
 def test_the_remedy_names_the_step(stopped):
-    with checkpoints.opened(stopped, IDENTITY):
+    with checkpoints.opened(stopped.with_suffix(""), IDENTITY):
         pass
     assert processes.with_remedy("stopped") == "stopped"
-    with checkpoints.opened(stopped, IDENTITY) as kept:
+    with checkpoints.opened(stopped.with_suffix(""), IDENTITY) as kept:
         kept.share()
         assert processes.with_remedy("stopped") == "stopped; the same command resumes at step 6"
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(stopped):
 
 def test_two_at_once_are_refused(stopped):
     message = rf"another process is at work in '{re.escape(str(stopped))}'"
-    with checkpoints.opened(stopped, IDENTITY), pytest.raises(RuntimeError, match=message):
+    with checkpoints.opened(stopped.with_suffix(""), IDENTITY), pytest.raises(RuntimeError, match=message):
         go_on(stopped)
 
 
@@ -232,19 +232,19 @@ def test_a_manifest_that_lies_is_damage(lie, stopped, square_matrix):
 
 def test_nothing_is_left_where_no_checkpoint_was_made(tmp_path):
     folder = tmp_path / "model.partial"
-    with checkpoints.opened(folder, IDENTITY, 3):
+    with checkpoints.opened(tmp_path / "model", IDENTITY, 3):
         assert folder.is_dir()
     assert not folder.exists()
 
 
 def test_lbfgs_has_no_checkpoints(square_matrix, tmp_path):
     with (
-        checkpoints.opened(tmp_path / "partial", IDENTITY, 3) as kept,
+        checkpoints.opened(tmp_path / "model", IDENTITY, 3) as kept,
         pytest.raises(ValueError, match="L-BFGS is one search over all steps, which has no checkpoints"),
     ):
         full_batches("hashed", "lbfgs", square_matrix, kept)
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
-        checkpoints.opened(tmp_path / "partial", IDENTITY, 0).__enter__()
+        checkpoints.opened(tmp_path / "model", IDENTITY, 0).__enter__()
 
 
 @pytest.mark.parametrize("loss", [mse_loss, all_cells_loss])
