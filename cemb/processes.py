@@ -66,16 +66,17 @@ def with_remedy(why: str) -> str:
 
 def tell_end(why: str) -> None:
     """Say on standard error, in one line, why the program ends; of torchrun's processes the first does."""
-    if place := os.environ.get(
-        "TORCHELASTIC_ERROR_FILE"
-    ):  # of this process; others' lie in folders beside it
+    start = ""
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # It is this process's; others' lie in folders beside that of it.
         with suppress(OSError):
             try:
                 (Path(place).parent.parent / "cemb-told").touch(exist_ok=False)
             except FileExistsError:
                 return
+        start = "\n"  # another process may have left a bar of progress
     with suppress(OSError):
-        os.write(2, f"cemb: {why}\n".encode())
+        os.write(2, f"{start}cemb: {why}\n".encode())
 
 
 def _descendants() -> list[int]:

@@ -49,8 +49,13 @@ def _losing_none() -> Iterator[None]:
         yield
     except RuntimeError as error:
         rank, num_ranks = processes.rank_and_number()
+        if dist.is_initialized():
+            rank, num_ranks = dist.get_rank(), dist.get_world_size()
         why = f"another process of the training ended: rank {rank} of {num_ranks} lost its connection"
-        raise RankLostError(processes.with_remedy(f"{why} ({str(error).splitlines()[0]})")) from None
+        # gloo begins with a line of its source, and ends with advice.
+        said = str(error).splitlines()[0].partition(". ")[0]
+        said = said.partition("] ")[2] if said.startswith("[") else said
+        raise RankLostError(processes.with_remedy(f"{why} ({said})")) from None
 
 
 def gradient_bytes(gradient: Tensor) -> int:
