@@ -193,6 +193,18 @@ def bench_counting() -> Command:
     return _judged(counting_bench.run, counting_bench.check_targets)
 
 
+def bench_processes() -> Command:
+    """Time a step on one process and on two, and count the bytes they exchange."""
+    from cemb.study import processes_bench
+
+    def command(
+        turns: Annotated[dict[str, Any], _keywords(processes_bench.run)], *, out: Records = None
+    ) -> None:
+        _put(processes_bench.run(**turns), out)
+
+    return command
+
+
 def scaling() -> Command:
     """Count made-up corpora of growing size; seconds and peak memory."""
     from cemb.study import counting_bench
@@ -577,6 +589,7 @@ COMMANDS: dict[str, Callable[[], Command]] = {
     "encode": encode,
     "count": count,
     "bench-counting": bench_counting,
+    "bench-processes": bench_processes,
     "scaling": scaling,
     "pmi": pmi,
     "train": train,

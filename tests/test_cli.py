@@ -26,7 +26,18 @@ from cemb.commands import COMMANDS
 from cemb.model import COMPRESSED_TABLES, TABLES
 from cemb.pmi import encode, out_of_core
 from cemb.pmi.corpora import CORPORA
-from cemb.study import bench, counting_bench, frontier, grid, parameters, quality, rivals, speed, staleness
+from cemb.study import (
+    bench,
+    counting_bench,
+    frontier,
+    grid,
+    parameters,
+    processes_bench,
+    quality,
+    rivals,
+    speed,
+    staleness,
+)
 from cemb.study import run as study_run
 from cemb.study.dataset import PmiConfig, load_pmi
 from cemb.study.identity import parse
@@ -92,6 +103,7 @@ def test_every_field_of_a_case_is_an_option(command, kind, monkeypatch, capsys):
         ("bench", bench.run, set()),
         ("bench-counting", counting_bench.run, set()),
         ("scaling", counting_bench.measure_scaling, set()),
+        ("bench-processes", processes_bench.run, set()),
         ("speed", speed.measure_cases, {"rounds"}),
     ],
 )
