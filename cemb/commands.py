@@ -557,6 +557,7 @@ def study() -> Command:
         """
         if published and not check:
             raise ValueError("--published goes with --check: published records are never made anew here")
+        records.of_checkout("results/reference" if published else "notebooks", "the study")
         if published:
             from cemb.report.provenance import published_staleness
 

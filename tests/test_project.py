@@ -35,7 +35,9 @@ def _pins(path):
 
 def test_pyproject_names_what_requirements_pin():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    extras = project["optional-dependencies"]
+    assert {_name(requirement) for requirement in extras.pop("peers")} <= set(_pins("requirements-peers.txt"))
+    named = [*project["dependencies"], *chain(*extras.values())]
     pins = _pins("requirements.txt")
     assert {_name(requirement) for requirement in named} == set(pins)
     for requirement in named:

@@ -23,13 +23,28 @@ CONTENDED_SHARE = 0.05
 KEY_PACKAGES = ("torch", "numpy", "scipy", "numba", "gensim")
 
 
+def is_checkout() -> bool:
+    """Whether this package lies in its repository, and is not the copy that a wheel has installed."""
+    return (ROOT / "pyproject.toml").is_file() and (ROOT / "notebooks").is_dir()
+
+
+def of_checkout(name: str, what: str) -> Path:
+    """A file or folder of the repository that no wheel has; FileNotFoundError if `what` needs it in vain."""
+    if not (is_checkout() and (ROOT / name).exists()):
+        raise FileNotFoundError(
+            f"{what} needs {name}/ of the project's repository, which a wheel does not have: cemb is "
+            f"installed in {str(PACKAGE)!r}; work in a checkout, installed by pip install --editable"
+        )
+    return ROOT / name
+
+
 def results_dir() -> Path:
     """Where results go: $CEMB_RESULTS, else results/ of the repository, else of the working directory."""
     if given := os.environ.get("CEMB_RESULTS"):
         # Processes started from here may work in other folders.
         os.environ["CEMB_RESULTS"] = str(Path(given).absolute())
         return Path(os.environ["CEMB_RESULTS"])
-    return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"
+    return (ROOT if is_checkout() else Path.cwd()) / "results"
 
 
 @functools.cache
@@ -53,6 +68,8 @@ def _transparent_huge_pages() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    if not is_checkout():  # the repository around an installed package is another's
+        return None
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
