@@ -278,6 +278,7 @@ def encode() -> Command:
 
 def count() -> Command:
     """Count an encoded corpus into a folder; prints its manifest as JSON."""
+    from cemb import executors
     from cemb.pmi import out_of_core
     from cemb.pmi.encode import EncodedCorpus
 
@@ -299,9 +300,9 @@ def count() -> Command:
         start, workers = time.perf_counter(), counting.pop("workers")
         where: Any = nullcontext((None, None))
         if scheduler:
-            where = out_of_core.cluster_executor(scheduler)
+            where = executors.cluster_executor(scheduler)
         elif processes:
-            where = out_of_core.process_executor(workers)
+            where = executors.process_executor(workers)
         with where as (executor, threads):
             counts = out_of_core.count(
                 encoded.shards(),
@@ -537,6 +538,7 @@ def study() -> Command:
         pool_size: Sequence[int] = (),
         run: Sequence[str] = (),
         workers: int | None = None,
+        scheduler: str | None = None,
         check: bool = False,
         published: bool = False,
         out: Path | None = None,
@@ -551,6 +553,7 @@ def study() -> Command:
             pool_size: only runs of these.
             run: only these names, or patterns such as 'growth-*'.
             workers: untimed runs side by side; None: one a core, at most 4.
+            scheduler: of a Dask cluster that sees the same folders, tcp://HOST:PORT, for the untimed runs.
             check: only say what is stale and why; status 1 if any.
             published: with check: of results/reference instead.
             out: folder of results; None: $CEMB_RESULTS, or results.
@@ -570,7 +573,7 @@ def study() -> Command:
         runs = study_grid.study_runs(grid, corpus)
         runs = study_grid.select(runs, optimizer or None, pool_size or None, run or None)
         if not check:
-            study_run.run_study(runs, workers=workers)
+            study_run.run_study(runs, workers=workers, scheduler=scheduler)
             print(f"runs are in {records.results_dir() / 'local' / 'runs'}")
             return 0
         found = {run.name: why for run in runs if (why := staleness.why_stale(run))}

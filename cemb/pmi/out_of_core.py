@@ -21,14 +21,12 @@ from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
     Executor,
-    ProcessPoolExecutor,
     ThreadPoolExecutor,
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +53,6 @@ from cemb.pmi.cooccurrence import (
 )
 from cemb.pmi.csr import CsrFolder, CsrWriter, row_blocks
 from cemb.pmi.npy import StoredArray
-from cemb.processes import end_with_parent
 
 DEFAULT_MEMORY = "2GiB"
 # More would show progress too rarely, and memory that is used again is faster than new memory.
@@ -63,7 +60,6 @@ LARGEST_TASK = 2**24  # tokens
 _LARGEST_MERGE = 2**22  # cells
 _CHUNK = 2**18  # tokens or cells read at once
 _SLACK = 16 * 2**20  # bytes of a task besides its arrays: Python's, the allocator's, rounding to pages
-_ANSWER_S = 5
 _NARROW = np.dtype(np.uint32)  # of totals, where they fit
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -342,47 +338,6 @@ def _run(tasks: Sequence[Callable[[], int]], executor: Executor, progress: tqdm,
         for future in futures:
             future.cancel()
         wait(futures)
-
-
-@contextmanager
-def process_executor(workers: int | None = None) -> Iterator[tuple[Executor, int]]:
-    """An executor of processes of this machine, by default as many as it has processors, and their number."""
-    check_integers(1, workers=workers)
-    workers = workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
-        yield pool, workers
-
-
-@contextmanager
-def cluster_executor(address: str) -> Iterator[tuple[Executor, int]]:
-    """An executor on the Dask cluster at `address`, and how many of its threads share a machine's memory.
-
-    Its workers must have this package, and see the folders counted from and to under the same paths. Tasks of
-    workers that die are run again, three times at most. Needs the package `distributed`.
-
-    Raises:
-        ConnectionError: nothing answers there within five seconds, or the cluster has no workers.
-        RuntimeError: `distributed` is not installed.
-    """
-    try:
-        from distributed import Client
-    except ImportError:
-        raise RuntimeError(
-            f"a Dask scheduler was named, {address!r}, and the package distributed is not installed"
-        ) from None
-    try:
-        client = Client(address, timeout=_ANSWER_S, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"no Dask scheduler answers at {address!r} within {_ANSWER_S} s ({error})"
-        ) from error
-    with client:
-        threads: dict[str, int] = {}
-        for worker in client.scheduler_info(n_workers=-1)["workers"].values():
-            threads[worker["host"]] = threads.get(worker["host"], 0) + worker["nthreads"]
-        if not threads:
-            raise ConnectionError(f"the Dask cluster at {address!r} has no workers")
-        yield client.get_executor(retries=3), max(threads.values())
 
 
 def _identify(shards: Sequence[npt.NDArray[Any]]) -> str:

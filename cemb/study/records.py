@@ -20,6 +20,8 @@ PACKAGE = Path(__file__).parent.parent
 ROOT = PACKAGE.parent
 # A step whose threads waited for a processor for more than this share of it measures its neighbours, too.
 CONTENDED_SHARE = 0.05
+# Fields of `environment` that are of a machine, not of what is installed on it.
+OF_MACHINE = ("cpu_model", "cpu_count", "transparent_huge_pages", "thp_mem_alloc_enable")
 KEY_PACKAGES = ("torch", "numpy", "scipy", "numba", "gensim")
 
 
@@ -86,7 +88,7 @@ def _version(package: str) -> str | None:
 
 
 def environment() -> Record:
-    """What may change a result besides code and parameters: machine and versions."""
+    """What may change a result besides code and parameters: machine, `OF_MACHINE`, and versions."""
     return {
         "python_version": platform.python_version(),
         "machine": platform.machine(),

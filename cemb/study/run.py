@@ -19,13 +19,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from cemb import files, processes
-from cemb.study import parameters, records
+from cemb import executors, files, processes
+from cemb.study import cluster, parameters, records
 from cemb.study.grid import NOTEBOOKS, PARAMETERS, Run
 from cemb.study.identity import RULE
 from cemb.study.staleness import differences, folder_of, identity, reached, runs_dir, why_stale
-
-_THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def parameters_of(notebook: str) -> type:
@@ -49,12 +47,12 @@ def _notebook_parameters(run: Run) -> dict[str, Any]:
     return {**own, "options": others}
 
 
-def execute(run: Run) -> Path:
-    """Run one notebook in a kernel of its own and publish it; returns where."""
+def execute(run: Run, machine: records.Record | None = None) -> Path:
+    """Run one notebook in a kernel of its own and publish it; returns where. `machine` as in `identity`."""
     import nbformat
     import papermill
 
-    content, definitions = identity(run), reached(run).definitions()
+    content, definitions = identity(run, machine), reached(run).definitions()
     target = folder_of(run, content)
     with files.atomic_directory(target) as work:
         notebook = nbformat.read(NOTEBOOKS / run.notebook, as_version=4)
@@ -88,12 +86,14 @@ def execute(run: Run) -> Path:
             raise RuntimeError(f"{run.name} wrote no record")
         code = {"code_hash": content["code"], "code_rule": RULE}
         records.write([{**record, **code} for record in results], found)
-        if changed := differences(content, identity(run)):
+        if changed := differences(content, identity(run, machine)):
             raise RuntimeError(
                 f"{run.name} is not published, for what it depends on changed meanwhile: "
                 f"{'; '.join(changed.values())}; run the study again"
             )
-        whole = json.dumps({**content, "definitions": definitions}, indent=1, default=str)
+        here = records.environment()
+        where = {"ran_on": {name: here[name] for name in records.OF_MACHINE}} if machine else {}
+        whole = json.dumps({**content, "definitions": definitions, **where}, indent=1, default=str)
         (work / "identity.json").write_text(whole, encoding="utf-8")
         if target.exists():  # damaged: else it would not be run
             shutil.rmtree(target)
@@ -110,33 +110,46 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def run_study(runs: list[Run], *, workers: int | None = None, say: Callable[[str], None] = print) -> None:
+def run_study(
+    runs: list[Run],
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Bring runs up to date, doing only those that are not.
 
     The data go first, then the other runs that nobody times, `workers` at a time (by default one per
-    processor, at most 4, a thread each), and beside all of these the timed runs' kernels are compiled. Timed
-    runs go last, one at a time and alone. Stops at the first failure, keeping what is finished.
+    processor, at most 4, a thread each), or on the Dask cluster of a `scheduler`, as many as its workers have
+    threads (`cemb.study.cluster`). Beside all of these the timed runs' kernels are compiled. The data, for
+    which all others wait, are made here, where they have all processors. Timed runs go last, here, one at a
+    time and alone. Stops at the first failure, keeping what is finished.
     """
+    if scheduler and workers:
+        raise ValueError(f"give workers, {workers}, or a scheduler, {scheduler!r}, whose cluster has its own")
     with processes.one_at_a_time(runs_dir(), say):
         files.sweep(runs_dir())
-        _run_todo(runs, workers, say)
+        todo = [run for run in runs if why_stale(run)]
+        for run in todo:
+            check_parameters(run)
+        if not todo:
+            say(f"all {len(runs)} runs are up to date")
+            return
+        with cluster.connect(scheduler, todo) if scheduler else nullcontext() as helpers:
+            say(f"{len(todo)} of {len(runs)} runs to do")
+            _run_todo(todo, workers or min(os.cpu_count() or 1, 4), helpers, say)
 
 
-def _run_todo(runs: list[Run], workers: int | None, say: Callable[[str], None]) -> None:
-    todo = [run for run in runs if why_stale(run)]
-    for run in todo:
-        check_parameters(run)
-    if not todo:
-        say(f"all {len(runs)} runs are up to date")
-        return
-    say(f"{len(todo)} of {len(runs)} runs to do")
+def _run_todo(
+    todo: list[Run], workers: int, helpers: cluster.Cluster | None, say: Callable[[str], None]
+) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # for the kernels: bars would litter the pages
     began = time.perf_counter()
     # Of each notebook, what its runs took and how many tables they measured.
     spent: dict[str, tuple[float, int]] = {}
     done = 0
 
-    def timed_execute(run: Run) -> tuple[Run, float]:
+    def timed_execute(run: Run, execute: Callable[[Run], object]) -> tuple[Run, float]:
         start = time.perf_counter()
         execute(run)
         return run, time.perf_counter() - start
@@ -156,12 +169,12 @@ def _run_todo(runs: list[Run], workers: int | None, say: Callable[[str], None]) 
             f"{_minutes(time.perf_counter() - began)} so far, about {_minutes(remaining)} left"
         )
 
-    parallel = workers or min(os.cpu_count() or 1, 4)
+    parallel = helpers.num_threads if helpers else workers
     data = [run for run in todo if run.notebook == "pmi.ipynb"]
     timed = [run for run in todo if run.is_timed]
     others = [run for run in todo if run not in data and run not in timed]
 
-    def execute_all(now: list[Run], later: list[Run], at_once: int) -> None:
+    def execute_all(now: list[Run], later: list[Run], at_once: int, where: Callable[[Run], object]) -> None:
         waiting = list(now)
         running: dict[Future[tuple[Run, float]], Run] = {}
         # Never on the main thread: there nbclient would put its own handling of signals in place of ours.
@@ -170,7 +183,7 @@ def _run_todo(runs: list[Run], workers: int | None, say: Callable[[str], None]) 
             while waiting or running:
                 while waiting and len(running) < at_once:
                     run = waiting.pop(0)
-                    running[pool.submit(timed_execute, run)] = run
+                    running[pool.submit(timed_execute, run, where)] = run
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     running.pop(future)
@@ -182,10 +195,10 @@ def _run_todo(runs: list[Run], workers: int | None, say: Callable[[str], None]) 
             pool.shutdown(wait=not is_stopped)
 
     with _kernels_compiling() if timed and (data or others) else nullcontext():
-        execute_all(data, [*others, *timed], 1)
-        with _single_threads():
-            execute_all(others, timed, parallel)
-    execute_all(timed, [], 1)
+        execute_all(data, [*others, *timed], 1, execute)
+        with nullcontext() if helpers else _single_threads():
+            execute_all(others, timed, parallel, helpers.execute if helpers else execute)
+    execute_all(timed, [], 1, execute)
 
 
 @contextmanager
@@ -194,8 +207,8 @@ def _single_threads() -> Iterator[None]:
 
     A setting inside them would not do: the pools of threads that libraries made beforehand go on spinning.
     """
-    before = {name: os.environ.get(name) for name in _THREAD_SETTINGS}
-    os.environ.update(dict.fromkeys(_THREAD_SETTINGS, "1"))
+    before = {name: os.environ.get(name) for name in executors.SINGLE_THREAD}
+    os.environ.update(executors.SINGLE_THREAD)
     try:
         yield
     finally:
@@ -213,7 +226,7 @@ def _kernels_compiling() -> Iterator[None]:
     What is wrong, if anything is, the run that needs them will say.
     """
     command = [sys.executable, "-m", "cemb", "compile"]
-    environment = {**os.environ, **dict.fromkeys(_THREAD_SETTINGS, "1")}
+    environment = {**os.environ, **executors.SINGLE_THREAD}
     nowhere = subprocess.DEVNULL
     with subprocess.Popen(
         command,

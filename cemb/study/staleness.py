@@ -34,13 +34,24 @@ def reached(run: Run) -> Reached:
     return Code.of_folder(records.PACKAGE).reach(code_cells(NOTEBOOKS / run.notebook), device)
 
 
-def identity(run: Run) -> records.Record:
-    """All that a run's result depends on, flat, for comparison key by key."""
+def identity(run: Run, machine: records.Record | None = None) -> records.Record:
+    """All that a run's result depends on, flat, for comparison key by key.
+
+    Args:
+        run: which may be for a study of another machine, where nobody times it.
+        machine: then of that study, fields `records.OF_MACHINE`.
+    """
     found: records.Record = {f"parameter {name}": value for name, value in run.parameters.items()}
     if corpus := run.parameters.get("corpus"):
         path = corpus if corpus in corpora.CORPORA else str(NOTEBOOKS / corpus)
         found["corpus fingerprint"] = corpora.fingerprint(path)
-    return {**found, "title": run.title, "code": reached(run).hash, **records.environment()}
+    return {
+        **found,
+        "title": run.title,
+        "code": reached(run).hash,
+        **records.environment(),
+        **(machine or {}),
+    }
 
 
 def runs_dir() -> Path:
@@ -112,6 +123,7 @@ def why_stale(run: Run) -> str | None:
         return "never run"
     _, before = max(earlier, key=lambda one: one[0])
     definitions = before.pop("definitions", None)
+    before.pop("ran_on", None)
     changed = differences(before, content)
     if changed.pop("code", None):
         changed["code"] = code_change(reached(run), definitions)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits, scipy_counts, streams, window_options
 
 from cemb import cli, files
+from cemb.executors import cluster_executor
 from cemb.pmi import csr, out_of_core
 from cemb.pmi.cooccurrence import count_cooccurrences
 from cemb.pmi.encode import encode
-from cemb.pmi.out_of_core import CooccurrenceCounts, cluster_executor, count, parse_memory
+from cemb.pmi.out_of_core import CooccurrenceCounts, count, parse_memory
 from cemb.report import data, figures, select
 from cemb.report import text as report_text
 from cemb.study import counting_bench
