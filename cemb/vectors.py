@@ -231,8 +231,8 @@ def _check_size(name: str, num_rows: int, dim: int, row_bytes: int, most: int) -
     """Raise ValueError if so many rows, of `row_bytes` at least, are none, or more than there can be."""
     if num_rows < 1 or not 1 <= dim <= _LARGEST_DIM:
         raise ValueError(
-            f"{name}: the first line tells of {num_rows:,} rows of {dim:,} numbers; a file has one row or more, "
-            f"of at most {_LARGEST_DIM:,}"
+            f"{name}: the first line tells of {num_rows:,} rows of {dim:,} numbers; a file has one row "
+            f"or more, of at most {_LARGEST_DIM:,}"
         )
     if num_rows * row_bytes > most:
         raise ValueError(
