@@ -238,7 +238,8 @@ def load(folder: Path | str, *, device: torch.device | str = "cpu") -> SavedMode
         _check_words(words, _num_words(model))
         _read_values(folder, model)
     except _NO_MODEL as error:
-        raise files.damaged(folder, str(error), _REMEDY) from None
+        what = f"manifest.json has no {error}" if isinstance(error, KeyError) else str(error)
+        raise files.damaged(folder, what, _REMEDY) from None
     return SavedModel(model.to(device), words, manifest)
 
 

@@ -280,6 +280,18 @@ def test_what_is_trained_is_loaded_and_exported(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_export_escapes_where_it_is_asked_to(tmp_path, capsys):
+    words = ["New York", "line\nbreak", "naïve"]
+    cemb.save(tmp_path / "model", cemb.FullEmbedding(3, 2), words, details={})
+    export = ["export", str(tmp_path / "model"), "--format", "glove", "--out", str(tmp_path / "out")]
+    assert cli.main(export) == 2
+    said = "cemb: glove has no words with white space, and one is 'New York'; escaped (--escape) it has _\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*export, "--escape"]) == 0
+    assert vectors.read(tmp_path / "out").words == ["New_York", "line_break", "naïve"]
+
+
 def test_a_training_that_diverges_makes_no_model(tmp_path, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text(zipf_text(4000, 60))
 

@@ -496,6 +496,18 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, change, what):
         cemb.load(tmp_path / "model")
 
 
+def test_what_a_manifest_lacks_is_named(tmp_path):
+    cemb.save(tmp_path / "model", FullEmbedding(3, 2), "abc", details={})
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    del manifest["model"]["arguments"]["embedding_dim"]
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
+    sum_again(tmp_path / "model")
+    with pytest.raises(
+        files.DamagedError, match=r"is damaged: manifest\.json has no 'embedding_dim'; train or"
+    ):
+        cemb.load(tmp_path / "model")
+
+
 def test_another_kind_or_version_is_refused(tmp_path):
     cemb.save(tmp_path / "model", FullEmbedding(3, 2), "abc", details={})
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
