@@ -187,7 +187,7 @@ def test_notebooks_build_what_their_parameters_are_checked_against(notebook):
 
 @pytest.mark.parametrize(
     "command",
-    ["speed", "bench", "bench-counting", "scaling", "pmi", "frontier", "rates"],
+    ["speed", "bench", "bench-counting", "scaling", "pmi", "frontier", "rates", "evaluate /none"],
 )
 def test_records_replace_no_device_and_no_link(command, tmp_path, capsys):
     fifo, link = tmp_path / "fifo", tmp_path / "link"

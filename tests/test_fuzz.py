@@ -24,9 +24,11 @@ from cemb.pmi import readers
 from cemb.pmi.corpora import find_sources
 from cemb.pmi.events import read_events
 from cemb.study import records
+from cemb.train.evaluation_sets import read_analogies, read_similarity
 
 TEXT = ("Der Löwe, der 3. von 4, “isst”…\nnoch eine Zeile\r\n\u00adwords\u200c and 日本語。 " * 9).encode()
 LINES = b"".join(json.dumps({"text": f"line {i} ü", "n": i}).encode() + b"\n" for i in range(40))
+PAIRS = b"word1\tword2\tscore\n" + b"".join(f"w\u00f6rd-n\tb{i}-v\t{i / 7}\tx\n".encode() for i in range(30))
 EVENTS = b"user,item,plays\n" + b"".join(f'u{i % 7},"i,{i % 5}",{i % 3}\n'.encode() for i in range(60))
 
 
@@ -93,6 +95,9 @@ INPUTS = {
     "a.tsv": (EVENTS.replace(b",", b"\t"), events_of),
     "a.csv.gz": (gzip.compress(EVENTS), events_of),
     "c.parquet": (_parquet("snappy"), events_of),
+    "set.tsv": (PAIRS, read_similarity),
+    "set.csv": (PAIRS.replace(b"\t", b","), read_similarity),
+    "questions.txt": (b": s\n" + b"athens greece oslo norway\n" * 20, read_analogies),
     "records.jsonl": (LINES, records.read),
     "text.vec": (_vectors("word2vec-text"), read_vectors),
     "text.vec.gz": (gzip.compress(_vectors("word2vec-text")), read_vectors),
