@@ -15,6 +15,8 @@ import torch
 from conftest import ROOT, long, wait_until, zipf_text
 from test_damage import content_of_corpus, content_of_data_set, content_of_matrix, content_of_model
 
+import cemb
+
 CEMB = [sys.executable, "-m", "cemb"]
 
 
@@ -32,6 +34,15 @@ def _model(folder):
     return words, values
 
 
+def content_of_training(folder):
+    """Values of the model's folder, and what the training noted but for its times."""
+    saved = cemb.load(folder / "model")
+    values = {name: value.tolist() for name, value in saved.model.state_dict().items()}
+    training = saved.manifest["details"]["training"]
+    history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in training["history"]]
+    return values, history, training["num_processes"]
+
+
 # Of each command its arguments, and what it made.
 COMMANDS = {
     "encode": (
@@ -47,6 +58,11 @@ COMMANDS = {
     "train": (
         "train --corpus text.txt --rank 8 --pool-size 4096 --num-steps 40 --save model.pt --out model",
         _model,
+    ),
+    "train with checkpoints": (
+        "train --corpus text.txt --rank 8 --training mini-batch --batch-size 4096 --num-epochs 2 "
+        "--pool-size 4096 --out model --checkpoint-every 10",
+        content_of_training,
     ),
 }
 
@@ -72,7 +88,8 @@ def undisturbed(tmp_path_factory):
     (folder / "text.txt").write_text(zipf_text(400_000, 3000))
     found = {}
     for name, (_, content) in COMMANDS.items():
-        shutil.rmtree(folder / "counts", ignore_errors=True)
+        for made in ("counts", "model"):
+            shutil.rmtree(folder / made, ignore_errors=True)
         began = time.monotonic()
         status, _, error = finish(start(name, folder))
         assert status == 0, error
@@ -95,7 +112,7 @@ def check_same_and_tidy(name, undisturbed, folder):
     """Run a command again, and compare."""
     status, _, error = finish(start(name, folder))
     # It may have been done when it was disturbed.
-    assert status == 0 or (name in ("encode", "train") and "exists already" in error), error
+    assert status == 0 or (name.startswith(("encode", "train")) and "exists already" in error), error
     assert COMMANDS[name][1](folder) == undisturbed[1][name][0]
     assert not litter(folder)
 
@@ -110,7 +127,9 @@ def _members(group):
 
 
 @pytest.mark.parametrize("seed", [0, *long(*range(1, 15))])
-@pytest.mark.parametrize("name", ["encode", "pmi", *long("count", "count in processes", "train")])
+@pytest.mark.parametrize(
+    "name", ["encode", "pmi", "train with checkpoints", *long("count", "count in processes", "train")]
+)
 def test_a_killed_command_does_its_work_when_run_again(undisturbed, tmp_path, name, seed, record_property):
     record_property("kills", 1)
     ready(name, undisturbed, tmp_path)

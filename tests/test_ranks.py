@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, children, is_alive, wait_until, zipf_text
+from test_faults import content_of_training
 
-import cemb
 from cemb import files
 
 TRAIN = (
@@ -45,15 +45,6 @@ def finish(process, seconds=300):
     return process.returncode, out.decode(), error.decode()
 
 
-def content(folder):
-    """Values of the model's folder, and the history but for its times."""
-    saved = cemb.load(folder / "model")
-    values = {name: value.tolist() for name, value in saved.model.state_dict().items()}
-    training = saved.manifest["details"]["training"]
-    history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in training["history"]]
-    return values, history, training["num_processes"]
-
-
 def ours(error):
     """The lines of standard error that are ours."""
     lines = error.replace("\r", "\n").splitlines()
@@ -71,7 +62,7 @@ def undisturbed(tmp_path_factory):
     assert status == 0, error
     assert len(out.splitlines()) == 1  # rank 0 alone prints
     assert json.loads(out)["bytes_sent_per_step"] == 4 * 4096
-    return folder, content(folder), time.monotonic() - began
+    return folder, content_of_training(folder), time.monotonic() - began
 
 
 @pytest.fixture
@@ -91,7 +82,7 @@ def check_rerun(folder, undisturbed, ranks=2):
     status, _, error = finish(start(folder, ranks=ranks))
     # It may have been done when it was disturbed.
     assert status == 0 or "'model' exists already" in error, error
-    assert content(folder) == undisturbed
+    assert content_of_training(folder) == undisturbed
     assert not [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".cemb-tmp"))]
 
 
@@ -126,7 +117,7 @@ def test_a_killed_rank_ends_the_job_and_the_rerun_does_its_work(
     else:
         time.sleep(undisturbed[2] * rng.uniform(0, 1))
     everyone = sorted({*everyone, *processes_below(process)})
-    is_running = process.poll() is None
+    is_running, is_made = process.poll() is None, (place / "model").exists()
     target = process.pid if victim == "the launcher" else ranks[victim[-1]]
     if is_alive(target):
         os.kill(target, signal.SIGKILL)
@@ -134,6 +125,8 @@ def test_a_killed_rank_ends_the_job_and_the_rerun_does_its_work(
     _, _, error = finish(process, LIMIT_S)
     wait_until(lambda: not any(map(is_alive, everyone)), LIMIT_S)
     assert time.monotonic() - killed < LIMIT_S
+    if victim == "the launcher":  # the ranks have not worked on
+        assert (place / "model").exists() == is_made
     if victim != "the launcher" and is_running and process.returncode:
         assert len(ours(error)) == 1, error
         (line,) = ours(error)
@@ -169,7 +162,7 @@ def test_a_second_training_of_a_folder_is_refused(undisturbed, place):
         os.kill(one, signal.SIGCONT)
     assert (status, ours(error)) == (2, ["cemb: another process is at work in 'model.partial'"])
     assert finish(process)[0] == 0
-    assert content(place) == undisturbed[1]
+    assert content_of_training(place) == undisturbed[1]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ format.
 import itertools
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -73,7 +74,7 @@ class Checkpoints:
         return f"remove {str(self.folder)!r}, and training begins anew"
 
     def find(self) -> None:
-        """Read the newest checkpoint, where there is one. Raises as `opened`."""
+        """Read the newest checkpoint, where there is one, and say so. Raises as `opened`."""
         names = sorted(path.name for path in self.folder.glob("checkpoint-*"))
         if not names:
             return
@@ -87,6 +88,7 @@ class Checkpoints:
             )
         self._number = int(names[-1].rpartition("-")[2])
         self._found = manifest, (path / "tensors.safetensors").read_bytes()
+        print(f"cemb: training resumes at step {manifest['progress']['step']}, from {path}", file=sys.stderr)
 
     def share(self) -> None:
         """Give what rank 0 has found to all ranks; the clock of `train_s` goes on."""
