@@ -5,7 +5,7 @@
 The study must be up to date. With --add, records of the runs that are take the place of the reference's, or
 come after them, and all others stay: so that new runs do not ask for the old ones again. What
 `python -m cemb` left in results/local goes with it: bench.jsonl, rates.jsonl, counting.jsonl, scaling.jsonl,
-and second.jsonl, which is the frontier on a second corpus.
+processes.jsonl, and second.jsonl, which is the frontier on a second corpus.
 `results/reference/NAME` is what gets committed.
 """
 

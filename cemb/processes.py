@@ -64,7 +64,11 @@ def with_remedy(why: str) -> str:
     return why + (_remedy and f"; {_remedy}")
 
 
-def tell_end(why: str) -> None:
+def _write_error(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def tell_end(why: str, write: Callable[[str], object] = _write_error) -> None:
     """Say on standard error, in one line, why the program ends; of torchrun's processes the first does."""
     start = ""
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -76,7 +80,7 @@ def tell_end(why: str) -> None:
                 return
         start = "\n"  # another process may have left a bar of progress
     with suppress(OSError):
-        os.write(2, f"{start}cemb: {why}\n".encode())
+        write(f"{start}cemb: {why}\n")
 
 
 def _descendants() -> list[int]:
@@ -148,7 +152,11 @@ def supervised(work: Callable[[], int]) -> int:
                     break
         if number:
             by = " of torchrun, which ends all processes when one ends" if rank_and_number()[1] > 1 else ""
-            tell_end(with_remedy(f"stopped by {signal.Signals(number[0]).name}{by}"))
+            # Not by Python's stream, which the main thread may be in the midst of.
+            tell_end(
+                with_remedy(f"stopped by {signal.Signals(number[0]).name}{by}"),
+                lambda text: os.write(2, text.encode()),
+            )
             with suppress(OSError):
                 _silence(2)  # libraries have much to say of processes that end
             _end_descendants()

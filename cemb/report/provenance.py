@@ -59,6 +59,11 @@ MEASUREMENTS = {
         "python -m cemb scaling --memory 512MiB --out results/local/scaling.jsonl",
         "counting_bench",
     ),
+    "processes": Measurement(
+        "training on two processes",
+        "python -m cemb bench-processes --out results/local/processes.jsonl",
+        "processes_bench",
+    ),
 }
 
 

@@ -107,7 +107,8 @@ def references(kind: str) -> list[tuple[str, list[Record]]]:
     """Names of the reference machines, the one measured last first, and records the study does not rerun.
 
     ``"bench"``, ``"rates"`` and ``"scaling"`` are after the commands that make them, ``"counting"`` is of
-    bench-counting, ``"second"`` is the frontier on a second corpus. FileNotFoundError if there are none.
+    bench-counting, ``"processes"`` of bench-processes, ``"second"`` is the frontier on a second corpus.
+    FileNotFoundError if there are none.
     """
     paths = (records.ROOT / "results" / "reference").glob(f"*/{kind}.jsonl")
     found = [(path.parent.name, records.read(path)) for path in sorted(paths)]

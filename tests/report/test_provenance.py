@@ -171,6 +171,7 @@ def reference(monkeypatch, tmp_path):
     }.items():
         (package / f"{name}.py").write_text(text)
 
+    (tmp_path / "pyproject.toml").touch()
     (tmp_path / "notebooks").mkdir()
     notebook = {"cells": [{"cell_type": "code", "source": ["from cemb import bench\n", "bench.run()"]}]}
     (tmp_path / "notebooks" / "speed.ipynb").write_text(json.dumps(notebook))
