@@ -239,7 +239,7 @@ def load(folder: Path | str, *, device: torch.device | str = "cpu") -> SavedMode
         _read_values(folder, model)
     except _NO_MODEL as error:
         what = f"manifest.json has no {error}" if isinstance(error, KeyError) else str(error)
-        raise files.damaged(folder, what, _REMEDY) from None
+        raise files.damaged(folder, " ".join(what.split()), _REMEDY) from None
     return SavedModel(model.to(device), words, manifest)
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import long
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_damage import LIES, sum_again
 from torch import nn
 
@@ -524,9 +525,38 @@ def test_another_kind_or_version_is_refused(tmp_path):
         cemb.load(tmp_path / "none")
 
 
-def test_values_of_another_shape_or_type_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "what"),
+    [
+        ("transform", "word_table.bits", 9, "word_table.codes are [0-9]+ bytes, and word_table.bits tell of"),
+        (
+            "transform",
+            "context_table.bits",
+            0,
+            "context_table.codes are [0-9]+ bytes, and context_table.bits tell",
+        ),
+        (
+            "clustered",
+            "word_table.codes",
+            127,
+            "word_table.codes are of other clusters than the [0-9]+ there",
+        ),
+    ],
+)
+def test_values_that_do_not_belong_together_are_refused(tmp_path, kind, name, value, what):
+    cemb.save(tmp_path / "model", trained(kind), WORDS, details={})
+    path = tmp_path / "model" / "model.safetensors"
+    values = load_file(path)
+    values[name].view(-1)[0] = value
+    path.unlink()
+    save_file(values, path)
+    sum_again(tmp_path / "model")
+    with pytest.raises(files.DamagedError, match=what) as error:
+        cemb.load(tmp_path / "model")
+    assert "\n" not in str(error.value)
 
+
+def test_values_of_another_shape_or_type_are_refused(tmp_path):
     cemb.save(tmp_path / "model", QUANTIZED["int8"](), WORDS, details={})
     path = tmp_path / "model" / "model.safetensors"
     values = load_file(path)

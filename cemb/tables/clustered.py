@@ -110,6 +110,12 @@ class ClusteredEmbedding(nn.Module):
         *_, columns, clusters = max(found)
         return cls(num_embeddings, embedding_dim, clusters, abs(columns), hash_seed=seed)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        *_, errors = others
+        if not 0 <= int(self.codes.min()) <= int(self.codes.max()) < self.num_clusters:
+            errors.append(f"{prefix}codes are of other clusters than the {self.num_clusters} there are")
+
     def reset_parameters(self) -> None:
         """Draw centroids and helper anew from torch's default generator; codes stay."""
         nn.init.normal_(self.centroids, std=self.init_std / 2**0.5)

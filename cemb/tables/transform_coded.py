@@ -135,6 +135,15 @@ class TransformCodedEmbedding(nn.Module):
         table.deviations = normalized.deviations
         return table
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        *_, errors = others
+        num_bits = int((self._borders.diff() * self.bits.sum(dim=1)).sum())
+        if self.bits.max() > MAX_BITS or -(-num_bits // 8) != len(self.codes):
+            errors.append(
+                f"{prefix}codes are {len(self.codes)} bytes, and {prefix}bits tell of {num_bits} bits"
+            )
+
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)
         flat = ids.reshape(-1).long().contiguous()
