@@ -484,7 +484,8 @@ def compress() -> Command:
         check_reals("[1, inf)", times=times)
         _check_new(out)
         evaluation.check_readable([vectors])
-        sets = evaluation.read_sets(similarity, ()) if similarity else bundled_similarity()
+        bundled = [one for one in bundled_similarity() if one.pairs]
+        sets = evaluation.read_sets(similarity, ()) if similarity else bundled
         _put([evaluation.compress(vectors, out, times=times, sets=sets)])
 
     return command

@@ -9,7 +9,7 @@ import torch
 
 from cemb import files, saved, vectors
 from cemb.study import records
-from cemb.tables import num_bytes
+from cemb.tables import all_rows, num_bytes
 from cemb.train import compression, evaluation_sets, similarity
 from cemb.train.evaluation_sets import AnalogySet, SimilaritySet
 
@@ -125,7 +125,7 @@ def compress(source: Path, out: Path, *, times: float, sets: Sequence[AnySet]) -
     before = torch.from_numpy(values)
     turned, _ = compression.principal_axes(before)
     table = compression.compress(turned, max_bytes)
-    decoded = compression.decode(table)
+    decoded = all_rows(table)
     value_error, dot_product_error = compression.relative_errors(turned, decoded)
     bytes_before, bytes_after = 4 * before.numel(), num_bytes(table)
     record = {
@@ -145,7 +145,7 @@ def compress(source: Path, out: Path, *, times: float, sets: Sequence[AnySet]) -
         "num_zero_rows": int((decoded == 0).all(dim=1).sum()),
     }
     for name, given in (("before", values), ("after", decoded.numpy())):
-        for found in evaluate(vectors.Vectors(words, given), [one for one in sets if one[1]]):
+        for found in evaluate(vectors.Vectors(words, given), sets):
             score = None if found["no_score"] else found["score"]
             record |= {f"{found['set']}_{name}": score, f"{found['set']}_pairs": found["pairs"]}
     saved.save(out, table, words, details=record)

@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from cemb.tables.checks import num_bytes
 from cemb.tables.clustered import ClusteredEmbedding
@@ -46,9 +47,13 @@ __all__ = [
 ]
 
 
+_BLOCK_ROWS = 2**16
+
+
 @torch.no_grad()
 def all_rows(table: nn.Module) -> Tensor:
     """The vectors of a table, float32 ``[num_embeddings, embedding_dim]``."""
     tensor = next(itertools.chain(table.parameters(), table.buffers()))
-    rows: Tensor = table(torch.arange(cast(int, table.num_embeddings), device=tensor.device))
-    return rows.float()
+    ids = torch.arange(cast(int, table.num_embeddings), device=tensor.device).split(_BLOCK_ROWS)
+    rows = [table(some).float() for some in tqdm(ids, desc="making vectors", unit="block", delay=2)]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -93,15 +93,6 @@ def compress(vectors: Tensor, max_bytes: int) -> TransformCodedEmbedding:
     return TransformCodedEmbedding.from_vectors(vectors, torch.ones_like(importance), bits)
 
 
-def decode(table: TransformCodedEmbedding) -> Tensor:
-    """All vectors of a table ``[n, dim]``, in blocks, which take less memory than `cemb.tables.all_rows`."""
-    found = torch.empty(table.num_embeddings, table.embedding_dim)
-    blocks = torch.arange(len(found)).split(_BLOCK_ROWS)
-    for ids in tqdm(blocks, desc="decoding", unit="block", delay=2):
-        found[ids[0] : ids[-1] + 1] = table(ids)
-    return found
-
-
 def relative_errors(vectors: Tensor, decoded: Tensor) -> tuple[float, float]:
     """``‖V̂ − V‖ / ‖V‖`` and ``‖V̂V̂ᵀ − VVᵀ‖ / ‖VVᵀ‖``, of all pairs of rows, for both ``[n, dim]``.
 

@@ -150,6 +150,8 @@ def analogies(
         return dict.fromkeys(("score", "mul_score", "low", "high"), math.nan) | result | {"no_score": why}
     unit = normalized(vectors).astype(np.float32, copy=False)
     batch_size = max(1, min(batch_size, _MOST_COSINES // (3 * len(unit))))
+    # Made anew for each question, arrays of a large vocabulary cost more than what is computed in them.
+    sums, products, divisors = np.empty((3, len(unit)), np.float32)
     added = multiplied = 0
     for first in tqdm(range(0, len(known), batch_size), desc="analogies", unit="batch", delay=2):
         batch = known[first : first + batch_size]
@@ -160,7 +162,8 @@ def analogies(
         cosines /= 2
         for (*given_words, answer), (i, j, k) in zip(batch, places.reshape(-1, 3), strict=True):
             a, b, c = cosines[i], cosines[j], cosines[k]
-            sums, products = b - a + c, b * c / (a + 1e-3)
+            np.add(np.subtract(b, a, out=sums), c, out=sums)
+            np.divide(np.multiply(b, c, out=products), np.add(a, 1e-3, out=divisors), out=products)
             sums[given_words] = products[given_words] = -np.inf
             added += sums.argmax() == answer
             multiplied += products.argmax() == answer
