@@ -132,6 +132,15 @@ def started():
         yield start
 
 
+def dask_cluster(n_workers, **options):
+    """A Dask cluster of processes of this machine, with a thread each."""
+    from distributed import LocalCluster
+
+    # Any port for its pages: other tests may have a cluster at the same time.
+    options = {"threads_per_worker": 1, "processes": True, "dashboard_address": ":0", **options}
+    return LocalCluster(n_workers=n_workers, **options)
+
+
 @pytest.fixture
 def random_matrix():
     """A sparse float32 matrix with sorted columns: 40 words, 30 contexts."""

@@ -9,6 +9,7 @@ may be of another processor than the study's, and its records and identity say o
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import subprocess
@@ -107,6 +108,8 @@ def connect(address: str, runs: list[Run]) -> Iterator[Cluster]:
     Raises what `cemb.executors.cluster_client` and `Cluster.check` do.
     """
     with executors.cluster_client(address) as client:
+        # What it would log, with tracebacks, is said in one line of an error.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         cluster = Cluster(client, address)
         cluster.check(runs)
         yield cluster
@@ -135,9 +138,10 @@ def take(name: str, request: str) -> None:
     key = worker.get_current_task()
 
     def is_wanted() -> bool:
-        # Of a task that was cancelled the worker waits for the end, and says so in this one place.
+        # A task that was cancelled, or whose scheduler is gone, goes on: Dask cannot end a thread.
         task = worker.state.tasks.get(key)
-        return task is not None and task.state != "cancelled"
+        is_closing = worker.status.name in ("closing", "closed", "failed")
+        return task is not None and task.state != "cancelled" and not is_closing
 
     if why := _answer(name, request, is_wanted):
         raise RuntimeError(f"{why} (on the Dask worker {worker.address!r})")

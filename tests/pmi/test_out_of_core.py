@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from conftest import ROOT, long, zipf_text
+from conftest import ROOT, dask_cluster, long, zipf_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cooccurrence import assert_same_bits, scipy_counts, streams, window_options
@@ -319,12 +319,10 @@ def test_blocks_are_the_matrix(tmp_path):
 
 @pytest.mark.long
 def test_a_cluster_that_loses_a_worker_loses_nothing(tmp_path, small_tasks):
-    from distributed import LocalCluster
-
     ids = zipf_ids(60_000)
     shards = save_shards(tmp_path / "ids", ids, [31_000])
     expected = count_cooccurrences(ids, vocab_size=400)
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with dask_cluster(2) as cluster:
         killed = []
 
         def kill_one():
