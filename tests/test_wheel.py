@@ -53,6 +53,9 @@ def installed(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
     assert _run([*command, "--target", str(folder), str(wheel)])[0] == 0
+    # Another's repository around it, as around a project's environment.
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    assert _run([*git, "init"])[0] == _run([*git, "commit", "--allow-empty", "-m", "Another's"])[0] == 0
     # Kernels compiled here are kept for their sources, wherever these lie.
     for path in (ROOT / "cemb").rglob("__pycache__/*.nb[ic]"):
         place = folder / path.relative_to(ROOT)

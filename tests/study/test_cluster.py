@@ -29,7 +29,8 @@ _CELLS = [
     "from cemb.study import records\nfrom pathlib import Path\nexec(Path('does.py').read_text())",
     "records.write([{'kind': 'speed', 'value': 1, **where}], records_path)",
 ]
-_DOES = "import os, sys\nwhere = {'threads': os.environ.get('OMP_NUM_THREADS'), 'parent': os.getppid()}\n"
+# Of OMP_NUM_THREADS Dask takes care itself.
+_DOES = "import os, sys\nwhere = {'threads': os.environ.get('NUMBA_NUM_THREADS'), 'parent': os.getppid()}\n"
 _WAITS = """
 import time
 Path(f"started-{os.getpid()}").touch()
