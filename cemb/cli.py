@@ -105,7 +105,7 @@ def _run(arguments: Sequence[str]) -> int:
         said = f"there is not enough memory{f': {error}' if str(error) else ''}"
     except (ValueError, OSError, RuntimeError, OverflowError) as error:
         said = str(error)
-    processes.tell_end(said)
+    print(processes.last_words(said), end="", file=sys.stderr)
     return 2
 
 

@@ -64,12 +64,8 @@ def with_remedy(why: str) -> str:
     return why + (_remedy and f"; {_remedy}")
 
 
-def _write_error(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
-
-
-def tell_end(why: str, write: Callable[[str], object] = _write_error) -> None:
-    """Say on standard error, in one line, why the program ends; of torchrun's processes the first does."""
+def last_words(why: str) -> str:
+    """The line that says on standard error why the program ends; of torchrun's processes the first has it."""
     start = ""
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # It is this process's; others' lie in folders beside that of it.
@@ -77,10 +73,9 @@ def tell_end(why: str, write: Callable[[str], object] = _write_error) -> None:
             try:
                 (Path(place).parent.parent / "cemb-told").touch(exist_ok=False)
             except FileExistsError:
-                return
+                return ""
         start = "\n"  # another process may have left a bar of progress
-    with suppress(OSError):
-        write(f"{start}cemb: {why}\n")
+    return f"{start}cemb: {why}\n"
 
 
 def _descendants() -> list[int]:
@@ -152,12 +147,9 @@ def supervised(work: Callable[[], int]) -> int:
                     break
         if number:
             by = " of torchrun, which ends all processes when one ends" if rank_and_number()[1] > 1 else ""
-            # Not by Python's stream, which the main thread may be in the midst of.
-            tell_end(
-                with_remedy(f"stopped by {signal.Signals(number[0]).name}{by}"),
-                lambda text: os.write(2, text.encode()),
-            )
             with suppress(OSError):
+                why = with_remedy(f"stopped by {signal.Signals(number[0]).name}{by}")
+                os.write(2, last_words(why).encode())
                 _silence(2)  # libraries have much to say of processes that end
             _end_descendants()
             is_alone.set()

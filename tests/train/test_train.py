@@ -12,8 +12,8 @@ from cemb.study import quality
 from cemb.study.dataset import PmiConfig, load_pmi
 from cemb.study.quality import QualityCase, measure_quality
 from cemb.tables import ClusteredEmbedding, num_bytes
-from cemb.train import evaluation_sets, similarity
 from cemb.train import objective as train_objective
+from cemb.train import similarity
 from cemb.train.batches import PairBatches
 from cemb.train.loops import (
     ADAM_BETAS,
@@ -319,6 +319,19 @@ def test_mini_batches_lower_their_loss(optimizer, table, random_matrix):
     assert not model.training
 
 
+def test_reports_are_means_of_the_batches_since_the_last(random_matrix):
+    batches = PairBatches(random_matrix, 33)
+    options = {"optimizer": "adam", "learning_rate": 0.03, "num_epochs": 2}
+    each, few = (
+        train_mini_batches(small_model(), batches, mse_loss, **options, reports_per_epoch=number)
+        for number in (len(batches), 4)
+    )
+    losses = [entry["loss"] for entry in each]
+    steps = [0, *(entry["step"] for entry in few)]
+    expected = [np.mean(losses[first:last]) for first, last in itertools.pairwise(steps)]
+    assert [entry["loss"] for entry in few] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("table", COMPRESSED_TABLES)
 def test_mini_batches_train_tables_of_few_bytes(table, random_matrix):
     torch.manual_seed(0)
@@ -432,12 +445,13 @@ def test_svd_record_is_the_optimum(power, data, scored):
 
 def test_scores_are_those_of_their_vectors():
     rng = np.random.default_rng(0)
-    test_set = evaluation_sets.bundled_similarity()[0]
-    words = sorted({word.casefold() for a, b, _ in test_set.pairs for word in (a, b)})
+    words = sorted(
+        {word for q in similarity._test_data("wordsim353.tsv") for word in q.casefold().split("\t")[:2]}
+    )
     vectors, contexts = rng.normal(size=(len(words), 5)), rng.normal(size=(20, 5)) * np.arange(1, 6)
     fields = quality.score_vectors(vectors, contexts, words)
     for name, scored in (("wordsim353", vectors), ("wordsim353_balanced", vectors @ contexts.T)):
-        expected = similarity.similarity(scored, words, test_set)
+        expected = similarity.similarity(scored, words, "wordsim353")
         for field in ("score", "low", "high"):
             assert fields[f"{name}_{field}"] == pytest.approx(expected[field])
     assert fields["wordsim353_pairs"] == 353
