@@ -437,6 +437,7 @@ def test_a_manifest_that_lies_is_refused_or_tells_the_same(tmp_path, record_prop
 HUGE = {
     "full": {"num_embeddings": 2**40},
     "hashed": {"pool_size": 2**32 - 1, "num_embeddings": 2**40},
+    "hashed-reference": {"embedding_dim": 2**24},
     "low-rank": {"rank": 2**40},
     "clustered": {"num_embeddings": 2**39, "num_clusters": 2**31},
     "product": {"num_embeddings": 2**40, "embedding_dim": 2**20, "num_groups": 2**20},
