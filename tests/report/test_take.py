@@ -8,8 +8,13 @@ import pytest
 from cemb.report import take
 
 PLACE = {
-    "kind": "processes", "device_name": "A Processor", "git_commit": "c" * 40, "optimizer": "adagrad",
-    "num_embeddings": 1000, "embedding_dim": 10, "batch_size": 64,
+    "kind": "processes",
+    "device_name": "A Processor",
+    "git_commit": "c" * 40,
+    "optimizer": "adagrad",
+    "num_embeddings": 1000,
+    "embedding_dim": 10,
+    "batch_size": 64,
 }
 
 
