@@ -34,6 +34,10 @@ def end_with_parent() -> None:
     tells of its end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _be_killed_with_parent()
+
+
+def _be_killed_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -48,7 +52,7 @@ def rank_and_number() -> tuple[int, int]:
 def join_launcher() -> None:
     """Under torchrun, end when that does, and leave progress to rank 0. Call it before tqdm is imported."""
     if rank_and_number()[1] > 1:
-        end_with_parent()
+        _be_killed_with_parent()  # of signals it passes on what it gets
         if rank_and_number()[0]:
             os.environ["TQDM_DISABLE"] = "1"
 

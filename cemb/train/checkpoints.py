@@ -191,7 +191,10 @@ class Checkpoints:
 
     def _promise(self, step: int) -> None:
         self._kept_step = step
-        processes.set_remedy(f"the same command {f'resumes at step {step}' if step else 'begins anew'}")
+        told = f"resumes at step {step}" if step else "begins anew"
+        if processes.rank_and_number()[0]:  # rank 0 may have kept one meanwhile
+            told = f"resumes at step {step} or later"
+        processes.set_remedy(f"the same command {told}")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
