@@ -149,25 +149,27 @@ def take(name: str, request: str) -> None:
 
 def _answer(name: str, request: str, is_wanted: Callable[[], bool] = lambda: True) -> str | None:
     """What went wrong in a process that does what is asked for, which has a name; None if nothing did."""
-    process = subprocess.Popen(
-        # As in the notebook's kernel, cemb is not that of the working directory.
-        [sys.executable, "-P", "-m", "cemb.study.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **executors.SINGLE_THREAD, "TQDM_DISABLE": "1"},
-        preexec_fn=processes.end_with_parent,
-    )
-    given: str | None = request
+    # From a file: of what a pipe does not hold, `communicate` forgets the rest when its time is over.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as given:
+        given.write(request)
+        given.seek(0)
+        process = subprocess.Popen(
+            # As in the notebook's kernel, cemb is not that of the working directory.
+            [sys.executable, "-P", "-m", "cemb.study.worker"],
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **executors.SINGLE_THREAD, "TQDM_DISABLE": "1"},
+            preexec_fn=processes.end_with_parent,
+        )
     with process:
         try:
             while True:
                 try:
-                    out, errors = process.communicate(given, timeout=_LOOK_S)
+                    out, errors = process.communicate(timeout=_LOOK_S)
                     break
                 except subprocess.TimeoutExpired:
-                    given = None  # it goes on with what it was given first
                     if not is_wanted():
                         return f"{name} was ended: nobody waits for it"
         finally:

@@ -120,7 +120,7 @@ def test_untimed_runs_go_to_the_cluster_and_others_stay(workers, notebooks, monk
     runs = [
         replace(RUN, name="timed", is_timed=True),
         RUN,
-        replace(RUN, name="other"),
+        replace(RUN, name="other", parameters={"long": "x" * 300_000}),  # more than a pipe holds
         replace(RUN, name="data", notebook="pmi.ipynb"),
     ]
     said = _study(workers, *runs)
