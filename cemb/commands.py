@@ -561,6 +561,8 @@ def study() -> Command:
         """
         if published and not check:
             raise ValueError("--published goes with --check: published records are never made anew here")
+        if check and scheduler:
+            raise ValueError("--check makes no run, which --scheduler would be for; leave one of them out")
         records.of_checkout("results/reference" if published else "notebooks", "the study")
         if published:
             from cemb.report.provenance import published_staleness

@@ -19,6 +19,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from conftest import ROOT, children, is_alive, wait_until, zipf_text
+from gensim.models import KeyedVectors
 
 import cemb
 from cemb import cli, commands, vectors
@@ -278,6 +279,34 @@ def test_what_is_trained_is_loaded_and_exported(tmp_path, capsys):
     assert cli.main(["export", str(folder), "--format", "glove", "--out", str(tmp_path / "other")]) == 2
     assert f"cemb: '{folder}' is damaged: the SHA-256 of model.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.long
+def test_the_readme_takes_a_text_to_gensim(tmp_path):
+    """Its lines, as a shell has them, on a text of 5 MB; gensim has the model's bits."""
+    (section,) = re.findall(
+        r"^## From your text to gensim\n+```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    lines = [line for line in section.splitlines() if not line.startswith("source ")]
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["cemb", name] for name in ("encode", "train", "export")
+    ]
+    (tmp_path / "text.txt").write_text(f"{zipf_text(850_000, 20_000)} {'war and peace ' * 9}")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    for line in lines:
+        command = ["bash", "-c", line]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+    assert len(ast.literal_eval(done.stdout)) == 10
+    ours = cemb.load(tmp_path / "model").vectors()
+    theirs = KeyedVectors.load_word2vec_format(str(tmp_path / "vectors.bin"), binary=True)
+    assert theirs.index_to_key == ours.words
+    assert theirs.vectors.tobytes() == ours.values.tobytes()
 
 
 def test_export_escapes_where_it_is_asked_to(tmp_path, capsys):

@@ -316,6 +316,11 @@ def find_sources(
 def fingerprint(corpus: str | Sequence[str] = DEFAULT_CORPUS, text_field: str | None = None) -> str:
     """A string that changes when the corpus's content does: package versions, or SHA-256 of files in order.
 
-    Raises what `find_sources` does, and ValueError for standard input, which cannot be read twice.
+    Of a folder that `cemb.pmi.encode` made it is that of the words and ids. Raises what opening that or
+    `find_sources` does, and ValueError for standard input, which cannot be read twice.
     """
+    if isinstance(corpus, str) and readers.is_encoded(corpus):
+        from cemb.pmi.encode import EncodedCorpus  # which imports this module
+
+        return EncodedCorpus.open(corpus).fingerprint
     return readers.fingerprint(find_sources(corpus, text_field))

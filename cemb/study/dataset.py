@@ -196,10 +196,9 @@ def _with_options_of_encoding(config: PmiConfig) -> PmiConfig:
 
 
 def _fingerprint(config: PmiConfig) -> str:
-    if config.events is not None:
-        return events.fingerprint(config.corpus)
-    encoded = encode.open_encoded(config.corpus)
-    return encoded.fingerprint if encoded else corpora.fingerprint(config.corpus, config.text_field)
+    if config.events is None:
+        return corpora.fingerprint(config.corpus, config.text_field)
+    return events.fingerprint(config.corpus)
 
 
 def _kept(folder: Path, read: Callable[[Path], _Stage]) -> _Stage | None:

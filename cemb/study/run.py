@@ -25,6 +25,8 @@ from cemb.study.grid import NOTEBOOKS, PARAMETERS, Run
 from cemb.study.identity import RULE
 from cemb.study.staleness import differences, folder_of, identity, reached, runs_dir, why_stale
 
+_DATA = "pmi.ipynb"
+
 
 def parameters_of(notebook: str) -> type:
     """The dataclass that a notebook builds from its parameters."""
@@ -135,9 +137,14 @@ def run_study(
         if not todo:
             say(f"all {len(runs)} runs are up to date")
             return
-        with cluster.connect(scheduler, todo) if scheduler else nullcontext() as helpers:
+        with cluster.connect(scheduler, _untimed(todo)) if scheduler else nullcontext() as helpers:
             say(f"{len(todo)} of {len(runs)} runs to do")
             _run_todo(todo, workers or min(os.cpu_count() or 1, 4), helpers, say)
+
+
+def _untimed(runs: list[Run]) -> list[Run]:
+    """Those that may go side by side, when the data are there."""
+    return [run for run in runs if run.notebook != _DATA and not run.is_timed]
 
 
 def _run_todo(
@@ -170,9 +177,9 @@ def _run_todo(
         )
 
     parallel = helpers.num_threads if helpers else workers
-    data = [run for run in todo if run.notebook == "pmi.ipynb"]
+    data = [run for run in todo if run.notebook == _DATA]
     timed = [run for run in todo if run.is_timed]
-    others = [run for run in todo if run not in data and run not in timed]
+    others = _untimed(todo)
 
     def execute_all(now: list[Run], later: list[Run], at_once: int, where: Callable[[Run], object]) -> None:
         waiting = list(now)

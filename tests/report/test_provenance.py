@@ -272,3 +272,5 @@ def test_the_command_line_says_what_is_stale_of_the_published(reference, capsys)
     assert lines[1] == "1 stale"
     assert cli.main(["study", "--published"]) == 2
     assert "--published goes with --check" in capsys.readouterr().err
+    assert cli.main(["study", "--check", "--scheduler", "tcp://none:1"]) == 2
+    assert "--check makes no run" in capsys.readouterr().err

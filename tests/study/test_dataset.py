@@ -13,7 +13,7 @@ import torch
 from cemb import cli
 from cemb.files import DamagedError
 from cemb.pmi.encode import encode
-from cemb.study import dataset, frontier, quality
+from cemb.study import dataset, frontier, grid, quality, staleness
 from cemb.study.dataset import PmiConfig, load_pmi
 from cemb.train import objective as train_objective
 from cemb.train.batches import PairBatches
@@ -127,9 +127,12 @@ def test_an_encoded_corpus_is_used_as_it_is(tmp_path):
     assert load_pmi(PmiConfig(str(folder), min_count=30, rank=2)).folder == found.folder
     with pytest.raises(ValueError, match="is encoded already, with min_count=30, and got min_count=7; leave"):
         load_pmi(PmiConfig(str(folder), min_count=7, rank=2))
+    data = grid.study_runs("smoke", str(folder))[0]  # a study is keyed by its words and ids, too
+    assert staleness.identity(data)["corpus fingerprint"] == found.summary["corpus_fingerprint"]
     (folder / "words.txt").write_text("other\n")
-    with pytest.raises(DamagedError, match=r"words\.txt"):
-        load_pmi(PmiConfig(str(folder), rank=2))
+    for open_it in (lambda: load_pmi(PmiConfig(str(folder), rank=2)), lambda: staleness.identity(data)):
+        with pytest.raises(DamagedError, match=r"words\.txt"):
+            open_it()
 
 
 def _events(folder, suffix):
