@@ -92,7 +92,7 @@ def test_the_wheel_says_what_it_is(installed):
     assert said["Requires-Python"] == ">=3.11"
     assert set(said.get_all("Provides-Extra")) == {"study", "dev", "peers"}
     core = {re.match(r"[\w-]+", line)[0] for line in said.get_all("Requires-Dist") if "extra ==" not in line}
-    assert core == {"torch", "numpy", "scipy", "numba", "tqdm", "tyro"}
+    assert core == {"torch", "numpy", "scipy", "numba", "tqdm", "tyro", "safetensors"}
     assert said["Description-Content-Type"] == "text/markdown"
     assert said.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
     (command,) = found.entry_points

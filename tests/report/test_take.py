@@ -1,6 +1,7 @@
 """The chapter on taking models elsewhere: what is exchanged, of records made up."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -64,26 +65,29 @@ def test_a_network_takes_what_bytes_over_bandwidth_take(found):
     assert [sparse[f"{n} machines"] for n in ("2", "8", "1,024")] == ["0.4", "2.8", "409.2"]
 
 
-def test_commands_are_run_and_fields_of_their_records_shown(capsys):
+def test_commands_are_run_and_fields_of_their_records_shown(capsys, monkeypatch, tmp_path):
+    before, seen = Path.cwd(), []
+
     def parse(words):
         def command():
+            seen.append((Path.cwd(), os.environ["CEMB_RESULTS"]))
             for number in (2.0, None):
                 print(json.dumps({"words": words, "value": number, "other": 1}))
 
         return command
 
-    take.show_command(parse, "encode 'my text.txt' --out x", "value", "words")
+    monkeypatch.setenv("CEMB_RESULTS", "before")
+    take.show_command(parse, tmp_path, "encode 'my text.txt' --out x", "value", "words")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "$ cemb encode 'my text.txt' --out x"
     assert lines[1:] == [
         f"  {value}words: ['encode', 'my text.txt', '--out', 'x']" for value in ("value: 2, ", "")
     ]
+    assert seen == [(tmp_path, str(tmp_path / "results"))]
+    assert (Path.cwd(), os.environ["CEMB_RESULTS"]) == (before, "before")
 
 
-def test_a_text_is_there_to_work_on(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with take.work_in_a_folder():
-        assert Path.cwd() != tmp_path
-        text = Path("text.txt").read_text(encoding="utf-8")
-        monkeypatch.chdir(tmp_path)
+def test_a_text_is_there_to_work_on():
+    with take.place() as folder:
+        text = (Path(folder) / "text.txt").read_text(encoding="utf-8")
     assert text.count("America") > 100

@@ -13,7 +13,7 @@ from cemb.study.dataset import PmiConfig, load_pmi
 from cemb.study.quality import QualityCase, measure_quality
 from cemb.tables import ClusteredEmbedding, num_bytes
 from cemb.train import objective as train_objective
-from cemb.train import similarity
+from cemb.train import evaluation_sets, similarity
 from cemb.train.batches import PairBatches
 from cemb.train.loops import (
     ADAM_BETAS,
@@ -445,13 +445,12 @@ def test_svd_record_is_the_optimum(power, data, scored):
 
 def test_scores_are_those_of_their_vectors():
     rng = np.random.default_rng(0)
-    words = sorted(
-        {word for q in similarity._test_data("wordsim353.tsv") for word in q.casefold().split("\t")[:2]}
-    )
+    wordsim = evaluation_sets.bundled_similarity()[0]
+    words = sorted({word.casefold() for *pair, _ in wordsim.pairs for word in pair})
     vectors, contexts = rng.normal(size=(len(words), 5)), rng.normal(size=(20, 5)) * np.arange(1, 6)
     fields = quality.score_vectors(vectors, contexts, words)
     for name, scored in (("wordsim353", vectors), ("wordsim353_balanced", vectors @ contexts.T)):
-        expected = similarity.similarity(scored, words, "wordsim353")
+        expected = similarity.similarity(scored, words, wordsim)
         for field in ("score", "low", "high"):
             assert fields[f"{name}_{field}"] == pytest.approx(expected[field])
     assert fields["wordsim353_pairs"] == 353
