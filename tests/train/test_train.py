@@ -12,8 +12,8 @@ from cemb.study import quality
 from cemb.study.dataset import PmiConfig, load_pmi
 from cemb.study.quality import QualityCase, measure_quality
 from cemb.tables import ClusteredEmbedding, num_bytes
-from cemb.train import objective as train_objective
 from cemb.train import evaluation_sets, similarity
+from cemb.train import objective as train_objective
 from cemb.train.batches import PairBatches
 from cemb.train.loops import (
     ADAM_BETAS,
