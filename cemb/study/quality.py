@@ -477,6 +477,14 @@ class Trainings:
         for seed in self.seeds:
             replace(self.case, seed=seed)  # refuses what it cannot be
 
+    @property
+    def cases(self) -> list[QualityCase]:
+        """The case with each seed."""
+        # Named, so that runs are keyed by its definition.
+        return [
+            QualityCase(**{**asdict(self.case), "seed": seed}) for seed in self.seeds or (self.case.seed,)
+        ]
+
     def measure(
         self, data: PmiDataset, checkpoints: Checkpoints | None = None
     ) -> Iterator[tuple[records.Record, PairModel | None]]:
@@ -485,9 +493,7 @@ class Trainings:
         with distributed.joined() as part:
             if checkpoints:
                 checkpoints.share()
-            for seed in self.seeds or (self.case.seed,):
-                # Named, so that runs are keyed by its definition.
-                case = QualityCase(**{**asdict(self.case), "seed": seed})
+            for case in self.cases:
                 record, model = measure_quality(case, data, checkpoints, part)
                 if part[0] == 0:
                     yield record, model
@@ -496,16 +502,17 @@ class Trainings:
         """Checkpoints of the one training, in ``OUT.partial``, see `cemb.train.checkpoints.opened`.
 
         They are of the case, the data set, numbers of threads and processes, machine, versions, and the
-        meaning of the code. ValueError for L-BFGS with `every`.
+        meaning of the code. ValueError for L-BFGS with `every`, and for more seeds than one.
         """
-        if self.case.optimizer == "lbfgs" and every is not None:
+        (case,) = self.cases
+        if case.optimizer == "lbfgs" and every is not None:
             raise ValueError(
                 "L-BFGS is one search over all steps, which has no checkpoints: leave out "
                 "--checkpoint-every, or give another optimizer"
             )
         timing.set_threads(self.threads)
         identity = {
-            **asdict(self.case),
+            **asdict(case),
             **dataset.identity(self.data),
             **records.environment(),
             "threads": torch.get_num_threads(),
