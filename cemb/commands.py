@@ -373,13 +373,13 @@ def train() -> Command:
         trainings.case.check_ranks(processes.rank_and_number()[1])
         if out is None and checkpoint_every is not None:
             raise ValueError("--checkpoint-every needs --out: checkpoints wait in OUT.partial")
-        if out is not None:
-            checkpoints.tidy(out)
         _check_output(save)
-        _check_new(out)
         for option, path in (("--save", save), ("--out", out)):
             if path is not None and len(trainings.seeds) > 1:
                 raise ValueError(f"{option} keeps one model, and there are seeds {[*trainings.seeds]}")
+        if out is not None:
+            checkpoints.tidy(out)
+        _check_new(out)
         with trainings.checkpoints(out, checkpoint_every) if out else nullcontext() as kept:
             data = load_pmi(trainings.data)
             for record, model in trainings.measure(data, kept):
@@ -391,7 +391,6 @@ def train() -> Command:
                 if model is not None and out is not None:
                     details = {"data": data.summary, "training": json.loads(records.to_json(record))}
                     saved.save(out, model, data.words, details=details)
-                    checkpoints.tidy(out)
 
     return command
 

@@ -230,6 +230,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(command, tmp_pa
     for path, said in (
         (tmp_path, f"'{tmp_path}' exists already; remove it, or name another"),
         (tmp_path / "link", f"'{tmp_path / 'link'}' exists already; remove it, or name another"),
+        (".", "'.' exists already; remove it, or name another"),
         ("/proc/new", "cannot write '/proc/new': No such file or directory"),
         ("/none/new", "cannot write '/none/new': there is no directory '/none'"),
     ):

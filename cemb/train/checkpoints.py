@@ -75,7 +75,12 @@ class Checkpoints:
 
     def find(self) -> None:
         """Read the newest checkpoint, where there is one, and say so. Raises as `opened`."""
-        names = sorted(path.name for path in self.folder.glob("checkpoint-*"))
+        names = sorted(path.name for path in self.folder.glob("[!.]*"))
+        if others := [name for name in names if not name.startswith("checkpoint-")]:
+            raise FileExistsError(
+                f"{str(self.folder)!r} is for checkpoints, and holds {others[0]!r}: move it away, or name "
+                "another folder to make"
+            )
         if not names:
             return
         path = self.folder / names[-1]
@@ -210,23 +215,40 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
+    return Path(f"{out}.partial")
+
+
+def _remove_useless(out: Path) -> None:
+    """Remove checkpoints whose training has made its folder `out`, and their own folder if it is empty."""
+    folder = _folder(out)
+    if (out / "manifest.json").exists():
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    with suppress(OSError):  # it is gone, or holds something
+        folder.rmdir()
 
 
 def tidy(out: Path) -> None:
-    """Remove the checkpoints of a training that has made its folder."""
-    if out.exists():
-        shutil.rmtree(_folder(out), ignore_errors=True)
+    """Remove checkpoints that a training left which was killed when it had made its folder `out`.
+
+    Raises RuntimeError if another process has their folder.
+    """
+    folder = _folder(out)
+    if processes.rank_and_number()[0] == 0 and (out / "manifest.json").exists() and folder.is_dir():
+        with files.exclusive(folder, wait=False):
+            _remove_useless(out)
 
 
 @contextmanager
 def opened(out: Path, identity: Mapping[str, Any], every: int | None = None) -> Iterator[Checkpoints]:
     """The checkpoints of a training that shall make a folder `out`, in ``OUT.partial``.
 
-    The folder is this process's alone meanwhile, and rank 0's of several; it is removed if it is empty.
+    The folder is this process's alone meanwhile, and rank 0's of several. Checkpoints are removed in the end
+    if there is `out`, and the folder if it is empty.
 
     Raises:
         RuntimeError: another process has the folder.
+        FileExistsError: it holds what is no checkpoint.
         ValueError: the newest checkpoint is of another `identity`; says what differs.
         DamagedError: it is not what was written.
     """
@@ -237,10 +259,10 @@ def opened(out: Path, identity: Mapping[str, Any], every: int | None = None) -> 
     with files.exclusive(folder, wait=False) if is_first else nullcontext():
         try:
             if is_first:
+                files.sweep(folder)
                 checkpoints.find()
             yield checkpoints
         finally:
             processes.set_remedy("")
             if is_first:
-                with suppress(OSError):  # it is gone, or holds what was finished
-                    folder.rmdir()
+                _remove_useless(out)

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
+from conftest import zipf_text
 
-from cemb import files, processes
+from cemb import cli, files, processes
 from cemb.model import build_compressed_model, build_model
 from cemb.train import checkpoints, objective
 from cemb.train.batches import PairBatches
@@ -235,6 +236,55 @@ def test_nothing_is_left_where_no_checkpoint_was_made(tmp_path):
     with checkpoints.opened(tmp_path / "model", IDENTITY, 3):
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_what_is_no_checkpoint_is_refused_and_left(stopped):
+    kept = stopped / "bucket-00001.npy"
+    kept.write_bytes(b"1")
+    with pytest.raises(FileExistsError, match=r"model\.partial' is for checkpoints, and holds 'bucket-00001"):
+        go_on(stopped)
+    (stopped.with_suffix("") / "manifest.json").parent.mkdir()
+    (stopped.with_suffix("") / "manifest.json").touch()
+    checkpoints.tidy(stopped.with_suffix(""))
+    assert list(stopped.iterdir()) == [kept]
+
+
+def test_checkpoints_wait_for_the_folder_of_their_training(stopped):
+    model = stopped.with_suffix("")
+    model.mkdir()  # by somebody else
+    checkpoints.tidy(model)
+    assert list(stopped.glob("checkpoint-*"))
+    (model / "manifest.json").touch()
+    message = "another process is at work"
+    with files.exclusive(stopped, wait=False), pytest.raises(RuntimeError, match=message):
+        checkpoints.tidy(model)
+    assert list(stopped.glob("checkpoint-*"))
+    checkpoints.tidy(model)
+    assert not stopped.exists()
+
+
+def test_a_folder_that_is_no_training_s_is_left_by_the_command(tmp_path, capsys):
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing.partial").mkdir()
+    (tmp_path / "thing.partial" / "file").touch()
+    assert cli.main(["train", "--table", "full", "--corpus", "/none", "--out", str(tmp_path / "thing")]) == 2
+    assert "thing' exists already" in capsys.readouterr().err
+    assert (tmp_path / "thing.partial" / "file").exists()
+
+
+def test_seeds_are_of_the_identity(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(zipf_text(4000, 60))
+    command = ["train", "--corpus", str(tmp_path / "text.txt"), "--min-count", "2", "--rank", "3", "--table"]
+    command += ["full", "--num-steps", "4", "--out", str(tmp_path / "model"), "--checkpoint-every", "1"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("cemb.saved.save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("stopped")))
+        assert cli.main([*command, "--seeds", "5"]) == 2
+    capsys.readouterr()
+    assert cli.main([*command, "--seeds", "6"]) == 2
+    assert "seed is 6 and was 5; give" in capsys.readouterr().err
+    assert cli.main([*command, "--seed", "5"]) == 0
+    assert "training resumes at step 4" in capsys.readouterr().err
+    assert not (tmp_path / "model.partial").exists()
 
 
 def test_lbfgs_has_no_checkpoints(square_matrix, tmp_path):
