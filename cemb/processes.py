@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -35,6 +36,10 @@ def end_with_parent() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _be_killed_with_parent()
+    # Linux tells of no end that came before, while this process started.
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
 
 
 def _be_killed_with_parent() -> None:
@@ -44,15 +49,22 @@ def _be_killed_with_parent() -> None:
 
 def rank_and_number() -> tuple[int, int]:
     """Which of how many processes torchrun has started this one is; (0, 1) without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _is_launched():
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def _is_launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def join_launcher() -> None:
     """Under torchrun, end when that does, and leave progress to rank 0. Call it before tqdm is imported."""
-    if rank_and_number()[1] > 1:
+    if _is_launched():
         _be_killed_with_parent()  # of signals it passes on what it gets
+        if sys.platform == "linux" and not any(map(_has_torch, _ancestors())):  # it ended before
+            os._exit(1)
         if rank_and_number()[0]:
             os.environ["TQDM_DISABLE"] = "1"
 
@@ -82,14 +94,37 @@ def last_words(why: str) -> str:
     return f"{start}cemb: {why}\n"
 
 
+def _parent(process: int) -> int:
+    """The process that another, of /proc, is a child of; 0 for none."""
+    # The command, in parentheses, may hold anything.
+    stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def _ancestors() -> Iterator[int]:
+    """Ids of the processes above this one."""
+    process = os.getppid()
+    while process:
+        yield process
+        try:
+            process = _parent(process)
+        except OSError:  # it has ended
+            return
+
+
+def _has_torch(process: int) -> bool:
+    """Whether a process of this user has loaded torch, as torchrun has."""
+    with suppress(OSError):
+        return b"libtorch" in Path(f"/proc/{process}/maps").read_bytes()
+    return False
+
+
 def _descendants() -> list[int]:
     """Ids of the processes below this one, parents first; none where the system has no /proc."""
     children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
-            # The command, in parentheses, may hold anything.
-            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(path.parent.name))
+            children.setdefault(_parent(int(path.name)), []).append(int(path.name))
     found = [os.getpid()]
     for process in found:
         found += children.get(process, [])
@@ -150,7 +185,7 @@ def supervised(work: Callable[[], int]) -> int:
                 if number[0] in stoppers:
                     break
         if number:
-            by = " of torchrun, which ends all processes when one ends" if rank_and_number()[1] > 1 else ""
+            by = " of torchrun, which ends all processes when one ends" if _is_launched() else ""
             with suppress(OSError):
                 why = with_remedy(f"stopped by {signal.Signals(number[0]).name}{by}")
                 os.write(2, last_words(why).encode())

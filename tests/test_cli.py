@@ -455,6 +455,30 @@ if __name__ == "__main__":
 """
 
 
+ORPHAN = """
+import os, signal, time
+from multiprocessing import get_context
+from cemb import processes
+
+def work():
+    processes.end_with_parent()
+    time.sleep(99)
+
+if __name__ == "__main__":
+    process = get_context("spawn").Process(target=work)
+    process.start()
+    print(process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_ends_whose_parent_was_killed_before_it_began(tmp_path, started):
+    (tmp_path / "parent.py").write_text(ORPHAN)
+    process = started(str(tmp_path / "parent.py"), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = int(process.stdout.readline())
+    wait_until(lambda: not is_alive(child), 10)
+
+
 def test_processes_do_not_outlive_a_parent_that_is_killed(tmp_path, started):
     (tmp_path / "parent.py").write_text(CHILDREN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -14,26 +14,29 @@ from conftest import ROOT, children, is_alive, wait_until, zipf_text
 from test_faults import content_of_training
 
 from cemb import files
+from cemb.study import quality
 
 TRAIN = (
     "train --corpus text.txt --rank 8 --training mini-batch --batch-size 512 --num-epochs 2 --pool-size 4096 "
     "--out model --checkpoint-every 40"
 )
 KILLS = [
-    pytest.param(victim, seed, marks=pytest.mark.long)
+    pytest.param(victim, seed, marks=[pytest.mark.long] if (victim, seed) != ("rank 0", 0) else [])
     for victim in ("rank 0", "rank 1", "the launcher")
-    for seed in range(1, 11)
+    for seed in range(11)
 ]
 # Nothing may take longer to end after a kill, on a machine that is busy.
 LIMIT_S = 30
 
 
-def start(folder, options="", ranks=2):
-    """The training on ranks, or in one process."""
+def start(folder, options="", ranks=2, launched=False):
+    """The training on ranks, or in one process, which is not `launched` by torchrun."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CEMB_RESULTS": str(folder / "results")}
     environment.pop("OMP_NUM_THREADS", None)
     launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1 or launched
+        else []
     )
     command = [sys.executable, *launcher, "-m", "cemb", *TRAIN.split(), *options.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -56,7 +59,7 @@ def undisturbed(tmp_path_factory):
     """What training makes, the seconds it takes, and the data."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "text.txt").write_text(zipf_text(60_000, 300))
-    assert finish(start(folder, "--num-epochs 1 --out first"))[0] == 0  # data, and compiled kernels
+    assert finish(start(folder, "--num-epochs 1 --out first", ranks=1))[0] == 0  # data
     began = time.monotonic()
     status, out, error = finish(start(folder))
     assert status == 0, error
@@ -102,7 +105,7 @@ def ranks_of(process):
     return found
 
 
-@pytest.mark.parametrize(("victim", "seed"), [("rank 0", 0), ("the launcher", 0), *KILLS])
+@pytest.mark.parametrize(("victim", "seed"), KILLS)
 def test_a_killed_rank_ends_the_job_and_the_rerun_does_its_work(
     victim, seed, undisturbed, place, record_property
 ):
@@ -136,6 +139,18 @@ def test_a_killed_rank_ends_the_job_and_the_rerun_does_its_work(
     check_rerun(place, undisturbed[1])
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_ranks_end_whose_launcher_is_killed_at_once(ranks, tmp_path):
+    (tmp_path / "text.txt").write_text(zipf_text(6000, 300))
+    process = start(tmp_path, ranks=ranks, launched=True)
+    wait_until(lambda: len(ranks_of(process)) == ranks)
+    everyone = processes_below(process)
+    process.kill()
+    finish(process, LIMIT_S)
+    wait_until(lambda: not any(map(is_alive, everyone)), LIMIT_S)
+    assert not list(tmp_path.glob("model*"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_is_one_line_of_ours(number, undisturbed, place):
@@ -165,17 +180,26 @@ def test_a_second_training_of_a_folder_is_refused(undisturbed, place):
     assert content_of_training(place) == undisturbed[1]
 
 
+REFUSED = [
+    ({"pool_size": 9}, "--training full-batch", "give --training mini-batch, or train in one process"),
+    (
+        {"table": "full-fused", "training": "mini-batch"},
+        "--table full-fused --pool-size None",
+        "give --table full, of which 2 processes exchange",
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "message"), [(case, message) for case, _, message in REFUSED])
+def test_a_case_that_ranks_cannot_train_is_refused(case, message):
+    quality.QualityCase(**case).check_ranks(1)
+    with pytest.raises(ValueError, match=message):
+        quality.QualityCase(**case).check_ranks(2)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--training full-batch", "give --training mini-batch, or train in one process"),
-        pytest.param(
-            "--table full-fused --pool-size None",
-            "give --table full, of which 2 processes exchange",
-            marks=pytest.mark.long,
-        ),
-        pytest.param("--corpus missing.txt", "missing.txt", marks=pytest.mark.long),
-    ],
+    ("options", "message"), [*(refused[1:] for refused in REFUSED), ("--corpus missing.txt", "missing.txt")]
 )
 def test_what_ranks_cannot_train_is_refused_in_one_line(options, message, place):
     status, _, error = finish(start(place, options))
