@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -81,17 +82,25 @@ class SavedModel(NamedTuple):
                     "contexts need"
                 )
             return Vectors(self.words, all_rows(model).cpu().numpy())
-        with torch.no_grad():
-            own, other = (side.float().cpu().numpy() for side in model.factors())
-        if contexts:
-            own, other = other, own
+        own = _side(model, contexts)
         if len(own) != len(self.words):
             raise ValueError(f"there are {len(own):,} contexts, which are not the {len(self.words):,} words")
-        return Vectors(self.words, np.ascontiguousarray(vectors.balanced(own, other) if balanced else own))
+        return Vectors(self.words, vectors.balanced(own, _side(model, not contexts)) if balanced else own)
 
 
-def _num_words(model: nn.Module) -> int:
-    return model.num_words if isinstance(model, PairModel) else cast(int, model.num_embeddings)
+def _side(model: PairModel, contexts: bool) -> npt.NDArray[np.float32]:
+    """The words' vectors, or the contexts'."""
+    rows = all_rows(model.context_table if contexts else model.word_table)
+    rows = rows[model.first_context :] if contexts else rows[: model.num_words]
+    return rows.contiguous().cpu().numpy()
+
+
+def _num_words(description: Mapping[str, Any]) -> int:
+    """Of a model as `_describe` tells of it; ValueError if that is no number."""
+    table = description["word_table"] if description["class"] == "PairModel" else description
+    num_words: int = description.get("first_context") or table["arguments"]["num_embeddings"]
+    check_integers(1, num_words=num_words)
+    return num_words
 
 
 def _check_words(words: Sequence[Any], num_words: int) -> None:
@@ -127,14 +136,16 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
 def _describe_table(table: Any) -> dict[str, Any]:
     name = type(table).__name__
     if _CLASSES.get(name) is not type(table):
-        raise ValueError(f"a model's tables are of {', '.join(_CLASSES)}, and this one is a {name}")
+        raise ValueError(
+            f"models are PairModel itself, tables are of {', '.join(_CLASSES)}, and this one is a {name}"
+        )
     _check_sizes(table.arguments)
     return {"class": name, "arguments": table.arguments}
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     """What `_build` makes a model like this one from."""
-    if not isinstance(model, PairModel):
+    if type(model) is not PairModel:
         return _describe_table(model)
     words, contexts = model.word_table, model.context_table
     is_hashed = isinstance(words, HashedEmbedding) and isinstance(contexts, HashedEmbedding)
@@ -150,23 +161,27 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _build_table(told: Mapping[str, Any], **others: Any) -> nn.Module:
-    if told["class"] not in _CLASSES:
-        raise ValueError(f"there is no table {told['class']!r}; there are {', '.join(_CLASSES)}")
-    _check_sizes(told["arguments"])
-    table: nn.Module = _CLASSES[told["class"]](**told["arguments"], **others)
-    return table
+def _build_table(description: Mapping[str, Any], **others: Any) -> nn.Module:
+    if (name := description["class"]) not in _CLASSES:
+        raise ValueError(f"there is no table {name!r}; there are {', '.join(_CLASSES)}")
+    arguments = description["arguments"]
+    _check_sizes(arguments)
+    # A device of its own would be in place of that without memory; no table has it as one of its `arguments`.
+    table: Any = _CLASSES[name](**{key: arguments[key] for key in arguments if key != "device"}, **others)
+    if {*arguments} != {*table.arguments}:
+        raise ValueError(f"{name} has the arguments {sorted(table.arguments)}, got {sorted(arguments)}")
+    return cast(nn.Module, table)
 
 
-def _build(told: Mapping[str, Any]) -> nn.Module:
+def _build(description: Mapping[str, Any]) -> nn.Module:
     """A model as `_describe` tells of it, whose values take no memory."""
     with torch.device("meta"):
-        if told["class"] != "PairModel":
-            return _build_table(told)
-        word_table = _build_table(told["word_table"])
-        shared = {"weight": word_table.weight} if told["shares_pool"] else {}
-        context_table = told["context_table"] and _build_table(told["context_table"], **shared)
-        options = {name: told[name] for name in ("bias", "dropout", "first_context")}
+        if description["class"] != "PairModel":
+            return _build_table(description)
+        word_table = _build_table(description["word_table"])
+        shared = {"weight": word_table.weight} if description["shares_pool"] else {}
+        context_table = description["context_table"] and _build_table(description["context_table"], **shared)
+        options = {name: description[name] for name in ("bias", "dropout", "first_context")}
         return PairModel(word_table, context_table or None, **options)
 
 
@@ -181,8 +196,10 @@ def _values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save(folder: Path | str, model: nn.Module, words: Sequence[str], *, details: Mapping[str, Any]) -> None:
     """Write a model into a new folder, whole or not at all. Values on other devices come by the CPU.
 
+    Whether values are frozen (`requires_grad`) is not kept.
+
     Args:
-        model: a `PairModel` of tables of `cemb.tables`, or such a table alone.
+        model: a `PairModel` of tables of `cemb.tables`, or such a table alone; of no class derived from them.
         words: a name for each of its words.
         details: what the manifest shall say besides, as JSON has it.
 
@@ -190,8 +207,8 @@ def save(folder: Path | str, model: nn.Module, words: Sequence[str], *, details:
     and for details that are not JSON; FileExistsError if `folder` exists.
     """
     folder = Path(folder)
-    told = _describe(model)
-    num_words = _num_words(model)
+    description = _describe(model)
+    num_words = _num_words(description)
     _check_words(words, num_words)
     listed = json.dumps(list(words), ensure_ascii=False).encode()
     manifest = {
@@ -200,12 +217,12 @@ def save(folder: Path | str, model: nn.Module, words: Sequence[str], *, details:
         "hash_version": HASH_VERSION,
         "num_words": num_words,
         "words_sha256": hashlib.sha256(listed).hexdigest(),
-        "model": told,
+        "model": description,
         "details": details,
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     values, names = _values(model)
-    if names != _values(_build(told))[1]:
+    if names != _values(_build(description))[1]:
         raise ValueError("the tables share values in another way than by one pool, which is not kept")
     values = {name: value.detach().cpu().contiguous() for name, value in values.items()}
     with files.disk_errors(folder), files.atomic_directory(folder) as work:
@@ -234,8 +251,8 @@ def load(folder: Path | str, *, device: torch.device | str = "cpu") -> SavedMode
         )
     try:
         words = _read_words(folder, manifest)
+        _check_words(words, _num_words(manifest["model"]))
         model = _build(manifest["model"])
-        _check_words(words, _num_words(model))
         _read_values(folder, model)
     except _NO_MODEL as error:
         what = f"manifest.json has no {error}" if isinstance(error, KeyError) else str(error)

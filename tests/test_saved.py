@@ -299,8 +299,24 @@ def test_vectors_of_words_and_contexts(tmp_path):
         cemb.load(tmp_path / "uneven").vectors(contexts=True)
 
 
+def test_vectors_of_one_side_are_made_alone(tmp_path):
+    model = trained("transform")
+    cemb.save(tmp_path / "model", model, WORDS, details={})
+    found = cemb.load(tmp_path / "model")
+    found.model.context_table.forward = lambda ids: pytest.fail("these are not wanted")
+    assert np.array_equal(found.vectors().values, all_rows(model.word_table))
+    found = cemb.load(tmp_path / "model")
+    found.model.word_table.forward = lambda ids: pytest.fail("these are not wanted")
+    assert np.array_equal(found.vectors(contexts=True).values, all_rows(model.context_table))
+
+
 class OwnEmbedding(FullEmbedding):
     pass
+
+
+class OwnModel(PairModel):
+    def forward(self, pairs):
+        return 2 * super().forward(pairs)
 
 
 def tied():
@@ -322,6 +338,7 @@ def tied():
         (lambda: PairModel(FullEmbedding(3, 2), nn.Embedding(3, 2)), "abc", {}, "this one is a Embedding"),
         (lambda: HashedEmbeddingBag(3, 2, pool_size=9), "abc", {}, "this one is a HashedEmbeddingBag"),
         (lambda: nn.Linear(3, 2), "abc", {}, "this one is a Linear"),
+        (lambda: OwnModel(FullEmbedding(3, 2)), "abc", {}, "PairModel itself, .* this one is a OwnModel"),
         (tied, "abc", {}, "share values in another way"),
         (lambda: FullEmbedding(3, 2), "ab", {}, "a model of 3 words needs a name for each, got 2"),
         (lambda: FullEmbedding(3, 2), "aba", {}, "got 3, of which 2 are distinct"),
@@ -383,7 +400,7 @@ def altered(manifest, keys, value):
     """A manifest with another value in a place; none for an Ellipsis."""
     if not keys:
         return value
-    changed = {**manifest, keys[0]: altered(manifest[keys[0]], keys[1:], value)}
+    changed = {**manifest, keys[0]: altered(manifest.get(keys[0]), keys[1:], value)}
     if changed[keys[0]] is ...:
         del changed[keys[0]]
     return changed
@@ -394,7 +411,7 @@ UNSEEN = {"init_std", "norm_type", "max_norm", "scale_grad_by_freq", "sparse", "
 
 
 @pytest.mark.parametrize(
-    "kind", ["full", "hashed", *long("clustered", "mixed-dimension", "transform", "product")]
+    "kind", ["hashed", *long("full", "clustered", "mixed-dimension", "transform", "product")]
 )
 def test_a_manifest_that_lies_is_refused_or_tells_the_same(tmp_path, record_property, kind):
     """Its sums are right: whoever wrote it meant it."""
@@ -432,6 +449,28 @@ def test_a_manifest_that_lies_is_refused_or_tells_the_same(tmp_path, record_prop
                 check_same_pairs(found.model.train(), model.train())
     assert refused > 0.7 * tried
     record_property("manifests that lie", tried)
+
+
+@pytest.mark.parametrize("kind", [*TABLES, *COMPRESSED_TABLES, *QUANTIZED])
+def test_arguments_that_a_table_does_not_have_are_refused(tmp_path, kind):
+    """Among them those that its class takes: such as a device, whose memory would be taken."""
+    table = trained(kind).word_table
+    words = [str(row) for row in range(table.num_embeddings)]
+    cemb.save(tmp_path / "model", table, words, details={})
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    names = {"device", "dtype", "weight", "_weight", "_freeze", "hash_seed", "compression_ratio", "other"}
+    for name in sorted(names - {*table.arguments}):
+        for lie in (None, 1, "cpu"):
+            lying = altered(manifest, ["model", "arguments", name], lie)
+            (tmp_path / "model" / "manifest.json").write_text(json.dumps(lying))
+            sum_again(tmp_path / "model")
+            with pytest.raises(files.DamagedError):
+                cemb.load(tmp_path / "model")
+    lying = altered(manifest, ["model", "arguments", "device"], "cpu")
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps(lying))
+    sum_again(tmp_path / "model")
+    with pytest.raises(files.DamagedError, match=r"has the arguments \[.*\], got \[.*'device'"):
+        cemb.load(tmp_path / "model")
 
 
 HUGE = {
