@@ -97,15 +97,26 @@ def similarity(
         return result | {"no_score": f"too few pairs: {len(known)} in the vocabulary, and 3 are needed"}
     left, right, human = (np.array(column) for column in zip(*known, strict=True))
     cosines = np.einsum("ij,ij->i", normalized(vectors[left]), normalized(vectors[right]))
-    rounding = 8 * np.finfo(cosines.dtype).eps
-    for what, values, least in (("cosines", cosines, rounding), ("judgements", human, 0)):
-        if np.ptp(values) <= least:  # there is no correlation with what does not vary
+    for what, is_constant in (("cosines", _do_not_vary(cosines)), ("judgements", np.ptp(human) == 0)):
+        if is_constant:  # there is no correlation with what does not vary
             return result | {"no_score": f"no variation: all {what} are the same"}
     rng = np.random.default_rng(zlib.crc32(test_set.name.encode()))
     samples = rng.integers(len(known), size=(num_bootstrap, len(known)))
     low, high = np.nanpercentile(_correlations(human, cosines, samples), [2.5, 97.5])
     (score,) = _correlations(human, cosines, np.arange(len(known))[None])
     return result | {"score": 100 * float(score), "low": 100 * float(low), "high": 100 * float(high)}
+
+
+def _do_not_vary(values: npt.NDArray[Any]) -> bool:
+    """Whether cosines are the same but for rounding."""
+    return bool(np.ptp(values) <= 8 * np.finfo(values.dtype).eps)
+
+
+def _is_best_alone(scores: npt.NDArray[np.float32], place: int) -> bool:
+    """Whether one of the scores is above all others; it is overwritten."""
+    own = scores[place]
+    scores[place] = -np.inf
+    return bool(scores.max() < own)
 
 
 def analogies(
@@ -119,8 +130,8 @@ def analogies(
     """Analogy questions, answered over the whole vocabulary but for the three words given.
 
     3CosAdd and 3CosMul answer them (Levy and Goldberg, 2014), the latter on cosines shifted to [0, 1] and
-    with 0.001 added to the divisor. Words are looked up as written, else case-folded; questions with a word
-    that is not there are left out.
+    with 0.001 added to the divisor. An answer is right if its word alone scores highest. Words are looked up
+    as written, else case-folded; questions with a word that is not there are left out.
 
     Args:
         vectors: ``[words, dim]``.
@@ -131,8 +142,9 @@ def analogies(
         The shares answered rightly in per cent, by 3CosAdd as ``score`` and by 3CosMul as ``mul_score``;
         the bootstrap 95% interval ``low`` and ``high`` of the former over resampled questions;
         ``questions`` evaluated of ``questions_total``; ``coverage``, the share in per cent that has all its
-        words in the vocabulary. If that is none, shares are NaN and ``no_score`` says so, which is None
-        otherwise.
+        words in the vocabulary. Where there is no score, shares are NaN and ``no_score`` says why, which is
+        None otherwise: ``too few questions``, if none has all its words in the vocabulary, or ``no
+        variation``, if all cosines of the vocabulary are the same.
 
     Raises ValueError for vectors that are not finite.
     """
@@ -145,10 +157,12 @@ def analogies(
     if max_questions is not None and len(known) > max_questions:
         known = known[np.linspace(0, len(known) - 1, max_questions).astype(int)]
     result = {"questions": len(known), "questions_total": len(rows), "coverage": coverage, "no_score": None}
+    no_score = dict.fromkeys(("score", "mul_score", "low", "high"), math.nan) | result
     if len(known) == 0:
-        why = "too few questions: none has all its words in the vocabulary"
-        return dict.fromkeys(("score", "mul_score", "low", "high"), math.nan) | result | {"no_score": why}
+        return no_score | {"no_score": "too few questions: none has all its words in the vocabulary"}
     unit = normalized(vectors).astype(np.float32, copy=False)
+    if _do_not_vary(unit @ unit[unit.any(axis=1).argmax()]):  # with one that is not zero, if there is any
+        return no_score | {"no_score": "no variation: all cosines are the same"}
     batch_size = max(1, min(batch_size, _MOST_COSINES // (3 * len(unit))))
     # Made anew for each question, arrays of a large vocabulary cost more than what is computed in them.
     sums, products, divisors = np.empty((3, len(unit)), np.float32)
@@ -165,8 +179,8 @@ def analogies(
             np.add(np.subtract(b, a, out=sums), c, out=sums)
             np.divide(np.multiply(b, c, out=products), np.add(a, 1e-3, out=divisors), out=products)
             sums[given_words] = products[given_words] = -np.inf
-            added += sums.argmax() == answer
-            multiplied += products.argmax() == answer
+            added += _is_best_alone(sums, answer)
+            multiplied += _is_best_alone(products, answer)
     # The quantiles of resampling the questions without end, which is a binomial distribution's.
     at_most = scipy.special.bdtr(np.arange(len(known) + 1), len(known), added / len(known))
     low, high = np.searchsorted(at_most, [0.025, 0.975])

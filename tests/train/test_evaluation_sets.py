@@ -204,9 +204,33 @@ def test_no_score_says_why():
     same = [(a, b, 4.0) for a, b, _ in pairs]
     assert score(words, SimilaritySet("set", same))["no_score"] == "no variation: all judgements are the same"
     assert score(words, SimilaritySet("set", pairs))["no_score"] is None
+    questions = AnalogySet("set", [("b", "c", "d", "a"), ("a", "b", "c", "d"), ("a", "b", "c", "x")])
+    for dtype in (np.float32, np.float64):
+        for vectors in (line.astype(dtype), np.ones((6, 3), dtype), np.zeros((6, 3), dtype)):
+            found = similarity.analogies(vectors, words, questions)
+            assert found["no_score"] == "no variation: all cosines are the same"
+            assert all(math.isnan(found[name]) for name in ("score", "mul_score", "low", "high"))
+            assert (found["questions"], found["questions_total"]) == (2, 3)
+    assert similarity.analogies(np.eye(6)[[5, 1, 5, 5, 5, 5]], words, questions)["no_score"] is None
+    assert (
+        similarity.analogies(np.outer([0, 1, 1, 1, 1, 1], np.ones(3)), words, questions)["no_score"] is None
+    )
     none = similarity.analogies(np.eye(6), words, AnalogySet("set", [("a", "b", "c", "x")]))
     assert none["no_score"] == "too few questions: none has all its words in the vocabulary"
     assert (none["questions"], none["coverage"]) == (0, 0)
+
+
+def test_an_answer_that_others_equal_is_not_right():
+    """Whichever of its equals comes first."""
+    words = ["a", "b", "c", "d", "e", "other"]
+    vectors = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1], [0, 1, 1], [1, 0, 1]], np.float32)
+    for answer in "de":
+        found = similarity.analogies(vectors, words, AnalogySet("set", [("a", "b", "c", answer)]))
+        assert (found["score"], found["mul_score"]) == (0, 0)
+        alone = [words.index(word) for word in ("a", "b", "c", answer, "other")]
+        names = [words[row] for row in alone]
+        found = similarity.analogies(vectors[alone], names, AnalogySet("set", [("a", "b", "c", answer)]))
+        assert (found["score"], found["mul_score"]) == (100, 100)
 
 
 @pytest.fixture(scope="module")
