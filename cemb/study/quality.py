@@ -4,7 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -498,7 +498,8 @@ class Trainings:
                 if part[0] == 0:
                     yield record, model
 
-    def checkpoints(self, out: Path, every: int | None) -> AbstractContextManager[Checkpoints]:
+    @contextmanager
+    def checkpoints(self, out: Path, every: int | None) -> Iterator[Checkpoints]:
         """Checkpoints of the one training, in ``OUT.partial``, see `cemb.train.checkpoints.opened`.
 
         They are of the case, the data set, numbers of threads and processes, machine, versions, and the
@@ -519,7 +520,8 @@ class Trainings:
             "num_processes": processes.rank_and_number()[1],
             **_meanings(),
         }
-        return training_checkpoints.opened(out, identity, every)
+        with training_checkpoints.opened(out, identity, every) as opened:
+            yield opened
 
 
 @dataclass(frozen=True)
