@@ -9,6 +9,8 @@ import multiprocessing
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,8 @@ from cemb.train.loops import make_optimizer
 
 _NUM_BATCHES = 8
 _NUM_RANKS = 2
+# For the other process to start, and for its next step to be asked for.
+_TIMEOUT = timedelta(minutes=5)
 
 
 class Sizes(NamedTuple):
@@ -96,7 +100,9 @@ def _steps(cases: Sequence[Case], sizes: Sizes) -> list[Callable[[timing.Clock, 
 
 
 def _join(rank: int, place: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=_NUM_RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{place}", rank=rank, world_size=_NUM_RANKS, timeout=_TIMEOUT
+    )
 
 
 def _serve(place: str, cases: Sequence[Case], sizes: Sizes) -> None:
@@ -107,6 +113,27 @@ def _serve(place: str, cases: Sequence[Case], sizes: Sizes) -> None:
     while True:
         dist.broadcast(which, 0)
         steps[int(which)](timing.Clock(), _NUM_RANKS)
+
+
+@contextmanager
+def _two_ranks(cases: Sequence[Case], sizes: Sizes) -> Iterator[None]:
+    """Be rank 0 of two, the other of which serves. RuntimeError if that does not join in time."""
+    before = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as scratch:
+        place = str(Path(scratch) / "ranks")
+        other = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(place, cases, sizes), daemon=True
+        )
+        other.start()
+        try:
+            _join(0, place)
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            other.kill()
+            other.join()
+            torch.set_num_threads(before)
 
 
 def run(
@@ -148,34 +175,20 @@ def run(
     ]
     sizes = Sizes(num_embeddings, embedding_dim, batch_size, optimizer, threads)
     sent: dict[Hashable, list[int]] = defaultdict(list)
-    before = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as scratch:
-        place = str(Path(scratch) / "ranks")
-        other = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(place, cases, sizes), daemon=True
-        )
-        other.start()
-        try:
-            _join(0, place)
-            made = _steps(cases, sizes)
+    turns = [(index, n) for index in range(len(cases)) for n in (1, _NUM_RANKS)]
+    with _two_ranks(cases, sizes):
+        made = _steps(cases, sizes)
 
-            def timed(index: int, num_ranks: int) -> timing.Step:
-                def step(clock: timing.Clock) -> None:
-                    if num_ranks > 1:
-                        dist.broadcast(torch.tensor(index), 0)
-                    sent[index, num_ranks].append(made[index](clock, num_ranks))
+        def timed(index: int, num_ranks: int) -> timing.Step:
+            def step(clock: timing.Clock) -> None:
+                if num_ranks > 1:
+                    dist.broadcast(torch.tensor(index), 0)
+                sent[index, num_ranks].append(made[index](clock, num_ranks))
 
-                return step
+            return step
 
-            turns = [(index, n) for index in range(len(cases)) for n in (1, _NUM_RANKS)]
-            found = timing.interleave({turn: timed(*turn) for turn in turns}, repeats=repeats, rounds=rounds)
-            provenance = records.provenance()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            other.kill()
-            other.join()
-            torch.set_num_threads(before)
+        found = timing.interleave({turn: timed(*turn) for turn in turns}, repeats=repeats, rounds=rounds)
+        provenance = records.provenance()
     for index, num_ranks in turns:
         case, own = cases[index], sent[index, num_ranks]
         yield {

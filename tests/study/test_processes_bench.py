@@ -1,6 +1,7 @@
 import multiprocessing
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -66,3 +67,11 @@ def test_the_model_does_without_torch():
 def test_bad_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         next(processes_bench.run(**options))
+
+
+def test_a_process_that_ends_before_it_joins_is_waited_for_no_longer_than_the_timeout(monkeypatch):
+    monkeypatch.setattr(processes_bench, "_serve", print)  # and ends
+    monkeypatch.setattr(processes_bench, "_TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(RuntimeError, match=r"(?i)timeout|timed out"):
+        next(processes_bench.run(num_embeddings=10, pool_size=10, batch_size=2, repeats=1, rounds=1))
+    assert not multiprocessing.active_children()
