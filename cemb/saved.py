@@ -115,8 +115,11 @@ def _check_words(words: Sequence[Any], num_words: int) -> None:
         )
 
 
-def _write_values(values: dict[str, Tensor], path: Path) -> None:
-    """`save_file`, which makes a file for the user alone, and hides errors of the system."""
+def write_values(values: dict[str, Tensor], path: Path) -> None:
+    """Write contiguous tensors by safetensors' `save_file`, with the permissions of the umask.
+
+    Raises the system's OSError where that has another.
+    """
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -226,7 +229,7 @@ def save(folder: Path | str, model: nn.Module, words: Sequence[str], *, details:
         raise ValueError("the tables share values in another way than by one pool, which is not kept")
     values = {name: value.detach().cpu().contiguous() for name, value in values.items()}
     with files.disk_errors(folder), files.atomic_directory(folder) as work:
-        _write_values(values, work / "model.safetensors")
+        write_values(values, work / "model.safetensors")
         (work / "words.json").write_bytes(listed)
         (work / "manifest.json").write_text(text, encoding="utf-8")
 

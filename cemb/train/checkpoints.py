@@ -17,17 +17,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cemb import files, processes
+from cemb import files, processes, saved
 from cemb.checks import check_integers
 from cemb.memory import advise_huge_pages
 from cemb.train import distributed
 
 _VERSION = 1
+_TENSORS = "tensors.safetensors"
 _FIELDS = {
     "identity": dict,
     "learning_rate": float,
@@ -65,8 +65,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], every: int | None):
         self.folder, self.identity, self.every = folder, identity, every
-        self._number = self._kept_step = 0
-        self._found: tuple[dict[str, Any], bytes] | None = None
+        self.is_first = processes.rank_and_number()[0] == 0
+        self._number = 0
+        self._found: tuple[dict[str, Any], str] | None = None  # the newest: its manifest and name
         self._start = time.perf_counter()
 
     @property
@@ -92,19 +93,18 @@ class Checkpoints:
                 f"{'; '.join(others)}; give the command that it is of, or {self._remedy}"
             )
         self._number = int(names[-1].rpartition("-")[2])
-        self._found = manifest, (path / "tensors.safetensors").read_bytes()
+        self._found = manifest, path.name
         print(f"cemb: training resumes at step {manifest['progress']['step']}, from {path}", file=sys.stderr)
 
     def share(self) -> None:
-        """Give what rank 0 has found to all ranks; the clock of `train_s` goes on."""
-        manifest, tensors = self._found or (None, b"")
-        manifest = json.loads(distributed.from_rank_0(json.dumps(manifest).encode()))
-        tensors = distributed.from_rank_0(tensors)
+        """Tell all ranks, which see the same folders, what rank 0 found; the clock of `train_s` goes on."""
+        self._found = json.loads(distributed.from_rank_0(json.dumps(self._found).encode()))
         self._start = time.perf_counter()
-        if manifest is not None:
-            self._found = manifest, tensors
-            self._start -= manifest["train_s"]
-            self._promise(manifest["progress"]["step"])
+        if not self.is_first:
+            processes.set_remedy("the same command resumes from its newest checkpoint, if any")
+        if self._found is not None:
+            self._start -= self._found[0]["train_s"]
+            self._promise(self._found[0]["progress"]["step"])
 
     @property
     def train_s(self) -> float:
@@ -122,25 +122,28 @@ class Checkpoints:
         """
         if self._found is None:
             return Progress()
-        manifest, content = self._found
+        manifest, path = self._found[0], self.folder / self._found[1] / _TENSORS
         self._found = None
         try:
-            tensors = safetensors.torch.load(content)
             progress = Progress(**manifest["progress"])
-            with torch.no_grad():
-                for name, own in _tensors(model).items():
-                    if (kept := tensors.pop(f"model.{name}")).shape != own.shape or kept.dtype != own.dtype:
-                        raise ValueError(f"{name} is {kept.dtype} {list(kept.shape)}")
-                    own.copy_(kept)
-            torch.set_rng_state(tensors.pop("generator"))
             state: dict[int, dict[str, Any]] = {
                 int(index): dict(numbers) for index, numbers in manifest["numbers"].items()
             }
-            for name, value in tensors.items():
-                _, index, entry = name.split(".", 2)
-                state.setdefault(int(index), {})[entry] = advise_huge_pages(torch.empty_like(value)).copy_(
-                    value
-                )
+            with torch.no_grad(), safe_open(path, framework="pt") as stored:
+                others = {*stored.keys()} - {"generator"}
+                for name, own in _tensors(model).items():
+                    others.remove(f"model.{name}")
+                    kept = stored.get_tensor(f"model.{name}")
+                    if kept.shape != own.shape or kept.dtype != own.dtype:
+                        raise ValueError(f"{name} is {kept.dtype} {list(kept.shape)}")
+                    own.copy_(kept)
+                torch.set_rng_state(stored.get_tensor("generator"))
+                for name in others:
+                    _, index, entry = name.split(".", 2)
+                    kept = stored.get_tensor(name)
+                    state.setdefault(int(index), {})[entry] = advise_huge_pages(torch.empty_like(kept)).copy_(
+                        kept
+                    )
             groups = manifest["groups"]
             if [group.keys() for group in groups] != [group.keys() for group in optimizer.param_groups]:
                 raise ValueError(f"its optimizer's options are {groups}")
@@ -155,12 +158,7 @@ class Checkpoints:
         self, progress: Progress, learning_rate: float, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keep a checkpoint, by rank 0, if it is time for one; `learning_rate` is that before its decay."""
-        if self.every is None:
-            return
-        if processes.rank_and_number()[0]:
-            # Rank 0 took part in this step, so what it had to keep before is kept.
-            self._promise(max(self._kept_step, (progress.step - 1) // self.every * self.every))
-        elif progress.step % self.every == 0:
+        if self.is_first and self.every is not None and progress.step % self.every == 0:
             self._keep(progress, learning_rate, model, optimizer)
 
     def _keep(
@@ -186,8 +184,7 @@ class Checkpoints:
         self._number += 1
         path = self.folder / f"checkpoint-{self._number:06d}"
         with files.disk_errors(path), files.atomic_directory(path) as work:
-            content = safetensors.torch.save({**tensors, "generator": torch.get_rng_state()})
-            (work / "tensors.safetensors").write_bytes(content)
+            saved.write_values({**tensors, "generator": torch.get_rng_state()}, work / _TENSORS)
             (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for other in self.folder.glob("checkpoint-*"):
             if other != path:
@@ -195,11 +192,8 @@ class Checkpoints:
         self._promise(progress.step)
 
     def _promise(self, step: int) -> None:
-        self._kept_step = step
-        told = f"resumes at step {step}" if step else "begins anew"
-        if processes.rank_and_number()[0]:  # rank 0 may have kept one meanwhile
-            told = f"resumes at step {step} or later"
-        processes.set_remedy(f"the same command {told}")
+        if self.is_first:  # which alone knows
+            processes.set_remedy(f"the same command resumes at step {step}")
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -255,14 +249,13 @@ def opened(out: Path, identity: Mapping[str, Any], every: int | None = None) -> 
     check_integers(1, checkpoint_every=every)
     folder = _folder(out)
     checkpoints = Checkpoints(folder, identity, every)
-    is_first = processes.rank_and_number()[0] == 0
-    with files.exclusive(folder, wait=False) if is_first else nullcontext():
+    with files.exclusive(folder, wait=False) if checkpoints.is_first else nullcontext():
         try:
-            if is_first:
+            if checkpoints.is_first:
                 files.sweep(folder)
                 checkpoints.find()
             yield checkpoints
         finally:
             processes.set_remedy("")
-            if is_first:
+            if checkpoints.is_first:
                 _remove_useless(out)

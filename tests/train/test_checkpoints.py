@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -8,9 +9,17 @@ from conftest import zipf_text
 
 from cemb import cli, files, processes
 from cemb.model import build_compressed_model, build_model
-from cemb.train import checkpoints, objective
+from cemb.study.dataset import PmiConfig
+from cemb.study.quality import QualityCase, Trainings
+from cemb.train import checkpoints, distributed, objective
 from cemb.train.batches import PairBatches
-from cemb.train.loops import DivergenceError, halve_until_stable, train_full_batch, train_mini_batches
+from cemb.train.loops import (
+    DivergenceError,
+    halve_until_stable,
+    make_optimizer,
+    train_full_batch,
+    train_mini_batches,
+)
 from cemb.train.losses import all_cells_loss, mse_loss
 
 IDENTITY = {"table": "hashed", "seed": 0}
@@ -287,14 +296,46 @@ def test_seeds_are_of_the_identity(tmp_path, capsys):
     assert not (tmp_path / "model.partial").exists()
 
 
-def test_lbfgs_has_no_checkpoints(square_matrix, tmp_path):
-    with (
-        checkpoints.opened(tmp_path / "model", IDENTITY, 3) as kept,
-        pytest.raises(ValueError, match="L-BFGS is one search over all steps, which has no checkpoints"),
-    ):
-        full_batches("hashed", "lbfgs", square_matrix, kept)
+def test_lbfgs_has_no_checkpoints(tmp_path):
+    trainings = Trainings(QualityCase("full", "lbfgs"), PmiConfig(("/none",)))
+    with pytest.raises(ValueError, match="L-BFGS is one search over all steps, which has no checkpoints"):
+        trainings.checkpoints(tmp_path / "model", 3)
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
         checkpoints.opened(tmp_path / "model", IDENTITY, 0).__enter__()
+
+
+def test_checkpoints_are_not_held_in_memory(tmp_path):
+    model = build_model("full-fused", 100_000, 10, shared_table=False)
+    optimizer = make_optimizer("adam", model.parameters(), 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    value_bytes = 3 * 4 * model.num_parameters
+    tracemalloc.start()
+    try:
+        with checkpoints.opened(tmp_path / "model", IDENTITY, 1) as kept:
+            kept.step_done(checkpoints.Progress(1), 0.1, model, optimizer)
+        written_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        with checkpoints.opened(tmp_path / "model", IDENTITY, 1) as kept:
+            kept.share()
+            assert kept.resume(model, optimizer).step == 1
+        assert max(written_bytes, tracemalloc.get_traced_memory()[1]) < value_bytes / 4
+    finally:
+        tracemalloc.stop()
+
+
+def test_other_ranks_promise_no_step(stopped, monkeypatch):
+    manifest = json.loads(next(stopped.glob("*/manifest.json")).read_text())
+    found = json.dumps([manifest, "checkpoint-000002"]).encode()
+    monkeypatch.setattr(processes, "rank_and_number", lambda: (1, 2))
+    monkeypatch.setattr(distributed, "from_rank_0", lambda content: found)
+    with checkpoints.opened(stopped.with_suffix(""), IDENTITY, 3) as kept:
+        kept.share()
+        for step in (7, 9, 10):
+            said = "stopped; the same command resumes from its newest checkpoint, if any"
+            assert processes.with_remedy("stopped") == said
+            kept.step_done(checkpoints.Progress(step), 0.1, None, None)
 
 
 @pytest.mark.parametrize("loss", [mse_loss, all_cells_loss])
