@@ -76,7 +76,7 @@ def compress(vectors: Tensor, max_bytes: int) -> TransformCodedEmbedding:
 
     Rows should come by falling frequency, as they do in word2vec's and GloVe's files: bits are the same for
     all rows of a tier, and tiers are ranges of rows, the first of them short. In another order the table is
-    as large and its errors are larger. Deterministic for a number of threads.
+    as large and its errors are larger. Deterministic for the same number of threads.
 
     Contexts, and the data set that a model was trained on, are not used: with them, factors could be fitted
     to each other again, see `cemb.train.alternating.transform_code`.

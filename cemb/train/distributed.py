@@ -1,8 +1,8 @@
 """Training on several processes, which torchrun starts: ranks hold the same model and each part of a batch.
 
 A rank's gradients are those of its part's share of the loss, so that their sum over ranks is the gradient of
-the whole batch. They are summed by torch.distributed: by gloo on the CPU, by NCCL on GPUs. A gradient that is
-dense goes whole, which for a pool is little; of a sparse one go the rows that the part reads, not the table.
+the whole batch. They are summed by torch.distributed, on the CPU, by gloo. A gradient that is dense goes
+whole, which for a pool is little; of a sparse one go the rows that the part reads, not the table.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _TIMEOUT = timedelta(minutes=10)
 
 
 class RankLostError(RuntimeError):
-    """Another rank does not answer any more."""
+    """Another rank does not answer, or not any more."""
 
 
 @contextmanager
@@ -36,26 +36,31 @@ def joined() -> Iterator[tuple[int, int]]:
     if num_ranks == 1:
         yield 0, 1
         return
-    with _losing_none():
-        dist.init_process_group(timeout=_TIMEOUT)
+    try:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    except RuntimeError as error:
+        why = f"rank {rank} of {num_ranks} could not join the others, of which one may have ended"
+        raise RankLostError(processes.with_remedy(f"{why} ({_said(error)})")) from None
     yield rank, num_ranks
     # After an error the connections stay until the process ends, so that it is told before others miss it.
     dist.destroy_process_group()
 
 
 @contextmanager
-def _losing_none() -> Iterator[None]:
+def _rank_lost_errors() -> Iterator[None]:
+    """Say what it means that a collective fails."""
     try:
         yield
     except RuntimeError as error:
-        rank, num_ranks = processes.rank_and_number()
-        if dist.is_initialized():
-            rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        why = f"another process of the training ended: rank {rank} of {num_ranks} lost its connection"
-        # gloo begins with a line of its source, and ends with advice.
-        said = str(error).splitlines()[0].partition(". ")[0]
-        said = said.partition("] ")[2] if said.startswith("[") else said
-        raise RankLostError(processes.with_remedy(f"{why} ({said})")) from None
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        why = f"rank {rank} of {num_ranks} lost its connection to another process, which has ended"
+        raise RankLostError(processes.with_remedy(f"{why} ({_said(error)})")) from None
+
+
+def _said(error: RuntimeError) -> str:
+    """What torch says: it begins with a line of its source, and ends with advice."""
+    said = str(error).splitlines()[0].partition(". ")[0]
+    return said.partition("] ")[2] if said.startswith("[") else said
 
 
 def gradient_bytes(gradient: Tensor) -> int:
@@ -69,14 +74,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> int:
     """Replace gradients by their sums over all ranks; returns the bytes that this one handed over.
 
     Sums of sparse gradients are sparse and coalesced. Where a rank has none, its part had no pair. Sums have
-    the same bits on all ranks, and for a number of ranks always. Raises `RankLostError`.
+    the same bits on all ranks, and always for the same number of ranks. Raises `RankLostError`.
     """
     sent = 0
     for parameter in parameters:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = gradient.coalesce() if gradient.is_sparse else gradient
         sent += gradient_bytes(parameter.grad)
-        with _losing_none():
+        with _rank_lost_errors():
             dist.all_reduce(parameter.grad)
     return sent
 
@@ -84,7 +89,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> int:
 def sum_numbers(*numbers: float) -> list[float]:
     """The sums of numbers over all ranks. Raises `RankLostError`."""
     sums = torch.tensor(numbers, dtype=torch.float64)
-    with _losing_none():
+    with _rank_lost_errors():
         dist.all_reduce(sums)
     return sums.tolist()
 
@@ -94,7 +99,7 @@ def from_rank_0(content: bytes) -> bytes:
     if not dist.is_initialized():
         return content
     size = torch.tensor(len(content))
-    with _losing_none():
+    with _rank_lost_errors():
         dist.broadcast(size, 0)
         buffer = torch.empty(int(size), dtype=torch.uint8)
         if dist.get_rank() == 0:
@@ -110,7 +115,7 @@ def check_equal(model: nn.Module) -> None:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    with _losing_none():
+    with _rank_lost_errors():
         dist.all_gather(found, own)
     others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, found[0])]
     if others:

@@ -124,7 +124,7 @@ def train_full_batch(
     loss is noted, if not under L-BFGS, whose memory is of one function.
 
     With `checkpoints` training goes on from the newest, with the same bits on the CPU as if it had not been
-    stopped, for a number of threads.
+    stopped, for the same number of threads. L-BFGS, which is one search over all steps, has none.
 
     Returns:
         ``{"step", "loss", "seconds"}`` at every `evaluate_every`-th step and after the last: the all-cells
@@ -132,12 +132,10 @@ def train_full_batch(
 
     Raises:
         DivergenceError: the loss grew tenfold (not for L-BFGS, which may try such points) or is not finite.
-        ValueError: a rate that is negative or not finite, fewer than one step, or `checkpoints` of L-BFGS.
+        ValueError: a rate that is negative or not finite, or fewer than one step.
     """
     check_integers(1, num_steps=num_steps, evaluate_every=evaluate_every)
     check_reals("[0, inf)", learning_rate=learning_rate)
-    if optimizer == "lbfgs" and checkpoints is not None and checkpoints.every is not None:
-        raise ValueError("L-BFGS is one search over all steps, which has no checkpoints")
     num_words = model.num_words
     tables = _reclustering(model)
     # Before the clock starts: torch's first optimizer in a process imports for seconds.
@@ -232,7 +230,7 @@ def train_mini_batches(
         loss_function: of `cemb.train.losses`, from what batches hold beside the pairs.
         reports_per_epoch: entries of the history an epoch.
         checkpoints: training goes on from the newest, with the same bits on the CPU as if it had not been
-            stopped, for numbers of threads and ranks.
+            stopped, for the same numbers of threads and ranks.
 
     Returns:
         ``{"step", "epoch", "loss", "seconds"}`` for each report: steps and epochs done, the latter in
@@ -242,16 +240,21 @@ def train_mini_batches(
 
     Raises:
         DivergenceError: a batch's loss is ten times the first batch's or not finite.
-        ValueError: a rate that is negative or not finite, or fewer than one epoch; Adam of several ranks on
-            a pool of which it moves only what a batch reads.
+        ValueError: a rate that is negative or not finite, or fewer than one epoch; of several ranks a model
+            that is not on the CPU, or Adam on a pool of which it moves only what a batch reads.
         RankLostError: another rank has ended. RuntimeError: one ended with other values.
 
     Tables that recluster do so after each report but the last.
     """
     check_integers(1, num_epochs=num_epochs, reports_per_epoch=reports_per_epoch)
     num_ranks = batches.part[1]
-    has_pair_steps = model.has_pair_step and next(model.parameters()).device.type == "cpu"
+    device = next(model.parameters()).device
+    has_pair_steps = model.has_pair_step and device.type == "cpu"
     is_lazy = has_pair_steps and optim.plan(model.word_table.spec).way == "pair_step"
+    if num_ranks > 1 and device.type != "cpu":
+        raise ValueError(
+            f"several processes train on the CPU, and the model is on {device}: NCCL sums no sparse gradients"
+        )
     if num_ranks > 1 and is_lazy and optimizer == "adam":
         raise ValueError(
             f"Adam on {model.num_parameters:,} values moves only those that a batch reads, which several "

@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 
 from cemb.model import build_compressed_model, build_model
+from cemb.train import distributed
 from cemb.train.batches import PairBatches
 from cemb.train.loops import train_mini_batches
 from cemb.train.losses import LOSSES
@@ -146,3 +150,33 @@ def test_ranks_that_end_with_other_values_are_told(ranks):
     assert all(
         said.startswith(f"ranks {others} ended with other values than rank 0, so") for said in ranks[1]
     )
+
+
+def test_a_model_that_is_not_on_the_cpu_is_refused_by_several_ranks():
+    model = TABLES["full"]().to("meta")
+    batches = PairBatches(matrix(), BATCH, part=(1, 2))
+    options = {"optimizer": "sgd", "learning_rate": 0.1, "num_epochs": 1}
+    with pytest.raises(ValueError, match=r"several processes train on the CPU, .* the model is on meta"):
+        train_mini_batches(model, batches, LOSSES["mse"], **options)
+
+
+def test_a_host_that_is_unknown_is_named(monkeypatch):
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host.invalid", "MASTER_PORT": "29555"}
+    for name, value in {**launched, "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_TIMEOUT", timedelta(seconds=1))
+    message = r"rank 1 of 2 could not join the others, of which one may have ended \(.*host\.invalid"
+    with pytest.raises(distributed.RankLostError, match=message), distributed.joined():
+        pass
+
+
+def test_the_rank_that_lost_another_is_named(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("[../gloo/tcp/pair.cc:547] Connection closed by peer [::1]:80. This may mean")
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    message = "rank 0 of 2 lost its connection to another process, which has ended (Connection closed by "
+    with pytest.raises(distributed.RankLostError, match=re.escape(message)):
+        distributed.sum_numbers(1)
