@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cemb import files, saved, vectors
@@ -100,6 +101,14 @@ def _source_hash(source: Path) -> str:
     return files.file_hash(source / files.SUMS if source.is_dir() else source)
 
 
+def _scores(
+    when: str, words: list[str], values: npt.NDArray[np.float32], sets: Sequence[AnySet]
+) -> records.Record:
+    found = [*evaluate(vectors.Vectors(words, values), sets)]
+    scores = {f"{one['set']}_{when}": None if one["no_score"] else one["score"] for one in found}
+    return scores | {f"{one['set']}_pairs": one["pairs"] for one in found}
+
+
 def compress(source: Path, out: Path, *, times: float, sets: Sequence[AnySet]) -> records.Record:
     """Write vectors as a `TransformCodedEmbedding` in a model's folder, and return the record of that.
 
@@ -121,20 +130,22 @@ def compress(source: Path, out: Path, *, times: float, sets: Sequence[AnySet]) -
     Raises ValueError for more times than possible, and what `read_vectors` raises.
     """
     words, values = read_vectors(source)
-    max_bytes = compression.budget_bytes(len(values), values.shape[1], times)
-    before = torch.from_numpy(values)
-    turned, _ = compression.principal_axes(before)
+    num_words, dim = values.shape
+    max_bytes = compression.budget_bytes(num_words, dim, times)
+    scores = _scores("before", words, values, sets)
+    turned, _ = compression.principal_axes(torch.from_numpy(values))
+    del values  # which are not needed twice
     table = compression.compress(turned, max_bytes)
     decoded = all_rows(table)
     value_error, dot_product_error = compression.relative_errors(turned, decoded)
-    bytes_before, bytes_after = 4 * before.numel(), num_bytes(table)
+    bytes_before, bytes_after = 4 * num_words * dim, num_bytes(table)
     record = {
         "kind": "compression",
         "vectors": str(source),
         "source_hash": _source_hash(source),
         "axes": "principal",
-        "num_words": len(words),
-        "embedding_dim": values.shape[1],
+        "num_words": num_words,
+        "embedding_dim": dim,
         "asked_ratio": times,
         "ratio": bytes_before / bytes_after,
         "bytes_before": bytes_before,
@@ -143,11 +154,9 @@ def compress(source: Path, out: Path, *, times: float, sets: Sequence[AnySet]) -
         "dot_product_error": dot_product_error,
         "cosine_error": _cosine_error(turned, decoded),
         "num_zero_rows": int((decoded == 0).all(dim=1).sum()),
+        **scores,
+        **_scores("after", words, decoded.numpy(), sets),
     }
-    for name, given in (("before", values), ("after", decoded.numpy())):
-        for found in evaluate(vectors.Vectors(words, given), sets):
-            score = None if found["no_score"] else found["score"]
-            record |= {f"{found['set']}_{name}": score, f"{found['set']}_pairs": found["pairs"]}
     saved.save(out, table, words, details=record)
     sizes = {
         "source_bytes": _folder_bytes(source) if source.is_dir() else source.stat().st_size,

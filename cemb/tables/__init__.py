@@ -47,13 +47,18 @@ __all__ = [
 ]
 
 
-_BLOCK_ROWS = 2**16
+_BLOCK_ROWS = 2**14
 
 
 @torch.no_grad()
 def all_rows(table: nn.Module) -> Tensor:
     """The vectors of a table, float32 ``[num_embeddings, embedding_dim]``."""
-    tensor = next(itertools.chain(table.parameters(), table.buffers()))
-    ids = torch.arange(cast(int, table.num_embeddings), device=tensor.device).split(_BLOCK_ROWS)
-    rows = [table(some).float() for some in tqdm(ids, desc="making vectors", unit="block", delay=2)]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    device = next(itertools.chain(table.parameters(), table.buffers())).device
+    num_rows, dim = cast(int, table.num_embeddings), cast(int, table.embedding_dim)
+    out = torch.empty(num_rows, dim, device=device)
+    ids = torch.arange(num_rows, device=device).split(_BLOCK_ROWS)
+    for some, rows in zip(
+        tqdm(ids, desc="making vectors", unit="block", delay=2), out.split(_BLOCK_ROWS), strict=True
+    ):
+        rows.copy_(table(some))
+    return out

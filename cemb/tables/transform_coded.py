@@ -67,8 +67,9 @@ class NormalizedVectors:
     @classmethod
     def of(cls, vectors: Tensor, importance: Tensor) -> "NormalizedVectors":
         # Over their mean, so that what float16 holds does not depend on their unit.
-        weighted = vectors * (importance / importance.mean()).sqrt()
-        logs = weighted.square().mean(dim=1).clamp(min=1e-30).log2() / 2
+        weights = (importance / importance.mean()).sqrt()
+        squares = [(rows * weights).square().mean(dim=1) for rows in vectors.split(_BLOCK_ROWS)]
+        logs = torch.cat(squares).clamp(min=1e-30).log2() / 2
         scale_range = torch.stack((logs.min(), logs.max()))
         width = (scale_range[1] - scale_range[0]).clamp(min=1e-6)
         scales = ((logs - scale_range[0]) / width * _SCALE_STEPS).round().to(torch.uint8)
@@ -138,7 +139,7 @@ class TransformCodedEmbedding(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *others)
         *_, errors = others
-        num_bits = int((self._borders.diff() * self.bits.sum(dim=1)).sum())
+        num_bits = int((self._borders.diff().to(self.bits.device) * self.bits.sum(dim=1)).sum())
         if self.bits.max() > MAX_BITS or -(-num_bits // 8) != len(self.codes):
             errors.append(
                 f"{prefix}codes are {len(self.codes)} bytes, and {prefix}bits tell of {num_bits} bits"
@@ -147,20 +148,21 @@ class TransformCodedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.num_embeddings)
         flat = ids.reshape(-1).long().contiguous()
-        tier_of = torch.bucketize(flat, self._borders[1:], right=True)
-        out = torch.empty(flat.numel(), self.embedding_dim)
-        tier_bits = self._borders.diff() * self.bits.sum(dim=1)
+        borders = self._borders.to(flat.device)
+        tier_of = torch.bucketize(flat, borders[1:], right=True)
+        out = torch.empty(flat.numel(), self.embedding_dim, device=flat.device)
+        tier_bits = borders.diff() * self.bits.sum(dim=1)
         first_bits = tier_bits.cumsum(0) - tier_bits
         for tier in tier_of.unique().tolist():
-            chosen = (tier_of == tier).nonzero().squeeze(1)
-            out[chosen] = self._decode(tier, flat[chosen] - self._borders[tier], first_bits[tier])
+            for chosen in (tier_of == tier).nonzero().squeeze(1).split(_BLOCK_ROWS):
+                out[chosen] = self._decode(tier, flat[chosen] - borders[tier], first_bits[tier])
         out *= _unscaled(self.scales[flat], self.scale_range)[:, None]
         return out.view(*ids.shape, self.embedding_dim)
 
     def _decode(self, tier: int, rows: Tensor, first_bit: Tensor) -> Tensor:
         bits = self.bits[tier].long()
         if not bits.any():
-            return torch.zeros(len(rows), self.embedding_dim)
+            return torch.zeros(len(rows), self.embedding_dim, device=rows.device)
         first_bits = first_bit + rows[:, None] * bits.sum() + (bits.cumsum(0) - bits)
         # A code of at most 8 bits ends in the next byte at the latest. After the last there is none.
         first = (first_bits >> 3).clamp(max=len(self.codes) - 1)
@@ -175,27 +177,34 @@ def _encode(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
 
     The levels for b bits start at 2^b − 1.
     """
-    borders = tier_borders(len(values))
-    tiers = values.split(np.diff(borders).tolist())
+    tiers = values.split(np.diff(tier_borders(len(values))).tolist())
     levels = torch.zeros(2 ** (MAX_BITS + 1) - 1)
     for b in range(1, MAX_BITS + 1):
-        parts = [tier[:, own_bits == b].flatten() for tier, own_bits in zip(tiers, bits, strict=True)]
-        own = torch.cat(parts)
-        if own.numel():
-            own = own[:: -(-own.numel() // 2**20)]  # a sample places 256 levels well enough
-            levels[2**b - 1 : 2 ** (b + 1) - 1] = lloyd_levels(own.sort().values, b)
+        chosen = [(tier, own_bits == b) for tier, own_bits in zip(tiers, bits, strict=True)]
+        count = sum(len(tier) * int(columns.sum()) for tier, columns in chosen)
+        if count:
+            step = -(-count // 2**20)  # a sample places 256 levels well enough
+            parts, place = [], 0
+            for tier, columns in chosen:
+                own = tier[:, columns].flatten()
+                parts.append(own[-place % step :: step].clone())
+                place += len(own)
+            levels[2**b - 1 : 2 ** (b + 1) - 1] = lloyd_levels(torch.cat(parts).sort().values, b)
     levels = levels.half()
-    packed = []
+    packed, waiting = [], np.empty(0, np.uint8)
     with tqdm(total=len(values), desc="coding", unit="row", unit_scale=True, delay=2) as progress:
         for tier, own_bits in zip(tiers, bits.long(), strict=True):
             for rows in tier.split(_BLOCK_ROWS):
-                packed.append(_codes(rows, own_bits, levels))
+                found = np.concatenate((waiting, _codes(rows, own_bits, levels)))
+                whole = len(found) // 8 * 8
+                packed.append(np.packbits(found[:whole], bitorder="little"))
+                waiting = found[whole:]
                 progress.update(len(rows))
-    bytes_ = np.packbits(torch.cat(packed).numpy(), bitorder="little")
-    return levels, torch.from_numpy(bytes_)
+    packed.append(np.packbits(waiting, bitorder="little"))
+    return levels, torch.from_numpy(np.concatenate(packed))
 
 
-def _codes(values: Tensor, bits: Tensor, levels: Tensor) -> Tensor:
+def _codes(values: Tensor, bits: Tensor, levels: Tensor) -> npt.NDArray[np.uint8]:
     """Bits of the codes of rows of one tier, in order, each as a byte."""
     codes = torch.zeros(values.shape, dtype=torch.uint8)
     for b in bits.unique().tolist():
@@ -205,7 +214,8 @@ def _codes(values: Tensor, bits: Tensor, levels: Tensor) -> Tensor:
             codes[:, columns] = nearest_level(values[:, columns], own_levels).to(torch.uint8)
     columns = torch.arange(len(bits)).repeat_interleave(bits)
     places = torch.arange(len(columns)) - (bits.cumsum(0) - bits)[columns]
-    return ((codes[:, columns] >> places.to(torch.uint8)) & 1).flatten()
+    found: npt.NDArray[np.uint8] = ((codes[:, columns] >> places.to(torch.uint8)) & 1).flatten().numpy()
+    return found
 
 
 def overhead_bytes(num_rows: int, dim: int) -> int:
@@ -228,8 +238,7 @@ def allocate_bits(sides: list[tuple[Tensor, Tensor]], max_bytes: int) -> list[Te
     check_budget(max_bytes, overhead)
     gains, sizes, shapes = [], [], []
     for vectors, importance in sides:
-        normalized = NormalizedVectors.of(vectors, importance)
-        sample = normalized.values.flatten()
+        sample = NormalizedVectors.of(vectors, importance).values.flatten()
         sample = sample[:: -(-sample.numel() // 2**18)].sort().values
         # Expected squared error of a normalized value by the number of bits.
         errors = [sample.square().mean()]
@@ -239,7 +248,7 @@ def allocate_bits(sides: list[tuple[Tensor, Tensor]], max_bytes: int) -> list[Te
         # Each further bit must save less than the one before, or the greedy order would not exist.
         saved = (torch.stack(errors[:-1]) - torch.stack(errors[1:])).cummin(dim=0).values
         rows = np.diff(tier_borders(len(vectors))).tolist()
-        energy = torch.stack([(t.square() * importance).sum(dim=0) for t in vectors.split(rows)])
+        energy = torch.stack([t.square().mul_(importance).sum(dim=0) for t in vectors.split(rows)])
         rows = torch.tensor(rows)[:, None, None].expand(*energy.shape, MAX_BITS)
         gains.append((energy[..., None] * saved / rows).flatten())
         sizes.append(rows.flatten())

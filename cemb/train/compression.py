@@ -84,7 +84,8 @@ def compress(vectors: Tensor, max_bytes: int) -> TransformCodedEmbedding:
     Raises ValueError for vectors that are not finite, or of no length or one that float32's squares do not
     hold.
     """
-    largest = vectors.abs().max().item()
+    least, most = vectors.aminmax()
+    largest = max(-least.item(), most.item())
     if not 1e-12 < largest < 1e12:
         raise ValueError(f"the largest of the values must lie between 1e-12 and 1e12, got {largest:g}")
     importance = vectors.square().sum(dim=0)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cemb.tables import TransformCodedEmbedding, all_rows, num_bytes
+from cemb.tables import TransformCodedEmbedding, all_rows, num_bytes, transform_coded
 from cemb.tables.kmeans import nearest_level
 from cemb.tables.transform_coded import allocate_bits, lloyd_levels, overhead_bytes, tier_borders
 
@@ -93,6 +93,31 @@ def test_ids_of_any_shape(shape, dtype):
     for bad in (-1, 40):
         with pytest.raises(IndexError, match=r"ids must lie in \[0, 40\)"):
             table(torch.tensor([3, bad]))
+
+
+def test_blocks_of_rows_are_packed_as_one(monkeypatch):
+    """Whose bits end within a byte."""
+    vectors, bits = torch.randn(300, 5), torch.randint(9, size(300, 5)).to(torch.uint8)
+    importance = torch.rand(5)
+    expected = TransformCodedEmbedding.from_vectors(vectors, importance, bits)
+    rows = all_rows(expected)
+    for block_rows in (1, 7, 50):
+        monkeypatch.setattr(transform_coded, "_BLOCK_ROWS", block_rows)
+        found = TransformCodedEmbedding.from_vectors(vectors, importance, bits)
+        for name, value in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value), name
+        assert torch.equal(all_rows(found), rows)
+
+
+def test_vectors_are_made_where_the_ids_are():
+    """With another device by default, as a stand-in for one: neither holds what the other needs."""
+    bits = torch.randint(9, size(40, 5)).to(torch.uint8)
+    bits[0] = 0
+    table = TransformCodedEmbedding.from_vectors(torch.randn(40, 5), torch.ones(5), bits)
+    expected = all_rows(table)
+    ids = torch.arange(40)
+    with torch.device("meta"):
+        assert torch.equal(table(ids), expected)
 
 
 def coded(vectors, importance, max_bytes):

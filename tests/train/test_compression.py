@@ -1,12 +1,14 @@
 """Vectors made small against their own Gram matrix."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from cemb import tables
+from cemb.study import timing
 from cemb.tables import RowQuantizedEmbedding, TransformCodedEmbedding, all_rows, num_bytes
 from cemb.tables.transform_coded import allocate_bits
 from cemb.train import compression
@@ -119,6 +121,15 @@ def test_rows_made_in_blocks_are_the_rows(vectors, monkeypatch):
     assert torch.equal(all_rows(compression.compress(vectors, 40_000)), expected)
     monkeypatch.setattr(tables, "_BLOCK_ROWS", 999)
     torch.testing.assert_close(all_rows(table), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's clear_refs")
+def test_little_memory_is_taken_beside_the_vectors():
+    given = torch.randn(100_000, 64)
+    all_rows(compression.compress(given[:3000], 100_000))  # which reads what it needs of torch's code
+    max_bytes = compression.budget_bytes(*given.shape, 4)
+    peak = timing.peak_mib(lambda clock: all_rows(compression.compress(given, max_bytes)))
+    assert peak < 5 * given.nbytes / 2**20
 
 
 @pytest.mark.parametrize(("num_rows", "dim"), [(1000, 20), (40_000, 100), (50, 300)])
