@@ -65,11 +65,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _fields(line: str, separator: str | None) -> list[str]:
-    """What `separator` parts, or white space if that is None; with a separator, fields may be quoted."""
-    if separator is None:
-        return line.split()
-    reader = csv.reader([line], delimiter=separator, skipinitialspace=separator == ",", strict=True)
-    return [field.strip() for field in next(reader)]
+    """What `separator` parts, or white space if that is None; parted by commas, fields may be quoted."""
+    parts = line.split(separator)
+    if separator == ",":
+        parts = next(csv.reader([line], skipinitialspace=True, strict=True))
+    return [field.strip() for field in parts]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -91,10 +91,10 @@ def read_similarity(path: Path) -> SimilaritySet:
     """The set that a file holds, by the name of the file without its suffix.
 
     A line has two words, a score, and what else there may be, parted by tabs, commas or white space, as the
-    first line is; with tabs and commas, fields may be in double quotes. The first line may be a header: its
-    first two fields are such as ``word1`` and ``Word 2``, or one of the others is a name of a score, such as
-    ``Human (mean)``, ``similarity`` or ``SimLex999``. The score's column is the first that has such a name,
-    else the first after the words that is a number in most lines.
+    first line is; with commas, fields may be in double quotes. The first line may be a header: its first two
+    fields are such as ``word1`` and ``Word 2``, or one of the others is a name of a score, such as ``Human
+    (mean)``, ``similarity`` or ``SimLex999``. The score's column is the first that has such a name, else the
+    first after the words that is a number in most lines.
 
     Raises ValueError, by file and line, for what is neither pair nor header, or not UTF-8.
     """
