@@ -449,6 +449,8 @@ def evaluate() -> Command:
         check_integers(1, max_questions=max_questions)
         evaluation.check_readable(vectors)
         sets = evaluation.read_sets(similarity, analogies)
+        if not sets:
+            raise ModuleNotFoundError("the sets for evaluation come with gensim, which is not installed")
 
         def measured() -> Iterable["Record"]:
             for path in vectors:
@@ -466,7 +468,6 @@ def evaluate() -> Command:
 def compress() -> Command:
     """Make vectors small by transform coding, as a folder that cemb.load reads; prints a record as JSON."""
     from cemb.study import evaluation
-    from cemb.train.evaluation_sets import bundled_similarity
 
     def command(
         vectors: Annotated[
@@ -483,8 +484,7 @@ def compress() -> Command:
         check_reals("[1, inf)", times=times)
         _check_new(out)
         evaluation.check_readable([vectors])
-        bundled = [one for one in bundled_similarity() if one.pairs]
-        sets = evaluation.read_sets(similarity, ()) if similarity else bundled
+        sets = evaluation.read_sets(similarity, with_analogies=False)
         _put([evaluation.compress(vectors, out, times=times, sets=sets)])
 
     return command

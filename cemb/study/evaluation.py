@@ -24,9 +24,15 @@ def read_vectors(path: Path, *, balanced: bool = False) -> vectors.Vectors:
     Args:
         balanced: of folders, those that `cemb.vectors.balanced` makes with the contexts.
 
-    ValueError for a file's balanced vectors, and vectors that are not finite.
+    ValueError for a file's balanced vectors, folders of npy and tsv, and vectors that are not finite.
     """
     if path.is_dir():
+        for name in (f"vectors.{format}" for format in vectors.FOLDERS):
+            if (path / name).exists():
+                raise ValueError(
+                    f"{str(path)!r} holds {name}: folders of {' and '.join(vectors.FOLDERS)} are written "
+                    f"and not read; models' folders and {vectors.READABLE}"
+                )
         found = saved.load(path).vectors(balanced)
         vectors.check_finite(found.values)
         return found
@@ -42,13 +48,19 @@ def check_readable(paths: Sequence[Path]) -> None:
             raise FileNotFoundError(f"there is no {str(path)!r}: vectors are a model's folder or a file")
 
 
-def read_sets(similarity_files: Sequence[Path], analogy_files: Sequence[Path]) -> list[AnySet]:
-    """The sets in files; without any, those that come with gensim, and ModuleNotFoundError without that."""
+def read_sets(
+    similarity_files: Sequence[Path], analogy_files: Sequence[Path] = (), *, with_analogies: bool = True
+) -> list[AnySet]:
+    """The sets in files; without any, those that come with gensim, if that is installed.
+
+    Args:
+        with_analogies: of gensim's sets, the analogies, too.
+    """
     if not (similarity_files or analogy_files):
-        google = evaluation_sets.bundled_analogies()
-        if not google.questions:
-            raise ModuleNotFoundError("the sets for evaluation come with gensim, which is not installed")
-        return [*evaluation_sets.bundled_similarity(), google]
+        bundled: list[AnySet] = [*evaluation_sets.bundled_similarity()]
+        if with_analogies:
+            bundled.append(evaluation_sets.bundled_analogies())
+        return [one for one in bundled if one[1]]  # without gensim they are empty
     pairs = [evaluation_sets.read_similarity(path) for path in similarity_files]
     questions = [evaluation_sets.read_analogies(path) for path in analogy_files]
     names = [one.name for one in pairs] + [one.name for one in questions]

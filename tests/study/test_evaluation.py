@@ -150,6 +150,25 @@ def test_a_model_is_compressed_as_its_export_is(folder, capsys, tmp_path):
     assert cemb.load(tmp_path / "second").words == cemb.load(tmp_path / "first").words
 
 
+@pytest.mark.parametrize("format", vectors.FOLDERS)
+@pytest.mark.parametrize("command", [["evaluate"], ["compress", "--out", "{}/new"]])
+def test_folders_that_are_only_written_are_told(tmp_path, capsys, format, command):
+    given = vectors.Vectors(["a", "b"], np.ones((2, 3), np.float32))
+    vectors.write(tmp_path / "exported", given, format)
+    asked = [argument.format(tmp_path) for argument in command]
+    status, _, said = run(capsys, *asked, tmp_path / "exported")
+    assert status == 2
+    assert f"exported' holds vectors.{format}: folders of npy and tsv are written and not read" in said
+
+
+def test_the_sets_that_are_given_are_read_alone(folder, capsys, tmp_path, monkeypatch):
+    for name in ("bundled_similarity", "bundled_analogies"):
+        monkeypatch.setattr(evaluation_sets, name, lambda: pytest.fail("these are not wanted"))
+    sets = ["--similarity", folder / "close.tsv"]
+    assert run(capsys, "evaluate", folder / "vectors.bin", *sets)[0] == 0
+    assert run(capsys, "compress", folder / "vectors.bin", "--out", tmp_path / "small", *sets)[0] == 0
+
+
 @pytest.fixture
 def wrong(folder, tmp_path):
     """Names of what is wrong, and of what is there."""
