@@ -413,7 +413,8 @@ UNSEEN = {"init_std", "norm_type", "max_norm", "scale_grad_by_freq", "sparse", "
 @pytest.mark.parametrize(
     "kind", ["hashed", *long("full", "clustered", "mixed-dimension", "transform", "product")]
 )
-def test_a_manifest_that_lies_is_refused_or_tells_the_same(tmp_path, record_property, kind):
+@pytest.mark.parametrize("step", [6, *long(1)])
+def test_a_manifest_that_lies_is_refused_or_tells_the_same(tmp_path, record_property, kind, step):
     """Its sums are right: whoever wrote it meant it."""
     model = trained(kind, "shared")
     cemb.save(tmp_path / "model", model, WORDS, details={})
@@ -431,8 +432,8 @@ def test_a_manifest_that_lies_is_refused_or_tells_the_same(tmp_path, record_prop
         "separate",
     ]
     refused = tried = 0
-    for keys in places:
-        for lie in lies:
+    for place, keys in enumerate(places):
+        for lie in lies[place % step :: step]:
             (tmp_path / "model" / "manifest.json").write_text(json.dumps(altered(manifest, keys, lie)))
             sum_again(tmp_path / "model")
             tried += 1
