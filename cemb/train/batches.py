@@ -154,7 +154,7 @@ class PairBatches:
             batch.append(sample_weights)
         return tuple(torch.from_numpy(array).to(self.device) for array in batch)
 
-    def of_whole(self, loss: SquaredError, step: int) -> SquaredError:
+    def scaled_to_whole(self, loss: SquaredError, step: int) -> SquaredError:
         """What a loss of the part adds to that of the step's whole batch: of all parts, it is their sum."""
         if self.weighted or self.part[1] == 1:
             return loss

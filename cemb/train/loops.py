@@ -280,7 +280,7 @@ def train_mini_batches(
         for step in range(done.step, total):
             pairs, *labels = batches.batch(step)
             _decay(step_of, learning_rate, step / total)
-            wanted = batches.of_whole(loss_function(*labels), step)
+            wanted = batches.scaled_to_whole(loss_function(*labels), step)
             if isinstance(step_of, optim.PairStepOptimizer):
                 loss = model.pair_step(step_of, pairs, wanted).item()
             else:

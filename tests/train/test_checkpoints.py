@@ -353,7 +353,7 @@ def test_parts_of_a_batch_add_up_to_it(num_ranks, loss, random_matrix):
             together[rank::num_ranks] = own
         assert torch.equal(together, pairs)
         total = sum(
-            part.of_whole(loss(*own), step)(scores[tuple(of.T)]).item()
+            part.scaled_to_whole(loss(*own), step)(scores[tuple(of.T)]).item()
             for part, (of, *own) in zip(parts, found, strict=True)
         )
         assert total == pytest.approx(loss(*labels)(scores[tuple(pairs.T)]).item(), rel=1e-5)
