@@ -74,7 +74,7 @@ def train_alternating(
 ) -> tuple[nn.Module, nn.Module, list[dict[str, float]]]:
     """Word and context tables from a random start, each kept by `store` whenever it is not being solved for.
 
-    Costs two sparse products a step. Deterministic for a seed and a number of threads.
+    Costs two sparse products a step. Deterministic for the same seed and number of threads.
 
     Returns:
         The two tables, and ``{"step", "loss", "seconds"}`` after each step: the all-cells error of the stored
