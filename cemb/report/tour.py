@@ -95,8 +95,8 @@ def hashed_vectors(
 ) -> tuple[float, npt.NDArray[np.float32]]:
     """Gap and word vectors, float32 ``[words, rank]``, of one pool trained on full batches by Adam.
 
-    The gap is that of `cemb.train.objective.Optimum.gap`. Deterministic for the same number of threads. Raises
-    ValueError for sizes that no `HashSpec` has, and RuntimeError if training diverges.
+    The gap is that of `cemb.train.objective.Optimum.gap`. Deterministic for the same number of threads.
+    Raises ValueError for sizes that no `HashSpec` has, and RuntimeError if training diverges.
     """
     table_spec(data, pool_size, block_size)  # refuses before any training
     case = QualityCase(
