@@ -101,7 +101,7 @@ def table(found: list[Record]) -> pd.DataFrame:
     for alone, together in _cases(found):
         rows.append(
             {
-                "gradient of": _name(alone),
+                "table": _name(alone),
                 "MB a step": f"{together['bytes_sent_per_step'] / 1e6:,.2f}",
                 "by sizes": f"{together['expected_bytes_per_step'] / 1e6:,.2f}",
                 "one process, ms": f"{alone['total_ms']:,.1f} ({quartiles_text(alone['total_ms_repeats'])})",
@@ -119,7 +119,7 @@ def model_table(found: list[Record]) -> pd.DataFrame:
         if record["table"] == "hashed" and record["block_size"] > 1:
             continue  # as many bytes as without blocks
         for gb_per_s in GB_PER_S:
-            row = {"gradient of": _name(record).removesuffix(", block 1"), "GB/s": f"{gb_per_s:g}"}
+            row = {"table": _name(record).removesuffix(", block 1"), "GB/s": f"{gb_per_s:g}"}
             for num_machines in MACHINES:
                 sent, is_sparse = record["bytes_sent_per_step"], record["sparse_gradients"]
                 seconds = exchange_s(sent, num_machines, gb_per_s, is_sparse=is_sparse)

@@ -60,7 +60,7 @@ def test_a_network_takes_what_bytes_over_bandwidth_take(found):
     row = {name: float(text.replace(",", "")) for name, text in table.iloc[0].items() if "machines" in name}
     # 2 MB on a ring at 1.25 GB/s: 2 (n - 1) / n times 1.6 ms.
     assert row == {"2 machines": 1.6, "8 machines": 2.8, "64 machines": 3.1, "1,024 machines": 3.2}
-    sparse = table[table["gradient of"] == "full table, sparse gradient"].iloc[1]
+    sparse = table[table["table"] == "full table, sparse gradient"].iloc[1]
     # 5 MB to each of the others at 12.5 GB/s: 0.4 ms times n - 1.
     assert [sparse[f"{n} machines"] for n in ("2", "8", "1,024")] == ["0.4", "2.8", "409.2"]
 
