@@ -55,7 +55,7 @@ def all_rows(table: nn.Module) -> Tensor:
     """The vectors of a table, float32 ``[num_embeddings, embedding_dim]``."""
     device = next(itertools.chain(table.parameters(), table.buffers())).device
     num_rows, dim = cast(int, table.num_embeddings), cast(int, table.embedding_dim)
-    out = torch.empty(num_rows, dim, device=device)
+    out = torch.empty(num_rows, dim, dtype=torch.float32, device=device)
     ids = torch.arange(num_rows, device=device).split(_BLOCK_ROWS)
     for some, rows in zip(
         tqdm(ids, desc="making vectors", unit="block", delay=2), out.split(_BLOCK_ROWS), strict=True

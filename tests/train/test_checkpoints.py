@@ -299,7 +299,7 @@ def test_seeds_are_of_the_identity(tmp_path, capsys):
 def test_lbfgs_has_no_checkpoints(tmp_path):
     trainings = Trainings(QualityCase("full", "lbfgs"), PmiConfig(("/none",)))
     with pytest.raises(ValueError, match="L-BFGS is one search over all steps, which has no checkpoints"):
-        trainings.checkpoints(tmp_path / "model", 3)
+        trainings.checkpoints(tmp_path / "model", 3).__enter__()
     with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
         checkpoints.opened(tmp_path / "model", IDENTITY, 0).__enter__()
 
