@@ -35,7 +35,7 @@ _WORKERLESS_S = 60
 Request = dict[str, Any]
 
 
-def _asked(run: Run) -> Request:
+def _described(run: Run) -> Request:
     """A run, and what the study takes its result to depend on, as JSON has it."""
     return {"run": asdict(run), "identity": identity(run), "definitions": reached(run).definitions()}
 
@@ -55,12 +55,12 @@ class Cluster:
     def check(self, runs: list[Run]) -> None:
         """RuntimeError names a worker that does not see the study's folders or whose results would differ."""
         # Of the same notebook, all have the same code.
-        asked = list({run.notebook: _asked(run) for run in runs}.values())
+        asked = list({run.notebook: _described(run) for run in runs}.values())
         with tempfile.NamedTemporaryFile("w", dir=runs_dir(), prefix=".seen-") as seen:
             seen.write(secrets.token_hex())
             seen.flush()
             request = {**_folders(), "look": seen.name, "text": _text(seen.name), "asked": asked}
-            found = self._client.run(look, json.dumps(request, default=str), on_error="return")
+            found = self._client.run(check_runs, json.dumps(request, default=str), on_error="return")
         refused = {worker: str(why) for worker, why in sorted(found.items()) if why}
         if refused:
             worker, why = next(iter(refused.items()))
@@ -75,9 +75,9 @@ class Cluster:
         """
         from distributed.scheduler import KilledWorker
 
-        request = json.dumps({**_folders(), "asked": [_asked(run)]}, default=str)
+        request = json.dumps({**_folders(), "asked": [_described(run)]}, default=str)
         key = f"{run.name}-{secrets.token_hex(8)}"
-        future = self._client.submit(take, run.name, request, key=key, retries=0)
+        future = self._client.submit(execute_run, run.name, request, key=key, retries=0)
         seen = time.monotonic()
         while True:
             try:
@@ -124,13 +124,13 @@ def _text(path: str) -> str:
         return file.read()
 
 
-async def look(request: str) -> str | None:
+async def check_runs(request: str) -> str | None:
     """On a worker: why it cannot take runs like those asked for; None if it can."""
     # A thread, for the worker's own has to answer the scheduler meanwhile.
-    return await asyncio.to_thread(_answer, "looking", request)
+    return await asyncio.to_thread(_run_process, "looking", request)
 
 
-def take(name: str, request: str) -> None:
+def execute_run(name: str, request: str) -> None:
     """On a worker: do the run that is asked for, as long as it is. RuntimeError if that fails."""
     from distributed import get_worker
 
@@ -143,11 +143,11 @@ def take(name: str, request: str) -> None:
         is_closing = worker.status.name in ("closing", "closed", "failed")
         return task is not None and task.state != "cancelled" and not is_closing
 
-    if why := _answer(name, request, is_wanted):
+    if why := _run_process(name, request, is_wanted):
         raise RuntimeError(f"{why} (on the Dask worker {worker.address!r})")
 
 
-def _answer(name: str, request: str, is_wanted: Callable[[], bool] = lambda: True) -> str | None:
+def _run_process(name: str, request: str, is_wanted: Callable[[], bool] = lambda: True) -> str | None:
     """What went wrong in a process that does what is asked for, which has a name; None if nothing did."""
     # From a file: of what a pipe does not hold, `communicate` forgets the rest when its time is over.
     with tempfile.TemporaryFile("w+", encoding="utf-8") as given:
